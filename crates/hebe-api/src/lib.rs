@@ -1,0 +1,162 @@
+//! The control protocol between `hebe` and `hebe-vmm`.
+//!
+//! One unix stream socket per VM. A frame is a little-endian `u32` length
+//! followed by that many bytes of JSON: a [`Request`] from the client, one
+//! [`Response`] back. Frames are bounded by [`FRAME_LEN_MAX`]; a longer one
+//! ends the connection. After [`Request::Console`] is answered with
+//! [`Response::Done`], the connection carries raw console bytes both ways.
+
+mod frame;
+
+use std::path::PathBuf;
+
+use hebe_types::{Stamp, VmId, VmName};
+use serde::{Deserialize, Serialize};
+
+pub use frame::{Client, ClientError, FRAME_LEN_MAX, read_frame, write_frame};
+
+/// What a client asks of a VMM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case")]
+pub enum Request {
+    /// Answered with [`Response::Status`].
+    Status,
+    /// Stop the vCPUs; RAM and devices stay as they are.
+    Pause,
+    /// Let a paused VM run again.
+    Unpause,
+    /// On-memory suspend: stop vCPUs, drain devices, save and commit
+    /// the execution state into the VM's segment. The process stays alive,
+    /// so that [`Request::Thaw`] can undo it. Answered with [`Response::Frozen`].
+    Freeze,
+    /// Undo a freeze in the same process: the committed state is withdrawn
+    /// first, then the vCPUs run.
+    Thaw,
+    /// Stop the VM and write RAM and state to a new file, fsynced. The VM
+    /// stays paused. Answered with [`Response::Saved`].
+    Save {
+        /// The file to create; must not exist.
+        path: PathBuf,
+    },
+    /// Press the ACPI power button.
+    PowerButton,
+    /// End the process. A frozen VM stays frozen in its segment; a running
+    /// one is powered off at once.
+    Quit,
+    /// Turn this connection into the VM's console.
+    Console,
+}
+
+/// What the VMM answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "response", rename_all = "kebab-case")]
+pub enum Response {
+    /// Done; nothing more to say.
+    Done,
+    /// The VM as it is.
+    Status(VmStatus),
+    /// The VM is frozen and committed.
+    Frozen(FreezeReport),
+    /// The VM is saved.
+    Saved(SaveReport),
+    /// Refused or failed; the VM is as it was.
+    Failed {
+        /// One sentence, with the way out.
+        message: String,
+    },
+}
+
+/// Where a VM stands in its VMM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmmState {
+    /// vCPUs run.
+    Running,
+    /// vCPUs are stopped, nothing is committed.
+    Paused,
+    /// Execution state is committed in the segment.
+    Frozen,
+    /// RAM and state are in a file; the VM waits to be ended or unpaused.
+    Saved,
+}
+
+/// One VM as its VMM sees it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// Name.
+    pub name: VmName,
+    /// Identity.
+    pub id: VmId,
+    /// State.
+    pub state: VmmState,
+    /// The VMM's process id.
+    pub pid: u32,
+    /// The VMM's release.
+    pub version: String,
+    /// Times this VM was resumed from memory or file since it booted.
+    pub resumes: u32,
+    /// Devices that stopped, with the reason (`virtio-blk 0: descriptor loop`).
+    pub stopped_devices: Vec<String>,
+    /// Bytes of guest RAM that device code touched so far.
+    pub ram_meter: RamMeter,
+    /// Stamp of the first frame that the guest sent after the last resume or start.
+    pub first_tx: Option<Stamp>,
+    /// Stamps of the last resume, if the VM was resumed.
+    pub resume: Option<ResumeReport>,
+}
+
+/// Guest RAM touched by the VMM, in bytes, since it started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamMeter {
+    /// Rings: descriptors, available and used.
+    pub ring_bytes: u64,
+    /// Data that guests asked devices to move.
+    pub data_bytes: u64,
+}
+
+/// Instants of one freeze.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FreezeReport {
+    /// The request arrived.
+    pub asked: Stamp,
+    /// All vCPUs were out of the guest.
+    pub vcpus_stopped: Stamp,
+    /// All devices were drained.
+    pub devices_drained: Stamp,
+    /// The state was built.
+    pub saved: Stamp,
+    /// The commit record was written.
+    pub committed: Stamp,
+    /// Bytes of execution state.
+    pub state_bytes: u64,
+    /// Guest RAM touched between `vcpus_stopped` and `committed`.
+    pub ram_touched: RamMeter,
+}
+
+/// Instants of one save.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SaveReport {
+    /// The request arrived.
+    pub asked: Stamp,
+    /// All vCPUs were out of the guest.
+    pub vcpus_stopped: Stamp,
+    /// The file was complete and on disk.
+    pub durable: Stamp,
+    /// Bytes written, holes not counted.
+    pub bytes_written: u64,
+}
+
+/// Instants of one resume.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ResumeReport {
+    /// The process began.
+    pub process_started: Stamp,
+    /// The state was read and checked.
+    pub state_read: Stamp,
+    /// The VM was built around its RAM.
+    pub constructed: Stamp,
+    /// The first vCPU entered the guest.
+    pub running: Stamp,
+    /// Guest RAM touched up to `running`.
+    pub ram_touched: RamMeter,
+}

@@ -1,0 +1,1 @@
+//! Kernel loading, memory layout and ACPI tables.

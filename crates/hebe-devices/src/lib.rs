@@ -1,0 +1,1 @@
+//! Bus, PCI, virtio devices and serial port.

@@ -1,0 +1,1 @@
+//! The state machines: pure values, no I/O, no clock.

@@ -1,0 +1,1 @@
+//! The host's life: launch, pre-flight, suspend all, reload, resume all.

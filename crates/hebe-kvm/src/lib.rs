@@ -1,0 +1,1 @@
+//! VM and vCPU over KVM: ordered save and restore.

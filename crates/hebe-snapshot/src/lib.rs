@@ -1,0 +1,1 @@
+//! RAM and execution state in a file.

@@ -1,0 +1,13 @@
+//! Execution state as versioned, checksummed sections.
+//!
+//! A state is a header followed by sections. Each section carries its kind,
+//! version, instance (the number of the vCPU or of the PCI slot), length and
+//! checksum, so that a reader can name what it does not know, and one damaged
+//! section is told from another. See [`StateWriter`] and [`StateReader`].
+//! Payloads are `postcard` encodings of the frozen structs under [`v1`]; a
+//! change of a struct is a new version, never an edit.
+
+mod container;
+pub mod v1;
+
+pub use container::{Section, SectionKind, StateError, StateReader, StateWriter};

@@ -1,0 +1,1 @@
+//! Devices: PCI functions, virtio transports and queues, the serial port.

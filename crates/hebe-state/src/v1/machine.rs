@@ -1,0 +1,1 @@
+//! The machine: VM, vCPUs, interrupt controllers, clock, ACPI registers.

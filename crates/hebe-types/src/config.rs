@@ -1,0 +1,252 @@
+//! VM definitions, as an operator writes them in TOML.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{ByteSize, GRANULE, MacAddr, VmName};
+
+/// Most vCPUs of one VM.
+pub const VCPUS_MAX: u8 = 8;
+/// Least RAM of one VM.
+pub const MEMORY_MIN: ByteSize = ByteSize::mib(2);
+/// Most RAM of one VM.
+pub const MEMORY_MAX: ByteSize = ByteSize::gib(1024);
+/// Most disks and NICs of one VM together; PCI slots bound it.
+pub const DEVICES_MAX: usize = 24;
+
+/// Which store holds a VM's RAM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StoreKind {
+    /// `devdax` where the host has one, `memfd` otherwise.
+    #[default]
+    Auto,
+    /// A reserved range of physical memory: outlives the host kernel.
+    Devdax,
+    /// Anonymous memory: outlives nothing but a VMM process.
+    Memfd,
+}
+
+/// What a host reboot does to a VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RebootMethod {
+    /// Frozen in memory and resumed by the new kernel.
+    #[default]
+    Warm,
+    /// Written to a file and restored from it.
+    Saved,
+    /// Shut down and booted again.
+    Cold,
+}
+
+/// One VM, as its owner defines it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Unique on the host.
+    pub name: VmName,
+    /// Guest RAM; a multiple of 2 MiB.
+    pub memory: ByteSize,
+    /// 1 to 8.
+    #[serde(default = "one")]
+    pub vcpus: u8,
+    /// Where guest RAM lives.
+    #[serde(default)]
+    pub store: StoreKind,
+    /// Use 2 MiB huge pages for a `memfd` store.
+    #[serde(default)]
+    pub hugepages: bool,
+    /// bzImage, or an ELF kernel with a PVH entry note.
+    pub kernel: PathBuf,
+    /// Initial RAM file system.
+    #[serde(default)]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    #[serde(default)]
+    pub cmdline: String,
+    /// Start with the host.
+    #[serde(default)]
+    pub autostart: bool,
+    /// Serial port and virtio console.
+    #[serde(default)]
+    pub console: ConsoleConfig,
+    /// Block devices, in order.
+    #[serde(default, rename = "disk")]
+    pub disks: Vec<DiskConfig>,
+    /// NICs, in order.
+    #[serde(default, rename = "net")]
+    pub nets: Vec<NetConfig>,
+}
+
+fn one() -> u8 {
+    1
+}
+
+/// Which consoles a VM has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ConsoleConfig {
+    /// A 16550 serial port, `ttyS0` in the guest.
+    pub serial: bool,
+    /// A virtio console, `hvc0` in the guest.
+    pub virtio: bool,
+}
+
+impl Default for ConsoleConfig {
+    fn default() -> Self {
+        Self {
+            serial: true,
+            virtio: true,
+        }
+    }
+}
+
+/// A block device backed by a raw file or a block device of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// The backing file.
+    pub path: PathBuf,
+    /// The guest cannot write.
+    #[serde(default)]
+    pub readonly: bool,
+}
+
+/// A NIC backed by a tap device of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// The tap device, created if absent. 1 to 15 bytes.
+    pub tap: String,
+    /// The bridge that the tap joins, if any.
+    #[serde(default)]
+    pub bridge: Option<String>,
+    /// Derived from the VM's id when absent.
+    #[serde(default)]
+    pub mac: Option<MacAddr>,
+}
+
+/// Why a definition is refused.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// RAM size out of range or not a multiple of 2 MiB.
+    #[error(
+        "memory = \"{0}\" is not possible: it must be a multiple of 2MiB, from {MEMORY_MIN} to {MEMORY_MAX}"
+    )]
+    Memory(ByteSize),
+    /// vCPU count out of range.
+    #[error("vcpus = {0} is not possible: a VM has 1 to {VCPUS_MAX}")]
+    Vcpus(u8),
+    /// The tap's name cannot be an interface's name.
+    #[error("'{0}' cannot name a network interface: 1 to 15 bytes, no '/' and no space")]
+    Interface(String),
+    /// Two NICs share a tap.
+    #[error("tap '{0}' is named twice")]
+    TapTwice(String),
+    /// Two disks share a file.
+    #[error("disk '{0}' is named twice")]
+    DiskTwice(PathBuf),
+    /// Too many devices.
+    #[error("{0} disks and NICs are too many: at most {DEVICES_MAX} together")]
+    Devices(usize),
+    /// The command line does not fit.
+    #[error("the kernel command line has {0} bytes: at most 2047")]
+    Cmdline(usize),
+}
+
+impl VmConfig {
+    /// Checks everything that can be checked without the host.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let memory = self.memory;
+        if memory < MEMORY_MIN || memory > MEMORY_MAX || !memory.0.is_multiple_of(GRANULE) {
+            return Err(ConfigError::Memory(memory));
+        }
+        if self.vcpus == 0 || self.vcpus > VCPUS_MAX {
+            return Err(ConfigError::Vcpus(self.vcpus));
+        }
+        if self.cmdline.len() > 2047 {
+            return Err(ConfigError::Cmdline(self.cmdline.len()));
+        }
+        let devices = self.disks.len() + self.nets.len();
+        if devices > DEVICES_MAX {
+            return Err(ConfigError::Devices(devices));
+        }
+        let mut taps = HashSet::new();
+        for net in &self.nets {
+            for name in std::iter::once(&net.tap).chain(&net.bridge) {
+                if !interface_name_ok(name) {
+                    return Err(ConfigError::Interface(name.clone()));
+                }
+            }
+            if !taps.insert(&net.tap) {
+                return Err(ConfigError::TapTwice(net.tap.clone()));
+            }
+        }
+        let mut disks = HashSet::new();
+        for disk in &self.disks {
+            if !disks.insert(&disk.path) {
+                return Err(ConfigError::DiskTwice(disk.path.clone()));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn interface_name_ok(name: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_graphic() && b != b'/' && b != b':';
+    !name.is_empty() && name.len() <= 15 && name != "." && name != ".." && name.bytes().all(allowed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> VmConfig {
+        VmConfig {
+            name: "web".parse().expect("name"),
+            memory: ByteSize::mib(256),
+            vcpus: 2,
+            store: StoreKind::Auto,
+            hugepages: false,
+            kernel: "/k".into(),
+            initrd: None,
+            cmdline: String::new(),
+            autostart: false,
+            console: ConsoleConfig::default(),
+            disks: vec![DiskConfig {
+                path: "/d".into(),
+                readonly: false,
+            }],
+            nets: vec![NetConfig {
+                tap: "tap0".into(),
+                bridge: None,
+                mac: None,
+            }],
+        }
+    }
+
+    #[test]
+    fn a_sane_definition_is_accepted() {
+        assert_eq!(sample().validate(), Ok(()));
+    }
+
+    #[test]
+    fn each_bad_field_is_refused_by_name() {
+        let refused = |change: fn(&mut VmConfig)| {
+            let mut config = sample();
+            change(&mut config);
+            config.validate().expect_err("must be refused").to_string()
+        };
+        assert!(refused(|c| c.memory = ByteSize(0)).contains("memory"));
+        assert!(refused(|c| c.memory = ByteSize((256 << 20) + 4096)).contains("memory"));
+        assert!(refused(|c| c.vcpus = 9).contains("vcpus = 9"));
+        assert!(refused(|c| c.vcpus = 0).contains("vcpus = 0"));
+        assert!(refused(|c| c.nets[0].tap = "a/b".into()).contains("a/b"));
+        assert!(refused(|c| c.nets.push(c.nets[0].clone())).contains("twice"));
+        assert!(refused(|c| c.disks.push(c.disks[0].clone())).contains("twice"));
+        assert!(refused(|c| c.cmdline = "x".repeat(3000)).contains("command line"));
+    }
+}

@@ -1,0 +1,17 @@
+//! Ids, guest addresses, byte sizes and VM definitions shared by every layer.
+//!
+//! This crate is pure: no unsafe code, no I/O, no clock, no threads.
+
+mod config;
+mod ids;
+mod layout;
+mod size;
+mod stamp;
+
+pub use config::{
+    ConfigError, ConsoleConfig, DiskConfig, NetConfig, RebootMethod, StoreKind, VmConfig,
+};
+pub use ids::{InvalidName, MacAddr, SegmentId, VmId, VmName};
+pub use layout::{Extent, Gpa, MMIO_HOLE_END, MMIO_HOLE_START, RamRange, ram_ranges};
+pub use size::{ByteSize, GRANULE, InvalidSize};
+pub use stamp::Stamp;

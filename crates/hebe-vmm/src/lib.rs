@@ -1,0 +1,1 @@
+//! One VM put together, and its control socket.

@@ -1,0 +1,3 @@
+//! Init of lab guests and hosts.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! demo, test, bench, tidy.
+
+fn main() {}
