@@ -1,1 +1,5 @@
 //! Bus, PCI, virtio devices and serial port.
+
+mod platform;
+
+pub use platform::{Doorbells, EventLog, MsiMessage, MsiVector, MsixBackend, Platform, Ram};
