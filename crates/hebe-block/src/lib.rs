@@ -1,1 +1,10 @@
 //! Disk back ends.
+//!
+//! [`BlockBackend`] is a raw file or a block device of the host, in the
+//! host's page cache. A lock keeps two VMs off one disk: whoever writes holds
+//! it alone, readers share it. The lock belongs to the open file, so it ends
+//! with the process however that ends.
+
+mod raw;
+
+pub use raw::{BlockBackend, BlockError, SECTOR_SIZE};

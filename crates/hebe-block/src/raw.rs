@@ -1,0 +1,297 @@
+//! Raw files and block devices.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use rustix::fs::{FallocateFlags, FlockOperation};
+
+/// Bytes per sector, as virtio counts (virtio 1.2, 5.2.5).
+pub const SECTOR_SIZE: u64 = 512;
+
+/// Why a disk cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockError {
+    /// Opening failed.
+    #[error("disk '{}' cannot be opened: check that it exists and is {}", path.display(), if *readonly { "readable" } else { "writable, or set readonly = true" })]
+    Open {
+        /// Which disk.
+        path: PathBuf,
+        /// How it was asked for.
+        readonly: bool,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Neither a regular file nor a block device.
+    #[error("disk '{}' is neither a file nor a block device", .0.display())]
+    Kind(PathBuf),
+    /// Another VM, or any other process that locks, has it.
+    #[error("disk '{}' is in use by another VM or process: stop that first, or give this VM its own disk", .0.display())]
+    Busy(PathBuf),
+    /// Locking failed for another reason.
+    #[error("disk '{}' cannot be locked", path.display())]
+    Lock {
+        /// Which disk.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Not a whole number of sectors, or none.
+    #[error("disk '{}' has {bytes} bytes: make it a multiple of 512 that is not 0 (truncate -s)", path.display())]
+    Size {
+        /// Which disk.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+}
+
+/// An open, locked disk.
+#[derive(Debug)]
+pub struct BlockBackend {
+    file: File,
+    path: PathBuf,
+    sectors: u64,
+    readonly: bool,
+    /// Written since the last flush that succeeded.
+    dirty: AtomicBool,
+    bytes_read: AtomicU64,
+    bytes_written: AtomicU64,
+}
+
+impl BlockBackend {
+    /// Opens and locks a raw file or block device. The size is taken once,
+    /// here; a size that is 0 or no multiple of 512 is refused rather than
+    /// rounded, because rounding hides a tail or invents one.
+    pub fn open(path: &Path, readonly: bool) -> Result<Self, BlockError> {
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(!readonly)
+            // A FIFO must be refused, not waited for.
+            .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK)
+            .open(path)
+            .map_err(|source| BlockError::Open {
+                path: path.to_owned(),
+                readonly,
+                source,
+            })?;
+        let open_error = |source| BlockError::Open {
+            path: path.to_owned(),
+            readonly,
+            source,
+        };
+        let kind = file.metadata().map_err(open_error)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(BlockError::Kind(path.to_owned()));
+        }
+        lock(&file, path, readonly)?;
+        // Works for block devices too, whose metadata has no length.
+        let bytes = file.seek(SeekFrom::End(0)).map_err(open_error)?;
+        if bytes == 0 || !bytes.is_multiple_of(SECTOR_SIZE) {
+            return Err(BlockError::Size {
+                path: path.to_owned(),
+                bytes,
+            });
+        }
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            sectors: bytes / SECTOR_SIZE,
+            readonly,
+            dirty: AtomicBool::new(false),
+            bytes_read: AtomicU64::new(0),
+            bytes_written: AtomicU64::new(0),
+        })
+    }
+
+    /// Capacity in sectors of 512 bytes.
+    pub fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
+    /// Opened for reading only.
+    pub fn readonly(&self) -> bool {
+        self.readonly
+    }
+
+    /// Where the disk lies.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Fills `data` from byte `offset` on. An error of kind `InvalidInput`
+    /// if that reaches beyond the disk.
+    pub fn read_at(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
+        self.check(data.len(), offset)?;
+        self.file.read_exact_at(data, offset)?;
+        self.bytes_read
+            .fetch_add(data.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Writes `data` to byte `offset` on. The bytes are durable after the
+    /// next [`BlockBackend::flush`]. An error of kind `InvalidInput` if that
+    /// reaches beyond the disk, of kind `PermissionDenied` if it is read-only.
+    pub fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        self.check(data.len(), offset)?;
+        self.check_writable()?;
+        self.dirty.store(true, Ordering::Release);
+        self.file.write_all_at(data, offset)?;
+        self.bytes_written
+            .fetch_add(data.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Makes everything written so far durable (fdatasync). Nothing to do
+    /// when nothing was written since the last time.
+    pub fn flush(&self) -> io::Result<()> {
+        if !self.dirty.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.file.sync_data().inspect_err(|_| {
+            self.dirty.store(true, Ordering::Release);
+        })
+    }
+
+    /// Gives `len` bytes from `offset` on back to the host; they read as
+    /// zero afterwards. `Unsupported` where the host cannot.
+    pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let size = usize::try_from(len).map_err(|_| beyond())?;
+        self.check(size, offset)?;
+        self.check_writable()?;
+        if len == 0 {
+            return Ok(());
+        }
+        self.dirty.store(true, Ordering::Release);
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.file, punch, offset, len).map_err(io::Error::from)
+    }
+
+    /// Bytes read since it was opened.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read.load(Ordering::Relaxed)
+    }
+
+    /// Bytes written since it was opened.
+    pub fn bytes_written(&self) -> u64 {
+        self.bytes_written.load(Ordering::Relaxed)
+    }
+
+    fn check(&self, len: usize, offset: u64) -> io::Result<()> {
+        match offset.checked_add(len as u64) {
+            Some(end) if end <= self.sectors * SECTOR_SIZE => Ok(()),
+            _ => Err(beyond()),
+        }
+    }
+
+    fn check_writable(&self) -> io::Result<()> {
+        if self.readonly {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        Ok(())
+    }
+}
+
+fn beyond() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, "beyond the end of the disk")
+}
+
+fn lock(file: &File, path: &Path, readonly: bool) -> Result<(), BlockError> {
+    let how = if readonly {
+        FlockOperation::NonBlockingLockShared
+    } else {
+        FlockOperation::NonBlockingLockExclusive
+    };
+    rustix::fs::flock(file, how).map_err(|errno| match errno {
+        rustix::io::Errno::WOULDBLOCK => BlockError::Busy(path.to_owned()),
+        other => BlockError::Lock {
+            path: path.to_owned(),
+            source: other.into(),
+        },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(bytes: u64) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().expect("temporary file");
+        file.as_file().set_len(bytes).expect("set length");
+        file
+    }
+
+    #[test]
+    fn what_is_written_is_read_and_counted() {
+        let file = disk(4096);
+        let disk = BlockBackend::open(file.path(), false).expect("open");
+        assert_eq!(disk.sectors(), 8);
+        disk.write_at(b"hello", 510).expect("write");
+        disk.flush().expect("flush");
+        let mut back = [0; 5];
+        disk.read_at(&mut back, 510).expect("read");
+        assert_eq!(&back, b"hello");
+        assert_eq!((disk.bytes_read(), disk.bytes_written()), (5, 5));
+    }
+
+    #[test]
+    fn nothing_beyond_the_end_is_touched() {
+        let file = disk(1024);
+        let disk = BlockBackend::open(file.path(), false).expect("open");
+        for (len, offset) in [(1, 1024), (2, 1023), (1, u64::MAX), (1025, 0)] {
+            let mut data = vec![0; len];
+            assert!(disk.read_at(&mut data, offset).is_err());
+            assert!(disk.write_at(&data, offset).is_err());
+        }
+        assert_eq!(file.as_file().metadata().expect("metadata").len(), 1024);
+    }
+
+    #[test]
+    fn two_writers_or_a_writer_and_a_reader_are_refused_but_readers_share() {
+        let file = disk(512);
+        let busy = |readonly| {
+            matches!(
+                BlockBackend::open(file.path(), readonly),
+                Err(BlockError::Busy(_))
+            )
+        };
+        let writer = BlockBackend::open(file.path(), false).expect("writer");
+        assert!(busy(false) && busy(true));
+        drop(writer);
+        let readers = [true, true].map(|r| BlockBackend::open(file.path(), r).expect("reader"));
+        assert!(busy(false));
+        drop(readers);
+        assert!(!busy(false));
+    }
+
+    #[test]
+    fn bad_disks_are_refused_with_a_sentence() {
+        for bytes in [0, 511, 513] {
+            let file = disk(bytes);
+            let refused = BlockBackend::open(file.path(), false)
+                .expect_err("size")
+                .to_string();
+            assert!(refused.contains(&format!("{bytes} bytes")), "{refused}");
+        }
+        let folder = tempfile::tempdir().expect("folder");
+        assert!(matches!(
+            BlockBackend::open(folder.path(), true),
+            Err(BlockError::Kind(_))
+        ));
+        let missing = BlockBackend::open(&folder.path().join("none"), true).expect_err("missing");
+        assert!(missing.to_string().contains("cannot be opened"));
+    }
+
+    #[test]
+    fn a_read_only_disk_is_not_written() {
+        let file = disk(512);
+        let disk = BlockBackend::open(file.path(), true).expect("open");
+        let refused = disk.write_at(&[1], 0).expect_err("read-only");
+        assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
+        disk.flush().expect("nothing to flush");
+    }
+}
