@@ -2,3 +2,5 @@
 //! that survives a kexec.
 
 pub mod clock;
+pub mod kexec;
+pub mod proc;

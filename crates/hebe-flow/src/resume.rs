@@ -1,0 +1,369 @@
+//! What to do with each VM after a start of the host, decided from facts that
+//! outlive it alone.
+//!
+//! The facts are: the store's segments and the state that each commits to, the
+//! saved files, the list of VMs to boot, and which VMs have a living VMM. The
+//! host may have stopped between any two writes; so every combination has an
+//! answer, and the answers obey two rules:
+//!
+//! 1. RAM never meets a disk that went on without it. A state (frozen or saved)
+//!    is used only where nothing shows that the VM ran after it.
+//! 2. Nothing that could still be resumed is ever given up by a plan.
+//!
+//! | segment's state | saved file | pending | decision |
+//! |---|---|---|---|
+//! | frozen | – | any | resume |
+//! | frozen | file | any | left frozen: two states, a person must choose |
+//! | running, by a VMM that lives | any | any | already up |
+//! | running, VMM or host gone | complete | any | restore (the VM did not run after the save) |
+//! | running, VMM or host gone | being restored | no | lost: it ran after the restore began |
+//! | running, VMM or host gone | – | yes | boot |
+//! | running, VMM or host gone | – | no | lost |
+//! | empty | complete or being restored | any | restore: the new segment never ran |
+//! | empty | – | yes | boot |
+//! | empty | – | no | clean up |
+//! | none | complete | any | restore |
+//! | none | being restored | any | interrupted: a person must choose |
+//! | none | – | yes | boot |
+//! | damaged | any | any | left where it is, with the reason |
+//! | more than one segment | any | any | left where they are |
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use hebe_types::{SegmentId, VmName};
+use serde::{Deserialize, Serialize};
+
+/// What a segment's execution area says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ExecFact {
+    /// Nothing: no VM ever ran in it.
+    Empty,
+    /// A VMM ran it last, and no state was committed since.
+    Running,
+    /// A state is committed.
+    Frozen,
+    /// Unreadable.
+    Damaged(String),
+}
+
+/// One segment of the store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SegmentFact {
+    /// Its record in the table.
+    pub id: SegmentId,
+    /// Its VM; `None` where the record cannot be read.
+    pub name: Option<VmName>,
+    /// Its state.
+    pub exec: ExecFact,
+}
+
+/// A saved file of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SavedFact {
+    /// Complete, and the VM did not run since.
+    Complete,
+    /// A restore from it began and its end was not recorded.
+    Restoring,
+}
+
+/// Everything that a plan is made from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// The store's segments.
+    pub segments: Vec<SegmentFact>,
+    /// Saved files.
+    pub saved: BTreeMap<VmName, SavedFact>,
+    /// VMs that a cold reboot shut down, to be booted.
+    pub pending: BTreeSet<VmName>,
+    /// VMs that are to run whenever the host does.
+    pub autostart: BTreeSet<VmName>,
+    /// VMs whose VMM lives.
+    pub alive: BTreeSet<VmName>,
+}
+
+/// What to do with one VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "decision", rename_all = "kebab-case")]
+pub enum Decision {
+    /// Its VMM lives: nothing.
+    Already,
+    /// Resume from memory.
+    Resume {
+        /// The segment with the committed state.
+        segment: SegmentId,
+    },
+    /// Restore from its saved file, after dropping the stale segment, if any.
+    Restore {
+        /// The segment that the file makes stale.
+        stale: Option<SegmentId>,
+    },
+    /// Boot from its definition, after dropping the old segment, if any.
+    Boot {
+        /// The segment of the VM's former life.
+        stale: Option<SegmentId>,
+    },
+    /// Drop a segment in which nothing ever ran.
+    Clean {
+        /// Which.
+        segment: SegmentId,
+    },
+    /// It can be resumed or looked at, but not without a person's choice.
+    Leave {
+        /// One sentence, with the way out.
+        reason: String,
+    },
+    /// It ran when its VMM or host stopped: what its CPUs held is gone.
+    Lost {
+        /// One sentence, with the way out.
+        reason: String,
+    },
+}
+
+/// Decides for every VM that the facts name. Segments that name no VM are not
+/// in the answer: they stay as they are, and `store list` shows them.
+pub fn plan(facts: &Facts) -> BTreeMap<VmName, Decision> {
+    let mut segments: BTreeMap<&VmName, Vec<&SegmentFact>> = BTreeMap::new();
+    for segment in &facts.segments {
+        if let Some(name) = &segment.name {
+            segments.entry(name).or_default().push(segment);
+        }
+    }
+    let names: BTreeSet<&VmName> = segments
+        .keys()
+        .copied()
+        .chain(facts.saved.keys())
+        .chain(&facts.pending)
+        .chain(&facts.autostart)
+        .chain(&facts.alive)
+        .collect();
+    names
+        .into_iter()
+        .map(|name| {
+            let own = segments.get(name).map_or(&[][..], Vec::as_slice);
+            (name.clone(), decide(facts, name, own))
+        })
+        .collect()
+}
+
+fn decide(facts: &Facts, name: &VmName, segments: &[&SegmentFact]) -> Decision {
+    if facts.alive.contains(name) {
+        return Decision::Already;
+    }
+    let saved = facts.saved.get(name).copied();
+    let boot = facts.pending.contains(name) || facts.autostart.contains(name);
+    match segments {
+        [] => without_segment(name, saved),
+        [one] => with_segment(name, one, saved, boot),
+        more => Decision::Leave {
+            reason: format!(
+                "{} segments bear the name '{name}': look at them with `hebe store list` and drop all but one with `hebe store drop`",
+                more.len()
+            ),
+        },
+    }
+}
+
+fn without_segment(name: &VmName, saved: Option<SavedFact>) -> Decision {
+    match saved {
+        Some(SavedFact::Complete) => Decision::Restore { stale: None },
+        Some(SavedFact::Restoring) => Decision::Leave {
+            reason: format!(
+                "a restore was interrupted and nothing shows whether the VM ran: `hebe resume {name} --again` if it did not, `hebe drop {name}` otherwise"
+            ),
+        },
+        // Named by the list or by its definition only.
+        None => Decision::Boot { stale: None },
+    }
+}
+
+fn with_segment(
+    name: &VmName,
+    segment: &SegmentFact,
+    saved: Option<SavedFact>,
+    boot: bool,
+) -> Decision {
+    let id = segment.id;
+    let stale = Some(id);
+    match (&segment.exec, saved) {
+        (ExecFact::Damaged(reason), _) => Decision::Leave {
+            reason: format!(
+                "its state in segment {id} cannot be used ({reason}): `hebe drop {name}` frees it"
+            ),
+        },
+        (ExecFact::Frozen, None) => Decision::Resume { segment: id },
+        (ExecFact::Frozen, Some(_)) => Decision::Leave {
+            reason: format!(
+                "it is frozen in memory and saved in a file, and only one of them may run: `hebe resume {name} --from memory` or `--from file`"
+            ),
+        },
+        (ExecFact::Running, Some(SavedFact::Complete)) | (ExecFact::Empty, Some(_)) => {
+            Decision::Restore { stale }
+        }
+        (ExecFact::Running, Some(SavedFact::Restoring)) => Decision::Lost {
+            reason: format!(
+                "it ran after its restore and stopped without a state: `hebe start {name}` boots it"
+            ),
+        },
+        (ExecFact::Running | ExecFact::Empty, None) if boot => Decision::Boot { stale },
+        (ExecFact::Running, None) => Decision::Lost {
+            reason: format!(
+                "its VMM or the host stopped while it ran: `hebe start {name}` boots it, `hebe drop {name}` frees its memory"
+            ),
+        },
+        (ExecFact::Empty, None) => Decision::Clean { segment: id },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name() -> VmName {
+        "web".parse().expect("name")
+    }
+
+    fn segment(exec: ExecFact) -> SegmentFact {
+        SegmentFact {
+            id: SegmentId(3),
+            name: Some(name()),
+            exec,
+        }
+    }
+
+    fn decided(exec: Option<ExecFact>, saved: Option<SavedFact>, pending: bool) -> Decision {
+        let facts = Facts {
+            segments: exec.map(segment).into_iter().collect(),
+            saved: saved.map(|s| (name(), s)).into_iter().collect(),
+            pending: pending.then(name).into_iter().collect(),
+            ..Facts::default()
+        };
+        plan(&facts).remove(&name()).unwrap_or(Decision::Already)
+    }
+
+    const STALE: Option<SegmentId> = Some(SegmentId(3));
+
+    #[test]
+    fn a_frozen_vm_is_resumed_unless_a_file_contradicts() {
+        for pending in [false, true] {
+            assert_eq!(
+                decided(Some(ExecFact::Frozen), None, pending),
+                Decision::Resume {
+                    segment: SegmentId(3)
+                }
+            );
+            for saved in [SavedFact::Complete, SavedFact::Restoring] {
+                let decision = decided(Some(ExecFact::Frozen), Some(saved), pending);
+                assert!(matches!(decision, Decision::Leave { .. }), "{decision:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn old_ram_never_meets_a_newer_disk() {
+        // Saved, then the host left: the segment holds what ran before the save.
+        for pending in [false, true] {
+            let decision = decided(Some(ExecFact::Running), Some(SavedFact::Complete), pending);
+            assert_eq!(decision, Decision::Restore { stale: STALE });
+            // The restored VM ran: the file is old now.
+            let decision = decided(Some(ExecFact::Running), Some(SavedFact::Restoring), false);
+            assert!(matches!(decision, Decision::Lost { .. }), "{decision:?}");
+        }
+        // Nothing shows whether it ran: not decided here.
+        let decision = decided(None, Some(SavedFact::Restoring), false);
+        assert!(matches!(decision, Decision::Leave { .. }), "{decision:?}");
+    }
+
+    #[test]
+    fn a_restore_that_never_ran_is_repeated() {
+        let decision = decided(Some(ExecFact::Empty), Some(SavedFact::Restoring), false);
+        assert_eq!(decision, Decision::Restore { stale: STALE });
+        let decision = decided(None, Some(SavedFact::Complete), true);
+        assert_eq!(decision, Decision::Restore { stale: None });
+    }
+
+    #[test]
+    fn pending_vms_boot_and_others_that_ran_are_listed_as_lost() {
+        let boot = |stale| Decision::Boot { stale };
+        assert_eq!(decided(None, None, true), boot(None));
+        assert_eq!(decided(Some(ExecFact::Running), None, true), boot(STALE));
+        assert_eq!(decided(Some(ExecFact::Empty), None, true), boot(STALE));
+        let lost = decided(Some(ExecFact::Running), None, false);
+        assert!(matches!(lost, Decision::Lost { .. }));
+        let clean = decided(Some(ExecFact::Empty), None, false);
+        assert_eq!(
+            clean,
+            Decision::Clean {
+                segment: SegmentId(3)
+            }
+        );
+    }
+
+    #[test]
+    fn damage_costs_the_damaged_vm_only() {
+        let mut facts = Facts::default();
+        facts
+            .segments
+            .push(segment(ExecFact::Damaged("checksum".into())));
+        facts.segments.push(SegmentFact {
+            id: SegmentId(4),
+            name: Some("db".parse().expect("name")),
+            exec: ExecFact::Frozen,
+        });
+        facts.segments.push(SegmentFact {
+            id: SegmentId(5),
+            name: None,
+            exec: ExecFact::Damaged("record".into()),
+        });
+        let plan = plan(&facts);
+        assert_eq!(plan.len(), 2);
+        let damaged = &plan[&name()];
+        assert!(
+            matches!(damaged, Decision::Leave { reason } if reason.contains("checksum")),
+            "{damaged:?}"
+        );
+        let db: VmName = "db".parse().expect("name");
+        assert_eq!(
+            plan[&db],
+            Decision::Resume {
+                segment: SegmentId(4)
+            }
+        );
+    }
+
+    #[test]
+    fn no_decision_gives_up_a_state_that_could_be_resumed() {
+        let execs = [
+            None,
+            Some(ExecFact::Empty),
+            Some(ExecFact::Running),
+            Some(ExecFact::Frozen),
+            Some(ExecFact::Damaged("x".into())),
+        ];
+        let files = [None, Some(SavedFact::Complete), Some(SavedFact::Restoring)];
+        for exec in &execs {
+            for saved in files {
+                for pending in [false, true] {
+                    let decision = decided(exec.clone(), saved, pending);
+                    let drops = match decision {
+                        Decision::Restore { stale } | Decision::Boot { stale } => stale.is_some(),
+                        Decision::Clean { .. } => true,
+                        _ => false,
+                    };
+                    let precious = matches!(exec, Some(ExecFact::Frozen | ExecFact::Damaged(_)));
+                    assert!(!(drops && precious), "{exec:?} {saved:?}: {decision:?}");
+                    let boots = matches!(decision, Decision::Boot { .. });
+                    assert!(!(boots && saved.is_some()), "{exec:?} {saved:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_living_vmm_is_left_alone_whatever_else_is_found() {
+        let mut facts = Facts::default();
+        facts.segments.push(segment(ExecFact::Frozen));
+        facts.alive.insert(name());
+        facts.saved.insert(name(), SavedFact::Complete);
+        assert_eq!(plan(&facts)[&name()], Decision::Already);
+    }
+}
