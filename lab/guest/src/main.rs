@@ -1,3 +1,75 @@
-//! Init of lab guests and hosts.
+//! PID 1 of the lab's hosts and guests.
+//!
+//! PID 1 mounts, then forks: the child plays the role that the kernel command
+//! line names (`lab.role=guest`, else host), PID 1 itself only reaps orphans.
+//! So the role's own children are waited for by those who started them.
 
-fn main() {}
+mod agent;
+mod dax;
+mod guest;
+mod host;
+mod modules;
+mod sys;
+
+use std::process::exit;
+
+use anyhow::Result;
+
+fn main() {
+    let userspace_tsc = sys::tsc();
+    if std::process::id() != 1 {
+        eprintln!("lab-init is the init program of the lab's machines; it does nothing elsewhere");
+        exit(2);
+    }
+    if let Err(e) = base_mounts() {
+        eprintln!("LAB: PANIC {e:#}");
+    }
+    let guest = sys::cmdline_value("lab.role").as_deref() == Some("guest");
+    // SAFETY: the process has one thread, so the child may go on freely.
+    match unsafe { libc::fork() } {
+        0 => {
+            let result = if guest {
+                guest::run()
+            } else {
+                host::run(userspace_tsc)
+            };
+            if let Err(e) = result {
+                println!("LAB: PANIC {e:#}");
+            }
+            exit(1);
+        }
+        child => reap(child),
+    }
+}
+
+fn base_mounts() -> Result<()> {
+    sys::mount_pseudo("devtmpfs", "/dev", "")?;
+    sys::mount_pseudo("proc", "/proc", "")?;
+    sys::mount_pseudo("sysfs", "/sys", "")?;
+    // The kernel may have started init before /dev/console existed.
+    if let Ok(console) = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/console")
+    {
+        rustix::stdio::dup2_stdin(&console)?;
+        rustix::stdio::dup2_stdout(&console)?;
+        rustix::stdio::dup2_stderr(&console)?;
+    }
+    Ok(())
+}
+
+fn reap(role: i32) -> ! {
+    loop {
+        let mut status = 0;
+        // SAFETY: `status` is a valid place for the result.
+        let pid = unsafe { libc::waitpid(-1, &mut status, 0) };
+        if pid == role || pid < 0 {
+            println!("LAB: PANIC the role's process ended with status {status:#x}");
+            sys::reboot(sys::Reboot::PowerOff);
+            loop {
+                std::thread::park();
+            }
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! The guest role.
+
+use anyhow::Result;
+
+/// Runs the guest.
+pub fn run() -> Result<()> {
+    Ok(())
+}

@@ -1,0 +1,93 @@
+//! The programs that go into the lab's machines, built statically.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::progress::Progress;
+
+/// The target, named so that proc macros are built without its flags.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// A program of this workspace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Program {
+    /// Cargo package.
+    pub package: &'static str,
+    /// Binary.
+    pub name: &'static str,
+}
+
+/// PID 1 of hosts and guests.
+pub const LAB_INIT: Program = Program {
+    package: "lab-guest",
+    name: "lab-init",
+};
+/// The command line.
+pub const HEBE: Program = Program {
+    package: "hebe",
+    name: "hebe",
+};
+/// The VMM.
+pub const HEBE_VMM: Program = Program {
+    package: "hebe-vmm",
+    name: "hebe-vmm",
+};
+
+/// The programs, built.
+#[derive(Clone, Debug)]
+pub struct Binaries {
+    /// PID 1.
+    pub init: PathBuf,
+    /// What goes into the host's `/bin`.
+    pub product: Vec<PathBuf>,
+}
+
+impl Binaries {
+    /// Builds `lab-init` and the product's programs in `product`.
+    pub fn build(product: &[Program], progress: &dyn Progress) -> Result<Self> {
+        progress.step("building the programs for the lab's machines");
+        let root = workspace_root();
+        let target_dir = root.join("target/lab");
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let mut command = Command::new(cargo);
+        command
+            .current_dir(&root)
+            .args(["build", "--quiet", "--profile", "lab", "--target", TARGET])
+            .arg("--target-dir")
+            .arg(&target_dir)
+            .env("RUSTFLAGS", "-C target-feature=+crt-static")
+            .env_remove("CARGO_ENCODED_RUSTFLAGS")
+            .stdin(Stdio::null());
+        for program in std::iter::once(&LAB_INIT).chain(product) {
+            command.args(["--package", program.package]);
+        }
+        let status = command.status().context("cannot run cargo")?;
+        if !status.success() {
+            bail!("the programs for the lab's machines do not build");
+        }
+        let folder = target_dir.join(TARGET).join("lab");
+        let find = |program: &Program| {
+            let path = folder.join(program.name);
+            match path.is_file() {
+                true => Ok(path),
+                false => bail!(
+                    "package {} built no program {}",
+                    program.package,
+                    program.name
+                ),
+            }
+        };
+        Ok(Self {
+            init: find(&LAB_INIT)?,
+            product: product.iter().map(find).collect::<Result<_>>()?,
+        })
+    }
+}
+
+/// The checkout that this program was built from.
+pub fn workspace_root() -> PathBuf {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest.parent().unwrap_or(manifest).to_owned()
+}

@@ -1,0 +1,124 @@
+//! The initramfs of lab hosts and of their guests.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::assets::Kernel;
+use crate::binaries::Binaries;
+use crate::cpio::Archive;
+use crate::modules::{ModuleIndex, read_module};
+
+/// What a host needs before VMs can be resumed. `?` marks what some kernels
+/// do not have.
+const HOST_EARLY: [&str; 15] = [
+    "virtio_pci",
+    "virtio_net",
+    "virtio_blk",
+    "irqbypass?",
+    "kvm",
+    "kvm-amd",
+    "kvm-intel",
+    "libnvdimm",
+    "nd_btt?",
+    "nd_pmem",
+    "device_dax",
+    "dax_pmem",
+    "nd_e820",
+    "tun",
+    "bridge",
+];
+/// What a host needs to read its disk.
+const HOST_DISK: [&str; 2] = ["ext4", "crc32c_generic?"];
+/// What can wait until the VMs run.
+const HOST_LATE: [&str; 3] = ["loop?", "vhost_net?", "virtio_rng?"];
+/// What a guest needs.
+const GUEST: [&str; 7] = [
+    "virtio_pci",
+    "virtio_net",
+    "virtio_blk",
+    "virtio_console?",
+    "virtio_rng?",
+    "ext4",
+    "crc32c_generic?",
+];
+
+/// Builds a host's initramfs.
+pub fn host(kernel: &Kernel, binaries: &Binaries, tools: Option<&Path>) -> Result<Vec<u8>> {
+    let mut archive = base(binaries)?;
+    for program in &binaries.product {
+        let name = program.file_name().context("a program without a name")?;
+        archive.file(
+            &format!("/bin/{}", name.to_string_lossy()),
+            0o755,
+            &read(program)?,
+        );
+    }
+    if let Some(busybox) = tools {
+        archive.file("/bin/busybox", 0o755, &read(busybox)?);
+    }
+    let early: Vec<&str> = HOST_EARLY.into_iter().chain(HOST_DISK).collect();
+    add_modules(
+        &mut archive,
+        kernel,
+        &[("early", &early), ("late", &HOST_LATE)],
+    )?;
+    Ok(archive.finish())
+}
+
+/// Builds a guest's initramfs.
+pub fn guest(kernel: &Kernel, binaries: &Binaries) -> Result<Vec<u8>> {
+    let mut archive = base(binaries)?;
+    add_modules(&mut archive, kernel, &[("early", &GUEST)])?;
+    Ok(archive.finish())
+}
+
+fn base(binaries: &Binaries) -> Result<Archive> {
+    let mut archive = Archive::new();
+    for folder in [
+        "/dev", "/proc", "/sys", "/run", "/tmp", "/root", "/etc", "/var/lib", "/bin",
+    ] {
+        archive.folder(folder);
+    }
+    archive.character_device("/dev/console", 0o600, 5, 1);
+    archive.file("/init", 0o755, &read(&binaries.init)?);
+    Ok(archive)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// The processor feature without which a module is of no use.
+fn condition(path: &str) -> &'static str {
+    match path {
+        p if p.contains("kvm-amd") || p.contains("/ccp") => "svm",
+        p if p.contains("kvm-intel") => "vmx",
+        _ => "-",
+    }
+}
+
+/// Adds module files and `/lab/modules`, the list that init loads them by.
+fn add_modules(archive: &mut Archive, kernel: &Kernel, groups: &[(&str, &[&str])]) -> Result<()> {
+    let Some(dir) = &kernel.modules else {
+        return Ok(());
+    };
+    let index = ModuleIndex::read(dir)?;
+    let mut list = String::new();
+    let mut added = std::collections::HashSet::new();
+    for (group, wanted) in groups {
+        for path in index.load_order(wanted)? {
+            let file: PathBuf = dir.join(&path);
+            let plain = path.rsplit('/').next().unwrap_or(&path);
+            let plain = plain.split(".ko").next().unwrap_or(plain);
+            let inside = format!("/lab/ko/{plain}.ko");
+            if added.insert(inside.clone()) {
+                archive.file(&inside, 0o644, &read_module(&file)?);
+                list.push_str(&format!("{group} {} {inside}\n", condition(&path)));
+            }
+        }
+    }
+    archive.file("/lab/modules", 0o644, list.as_bytes());
+    Ok(())
+}

@@ -1,0 +1,376 @@
+//! One emulated computer.
+
+use std::net::{TcpListener, UdpSocket};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use lab_guest::proto::{AGENT_PORT, HostStatus};
+use lab_guest::status::{HTTP_PORT, SLOW_PORT, TCP_ECHO_PORT, UDP_ECHO_PORT};
+use serde_json::json;
+
+use crate::agent::{Agent, ExecOutput};
+use crate::assets::Qemu;
+use crate::qmp::Qmp;
+use crate::serial::Serial;
+
+/// The processor that QEMU's emulation runs nested guests on soundly.
+const TCG_CPU: &str = "Opteron_G3,+svm,+npt,+rdrand,+vgif,+svme-addr-chk,+x2apic,-misalignsse";
+
+/// Who runs the machine's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accelerator {
+    /// QEMU's emulator: everywhere, slow. Ratios count, absolute times do not.
+    Tcg,
+    /// This computer's processor, with nesting.
+    Kvm,
+}
+
+impl Accelerator {
+    /// KVM only where hardware is behind it and nesting is on.
+    pub fn detect() -> Self {
+        let nested = ["kvm_intel", "kvm_amd"].iter().any(|module| {
+            std::fs::read_to_string(format!("/sys/module/{module}/parameters/nested"))
+                .is_ok_and(|v| matches!(v.trim(), "1" | "Y"))
+        });
+        let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let hardware = flags.split_whitespace().any(|f| f == "vmx" || f == "svm");
+        let usable = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .is_ok();
+        if nested && hardware && usable {
+            Self::Kvm
+        } else {
+            Self::Tcg
+        }
+    }
+
+    fn arguments(self) -> [&'static str; 4] {
+        match self {
+            Self::Tcg => ["-accel", "tcg,thread=multi", "-cpu", TCG_CPU],
+            Self::Kvm => ["-accel", "kvm", "-cpu", "host"],
+        }
+    }
+}
+
+/// A guest of the lab host, by number: its address and the forwarded ports
+/// of this machine through which it is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestPorts {
+    /// Last byte of its address 10.0.2.x.
+    pub host_byte: u8,
+    /// UDP echo.
+    pub udp_echo: u16,
+    /// TCP echo.
+    pub tcp_echo: u16,
+    /// HTTP.
+    pub http: u16,
+    /// The slow-starting service.
+    pub slow: u16,
+}
+
+/// How to build the machine.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// RAM, in MiB; a multiple of 2, at least 1024.
+    pub memory_mib: u64,
+    /// Processors.
+    pub cpus: u8,
+    /// Kernel image that a reset starts.
+    pub kernel: PathBuf,
+    /// Its initramfs.
+    pub initrd: PathBuf,
+    /// Its command line.
+    pub cmdline: String,
+    /// Raw image behind `/dev/vda`.
+    pub disk: Option<PathBuf>,
+    /// How many guests the forwarded ports are for.
+    pub guests: u8,
+    /// First guest's address byte: 101, or 15 when the machine itself is the guest.
+    pub guest_byte: u8,
+    /// Folder for the serial log and the control socket.
+    pub dir: PathBuf,
+}
+
+/// A running machine. Dropping it ends QEMU.
+pub struct Machine {
+    /// The agent in the host.
+    pub agent: Agent,
+    /// The serial line.
+    pub serial: Serial,
+    /// The forwarded ports of the guests, in order.
+    pub guests: Vec<GuestPorts>,
+    /// Who runs its instructions.
+    pub accelerator: Accelerator,
+    /// QEMU's process id.
+    pub pid: u32,
+    qmp: Qmp,
+    _alive: mpsc::Sender<()>,
+    ended: Option<thread::JoinHandle<()>>,
+    alarms_seen: usize,
+}
+
+impl Machine {
+    /// Starts QEMU; the kernel in it then boots.
+    pub fn start(qemu: &Qemu, config: &MachineConfig) -> Result<Self> {
+        let accelerator = Accelerator::detect();
+        let ports = Ports::choose(config.guests, config.guest_byte)?;
+        let serial = Serial::new(&config.dir.join("serial.log"));
+        let socket = config.dir.join("qmp.sock");
+        let mut command = qemu.command();
+        command
+            .args([
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+                "-machine",
+                "q35",
+            ])
+            .args(accelerator.arguments())
+            .args([
+                "-smp",
+                &config.cpus.to_string(),
+                "-m",
+                &format!("{}M", config.memory_mib),
+            ])
+            .arg("-kernel")
+            .arg(&config.kernel)
+            .arg("-initrd")
+            .arg(&config.initrd)
+            .args(["-append", &config.cmdline])
+            .args(["-serial", &format!("file:{}", serial.path().display())])
+            .args([
+                "-qmp",
+                &format!("unix:{},server=on,wait=off", socket.display()),
+            ])
+            .args([
+                "-nic",
+                &format!("user,model=virtio-net-pci{}", ports.forwards()),
+            ])
+            .args(["-device", "virtio-rng-pci"]);
+        if let Some(disk) = &config.disk {
+            command.args([
+                "-drive",
+                &format!("if=virtio,format=raw,file={}", disk.display()),
+            ]);
+        }
+        let log = std::fs::File::create(config.dir.join("qemu.log"))?;
+        command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        let (pid, alive, ended) = spawn_guarded(command)?;
+        let qmp = Qmp::connect(&socket, Duration::from_secs(20)).with_context(|| {
+            let said = std::fs::read_to_string(config.dir.join("qemu.log")).unwrap_or_default();
+            format!("QEMU did not start: {}", said.trim())
+        })?;
+        Ok(Self {
+            agent: Agent::new(ports.agent),
+            serial,
+            guests: ports.guests,
+            accelerator,
+            pid,
+            qmp,
+            _alive: alive,
+            ended: Some(ended),
+            alarms_seen: 0,
+        })
+    }
+
+    /// Waits for a kernel other than `before`; fails at once when the serial
+    /// line shows a kernel failure.
+    pub fn wait_for_boot(&mut self, before: Option<&str>, limit: Duration) -> Result<HostStatus> {
+        let agent = self.agent;
+        agent
+            .wait_for_boot(before, true, limit, || self.check())
+            .with_context(|| format!("last lines of the serial line:\n{}", self.serial.tail(15)))
+    }
+
+    /// Fails when the serial line shows a kernel failure that was not
+    /// reported before, or when QEMU is gone.
+    pub fn check(&mut self) -> Result<()> {
+        let alarms = self.serial.alarms().unwrap_or_default();
+        let seen = std::mem::replace(&mut self.alarms_seen, alarms.len());
+        if let Some(alarm) = alarms.get(seen) {
+            bail!("the lab host's kernel is in trouble: {alarm}");
+        }
+        if self
+            .ended
+            .as_ref()
+            .is_none_or(thread::JoinHandle::is_finished)
+        {
+            bail!("QEMU ended");
+        }
+        Ok(())
+    }
+
+    /// Runs a program in the host; five minutes at most.
+    pub fn exec(&self, argv: &[&str]) -> Result<ExecOutput> {
+        self.agent.exec(argv, b"", Duration::from_secs(300))
+    }
+
+    /// Runs a program that must end with status 0; returns its output.
+    pub fn exec_ok(&self, argv: &[&str]) -> Result<String> {
+        let output = self.exec(argv)?;
+        if !output.ok() {
+            bail!(
+                "`{}` ended with {:?}: {}",
+                argv.join(" "),
+                output.code,
+                output.all_text().trim()
+            );
+        }
+        Ok(output.text())
+    }
+
+    /// Hard reset, as by the button: RAM is kept by QEMU, caches and devices are not.
+    pub fn reset(&mut self) -> Result<()> {
+        self.qmp.execute("system_reset", json!({})).map(drop)
+    }
+
+    /// Stops all processors between two instructions.
+    pub fn stop(&mut self) -> Result<()> {
+        self.qmp.execute("stop", json!({})).map(drop)
+    }
+
+    /// Lets stopped processors go on.
+    pub fn cont(&mut self) -> Result<()> {
+        self.qmp.execute("cont", json!({})).map(drop)
+    }
+
+    /// Powers the host off and waits for QEMU's end.
+    pub fn power_off(mut self) -> Result<()> {
+        self.agent.power_off()?;
+        let end = std::time::Instant::now() + Duration::from_secs(30);
+        while self.ended.as_ref().is_some_and(|e| !e.is_finished()) {
+            if std::time::Instant::now() > end {
+                bail!("the lab host did not power off");
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        self.ended = None;
+        Ok(())
+    }
+
+    /// Ends QEMU at once.
+    pub fn kill(self) {}
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let Some(ended) = self.ended.take() else {
+            return;
+        };
+        if !ended.is_finished() {
+            // SAFETY: kill(2) takes no pointer; the process is our child and
+            // not yet waited for, because its waiting thread still runs.
+            unsafe { libc::kill(self.pid as i32, libc::SIGKILL) };
+        }
+        let _ = ended.join();
+    }
+}
+
+/// Starts QEMU from a thread that lives as long as QEMU does, so that the
+/// parent-death signal means the end of this whole process.
+fn spawn_guarded(mut command: Command) -> Result<(u32, mpsc::Sender<()>, thread::JoinHandle<()>)> {
+    let (started_in, started) = mpsc::channel();
+    let (alive, _until_dropped) = mpsc::channel();
+    let handle = thread::spawn(move || {
+        // SAFETY: prctl(2) is async-signal-safe and takes no pointer here.
+        unsafe {
+            command.pre_exec(
+                || match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+                    0 => Ok(()),
+                    _ => Err(std::io::Error::last_os_error()),
+                },
+            );
+        }
+        match command.spawn() {
+            Ok(mut child) => {
+                let _ = started_in.send(Ok(child.id()));
+                let _ = child.wait();
+            }
+            Err(e) => {
+                let _ = started_in.send(Err(e));
+            }
+        }
+    });
+    let pid = started
+        .recv()
+        .context("no answer")?
+        .context("cannot start QEMU")?;
+    Ok((pid, alive, handle))
+}
+
+struct Ports {
+    agent: u16,
+    guests: Vec<GuestPorts>,
+}
+
+impl Ports {
+    /// Finds free ports; all are held until the last one is chosen, so that
+    /// none is given twice.
+    fn choose(guests: u8, first_byte: u8) -> Result<Self> {
+        let mut held = Vec::new();
+        let mut tcp = || -> Result<u16> {
+            let listener = TcpListener::bind("127.0.0.1:0").context("no free port")?;
+            let port = listener.local_addr()?.port();
+            held.push(listener);
+            Ok(port)
+        };
+        let agent = tcp()?;
+        let mut all = Vec::new();
+        let mut held_udp = Vec::new();
+        for i in 0..guests {
+            let udp = UdpSocket::bind("127.0.0.1:0").context("no free port")?;
+            all.push(GuestPorts {
+                host_byte: first_byte + i,
+                udp_echo: udp.local_addr()?.port(),
+                tcp_echo: tcp()?,
+                http: tcp()?,
+                slow: tcp()?,
+            });
+            held_udp.push(udp);
+        }
+        Ok(Self { agent, guests: all })
+    }
+
+    fn forwards(&self) -> String {
+        let one = |kind: &str, port: u16, byte: u8, to: u16| {
+            format!(",hostfwd={kind}:127.0.0.1:{port}-10.0.2.{byte}:{to}")
+        };
+        let mut text = one("tcp", self.agent, 15, AGENT_PORT);
+        for guest in &self.guests {
+            text.push_str(&one("udp", guest.udp_echo, guest.host_byte, UDP_ECHO_PORT));
+            text.push_str(&one("tcp", guest.tcp_echo, guest.host_byte, TCP_ECHO_PORT));
+            text.push_str(&one("tcp", guest.http, guest.host_byte, HTTP_PORT));
+            text.push_str(&one("tcp", guest.slow, guest.host_byte, SLOW_PORT));
+        }
+        text
+    }
+}
+
+/// A host's command line: console, reservation, and what else is asked for.
+pub fn host_cmdline(reserve_mib: u64, extra: &str) -> String {
+    let mut line = String::from("console=ttyS0 loglevel=4 panic=0 tsc=reliable");
+    if reserve_mib > 0 {
+        line.push_str(&format!(" memmap={reserve_mib}M!4G"));
+    }
+    if !extra.is_empty() {
+        line.push(' ');
+        line.push_str(extra);
+    }
+    line
+}
+
+/// Where a machine keeps its files.
+pub fn file_in(dir: &Path, name: &str) -> PathBuf {
+    dir.join(name)
+}
