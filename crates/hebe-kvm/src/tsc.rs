@@ -10,10 +10,8 @@ use hebe_state::v1::machine::ClockV1;
 /// How the clocks go on after a resume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClockPlan {
-    /// kvmclock at the instant [`ClockPlan::at_tsc`].
+    /// kvmclock at the instant for which the plan was made.
     pub kvmclock_ns: u64,
-    /// The host TSC for which the plan was made.
-    pub at_tsc: u64,
     /// What to add to each vCPU's saved TSC offset, modulo 2^64.
     pub tsc_offset_delta: u64,
     /// The pause, in nanoseconds.
@@ -45,7 +43,6 @@ impl ClockPlan {
         match ticks_ns.filter(|ns| ns.abs_diff(wall_ns) <= tolerance_ns) {
             Some(pause_ns) => Self {
                 kvmclock_ns: saved.kvmclock_ns.saturating_add(pause_ns),
-                at_tsc: now_tsc,
                 tsc_offset_delta: 0,
                 pause_ns,
                 tsc_continued: true,
@@ -55,8 +52,7 @@ impl ClockPlan {
                 let expected_tsc = saved.host_tsc.wrapping_add(ticks);
                 Self {
                     kvmclock_ns: saved.kvmclock_ns.saturating_add(wall_ns),
-                    at_tsc: now_tsc,
-                    tsc_offset_delta: expected_tsc.wrapping_sub(now_tsc),
+                        tsc_offset_delta: expected_tsc.wrapping_sub(now_tsc),
                     pause_ns: wall_ns,
                     tsc_continued: false,
                 }

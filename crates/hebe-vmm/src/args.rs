@@ -1,0 +1,64 @@
+//! The command line, which only `hebe` writes.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use clap::Parser;
+use hebe_store::SegmentSpec;
+use hebe_types::{VmId, VmName};
+
+/// The process around one VM. Started by `hebe`; see `hebe --help`.
+#[derive(Debug, Parser)]
+#[command(name = "hebe-vmm", version)]
+pub struct Args {
+    /// The VM's name.
+    #[arg(long)]
+    pub name: VmName,
+    /// The VM's id: 32 hexadecimal digits.
+    #[arg(long, value_parser = parse_id)]
+    pub vm_id: VmId,
+    /// The VM's definition. Not needed with --resume or --restore: the state holds it.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// An inherited descriptor of the VM's definition, instead of --config.
+    #[arg(long, value_name = "FD", conflicts_with = "config")]
+    pub config_fd: Option<RawFd>,
+    /// Directory for the control socket, the console log and exit.json.
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: PathBuf,
+    /// An inherited descriptor that holds the VM's lock; kept open to the end.
+    #[arg(long, value_name = "FD")]
+    pub lock_fd: Option<RawFd>,
+    /// An inherited descriptor of the store's device; closed once the segment is mapped.
+    #[arg(long, value_name = "FD", requires = "segment")]
+    pub segment_fd: Option<RawFd>,
+    /// The segment's place in the store, in JSON.
+    #[arg(long, value_name = "JSON", value_parser = parse_segment)]
+    pub segment: Option<SegmentSpec>,
+    /// Keep guest RAM in anonymous memory that ends with this process.
+    #[arg(long, conflicts_with = "segment")]
+    pub memfd: bool,
+    /// Resume from the execution state in the segment.
+    #[arg(long, conflicts_with = "restore")]
+    pub resume: bool,
+    /// Restore RAM and execution state from a saved file.
+    #[arg(long, value_name = "FILE")]
+    pub restore: Option<PathBuf>,
+}
+
+fn parse_id(text: &str) -> Result<VmId, String> {
+    let digits: String = text.chars().filter(|c| *c != '-').collect();
+    let refuse = || format!("'{text}' is not a VM id of 32 hexadecimal digits");
+    if digits.len() != 32 || !digits.is_ascii() {
+        return Err(refuse());
+    }
+    let mut id = [0; 16];
+    for (i, byte) in id.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&digits[2 * i..2 * i + 2], 16).map_err(|_| refuse())?;
+    }
+    Ok(VmId(id))
+}
+
+fn parse_segment(text: &str) -> Result<SegmentSpec, String> {
+    serde_json::from_str(text).map_err(|e| e.to_string())
+}

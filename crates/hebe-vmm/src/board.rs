@@ -1,0 +1,84 @@
+//! The board: which device answers at which port and address.
+
+use std::sync::Arc;
+
+use hebe_boot::layout;
+use hebe_devices::{PciRoot, SerialPort};
+use hebe_kvm::IoHandler;
+
+use crate::acpi::Acpi;
+use crate::vm::Event;
+
+/// Keyboard controller command port: value 0xfe pulses the reset line, and
+/// Linux falls back to that.
+const PORT_KEYBOARD: u16 = 0x64;
+const KEYBOARD_RESET: u8 = 0xfe;
+
+/// Everything that answers to vCPUs' I/O. Shared by all vCPU threads; each
+/// part locks for itself.
+pub(crate) struct Board {
+    pub(crate) pci: PciRoot,
+    pub(crate) serial: Option<Arc<SerialPort>>,
+    pub(crate) acpi: Acpi,
+}
+
+impl Board {
+    pub(crate) fn new(pci: PciRoot, serial: Option<Arc<SerialPort>>, acpi: Acpi) -> Self {
+        Self { pci, serial, acpi }
+    }
+
+    /// The guest asked for power-off or reset: it must not be suspended any
+    /// more, because it would resume behind its own end.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.acpi.is_ending()
+    }
+}
+
+impl IoHandler for Board {
+    fn pio_read(&self, port: u16, data: &mut [u8]) {
+        // A floating bus reads as ones.
+        data.fill(0xff);
+        match port {
+            0xcf8..=0xcff => self.pci.pio_read(port, data),
+            layout::PORT_SLEEP_CONTROL..=layout::PORT_EVENTS => data[0] = self.acpi.read(port),
+            PORT_KEYBOARD => data[0] = 0,
+            _ => {
+                if let (Some(serial), Some(offset)) = (&self.serial, serial_offset(port)) {
+                    data[0] = serial.pio_read(offset);
+                }
+            }
+        }
+    }
+
+    fn pio_write(&self, port: u16, data: &[u8]) {
+        match port {
+            0xcf8..=0xcff => self.pci.pio_write(port, data),
+            layout::PORT_SLEEP_CONTROL..=layout::PORT_EVENTS => self.acpi.write(port, data[0]),
+            PORT_KEYBOARD if data[0] == KEYBOARD_RESET => {
+                self.acpi.end(Event::Reset);
+            }
+            _ => {
+                if let (Some(serial), Some(offset)) = (&self.serial, serial_offset(port)) {
+                    serial.pio_write(offset, data[0]);
+                }
+            }
+        }
+    }
+
+    fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        if !self.pci.mmio_read(address, data) {
+            data.fill(0xff);
+        }
+    }
+
+    fn mmio_write(&self, address: u64, data: &[u8]) {
+        // A write that nobody takes goes nowhere, as on a real bus.
+        self.pci.mmio_write(address, data);
+    }
+}
+
+fn serial_offset(port: u16) -> Option<u8> {
+    port.checked_sub(layout::PORT_SERIAL)
+        .filter(|offset| *offset < 8)
+        .map(|offset| offset as u8)
+}

@@ -1,0 +1,144 @@
+//! The control socket.
+//!
+//! One thread accepts, one thread serves each connection, and the VM is
+//! behind one lock: requests are served one at a time, in the order in which
+//! they get it. A client that says nothing, or nonsense, holds no lock.
+
+use std::fs;
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use hebe_api::{Request, Response, VmmState, read_frame, write_frame};
+
+use crate::log;
+use crate::vm::{Event, Vm, VmError};
+
+/// Most connections at once; one more is closed at once.
+const CONNECTIONS_MAX: usize = 32;
+
+/// The VM, shared between control connections and the main thread. It is
+/// `None` while it is rebuilt after a reset and once it has ended.
+pub(crate) type Shared = Arc<Mutex<Option<Vm>>>;
+
+/// Listens on `path`, replacing a socket that a dead process left. The
+/// caller holds the VM's lock, so no live VMM listens there.
+pub(crate) fn listen(path: &Path) -> Result<UnixListener, VmError> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => UnixListener::bind(path),
+    }
+    .map_err(|source| VmError::Io {
+        what: "the control socket cannot be made: check the rights of the run directory",
+        source,
+    })
+}
+
+/// Serves connections for ever, in a thread of its own.
+pub(crate) fn serve(listener: UnixListener, vm: Shared, events: Sender<Event>) -> io::Result<()> {
+    let connections = Arc::new(AtomicUsize::new(0));
+    let accept = move || {
+        for stream in listener.incoming().flatten() {
+            if connections.fetch_add(1, Ordering::SeqCst) >= CONNECTIONS_MAX {
+                connections.fetch_sub(1, Ordering::SeqCst);
+                continue;
+            }
+            let (vm, events, connections) = (vm.clone(), events.clone(), connections.clone());
+            let spawned = thread::Builder::new()
+                .name("control".into())
+                .spawn(move || {
+                    // A broken connection is its client's business.
+                    let _ = converse(stream, &vm, &events);
+                    connections.fetch_sub(1, Ordering::SeqCst);
+                });
+            if let Err(error) = spawned {
+                log::log_error(&format!("no thread for a control connection: {error}"));
+            }
+        }
+    };
+    thread::Builder::new()
+        .name("accept".into())
+        .spawn(accept)
+        .map(drop)
+}
+
+fn converse(mut stream: UnixStream, vm: &Shared, events: &Sender<Event>) -> io::Result<()> {
+    while let Some(request) = read_frame::<Request>(&mut stream)? {
+        let mut guard = vm.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(vm) = guard.as_mut() else {
+            let message = "the VM is being rebuilt or has ended: try again".to_owned();
+            write_frame(&mut stream, &Response::Failed { message })?;
+            continue;
+        };
+        match request {
+            Request::Console => {
+                let hub = vm.console.clone();
+                drop(guard);
+                write_frame(&mut stream, &Response::Done)?;
+                return hub.attach(stream);
+            }
+            Request::Quit => {
+                drop(guard);
+                write_frame(&mut stream, &Response::Done)?;
+                let _ = events.send(Event::Quit);
+            }
+            request => {
+                let response = answer(vm, &request).unwrap_or_else(|error| Response::Failed {
+                    message: chain(&error),
+                });
+                drop(guard);
+                write_frame(&mut stream, &response)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn answer(vm: &mut Vm, request: &Request) -> Result<Response, VmError> {
+    Ok(match request {
+        Request::Status => Response::Status(vm.status()),
+        Request::Pause => {
+            vm.pause()?;
+            Response::Done
+        }
+        Request::Unpause => {
+            vm.unpause()?;
+            Response::Done
+        }
+        Request::Freeze => Response::Frozen(vm.freeze()?),
+        Request::Thaw => {
+            vm.thaw()?;
+            Response::Done
+        }
+        Request::Save { path } => Response::Saved(vm.save(path)?),
+        Request::PowerButton => {
+            if vm.status().state != VmmState::Running {
+                return Err(VmError::NotNow {
+                    state: vm.status().state,
+                    wanted: "shut down",
+                });
+            }
+            vm.press_power_button()?;
+            Response::Done
+        }
+        Request::Console | Request::Quit => Response::Done,
+    })
+}
+
+/// An error and its causes as one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}

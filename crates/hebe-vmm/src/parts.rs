@@ -1,0 +1,228 @@
+//! Builds a VM's RAM map, board and devices, fresh or from a state.
+//!
+//! PCI slots follow from the definition alone, so that a resume finds every
+//! device where it was: console in 1, entropy in 2, then disks, then NICs.
+
+use std::fs;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use hebe_block::BlockBackend;
+use hebe_boot::layout;
+use hebe_devices::{ConsoleHub, DeviceKind, PciRoot, Platform, Ram, SerialPort, VirtioPci};
+use hebe_kvm::Machine;
+use hebe_state::v1::devices::{PciRootV1, SerialV1, VirtioV1};
+use hebe_state::{SectionKind, StateReader};
+use hebe_store::Segment;
+use hebe_types::{MacAddr, VmConfig};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{GuestAddress, GuestRegionMmap};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::acpi::Acpi;
+use crate::board::Board;
+use crate::interrupts::{KvmDoorbells, Vectors};
+use crate::log;
+use crate::vm::{Event, Identity, VmError};
+
+const SLOT_CONSOLE: u8 = 1;
+const SLOT_ENTROPY: u8 = 2;
+const SLOT_FIRST_DISK: u8 = 3;
+/// Distance of two devices' BARs in the PCI window.
+const BAR_STRIDE: u64 = 0x1_0000;
+
+pub(crate) struct Parts {
+    pub(crate) board: Board,
+    pub(crate) devices: Vec<Arc<VirtioPci>>,
+    pub(crate) console: Arc<ConsoleHub>,
+}
+
+/// Maps the segment into the guest, and gives devices their view of it.
+pub(crate) fn map_ram(machine: &Machine, segment: &Arc<Segment>) -> Result<Ram, VmError> {
+    let mut regions = Vec::new();
+    for (slot, mapped) in segment.ram().iter().enumerate() {
+        // SAFETY: the segment's mapping lives as long as the `Vm`, which
+        // drops KVM's machine before it (see the order of its fields).
+        unsafe { machine.map_ram(slot as u32, mapped.gpa, mapped.host, mapped.len) }?;
+        let len = usize::try_from(mapped.len).map_err(|_| too_large())?;
+        let builder = MmapRegionBuilder::new(len)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE);
+        // SAFETY: address and length are a live shared mapping of the
+        // segment; a region built from a raw pointer does not unmap it.
+        let region = unsafe { builder.with_raw_mmap_pointer(mapped.host.as_ptr()) }
+            .build()
+            .map_err(|e| VmError::Mismatch(e.to_string()))?;
+        regions
+            .push(GuestRegionMmap::new(region, GuestAddress(mapped.gpa.0)).ok_or_else(too_large)?);
+    }
+    regions.sort_by_key(|r| vm_memory::GuestMemoryRegion::start_addr(r).0);
+    Ram::from_regions(regions).map_err(|e| VmError::Mismatch(e.to_string()))
+}
+
+fn too_large() -> VmError {
+    VmError::Mismatch("guest RAM is larger than the address space".into())
+}
+
+/// Fresh devices.
+pub(crate) fn build(
+    identity: &Identity,
+    machine: &Arc<Machine>,
+    ram: Ram,
+    events: &Sender<Event>,
+) -> Result<Parts, VmError> {
+    let hub = console_hub(identity)?;
+    let platform = platform(machine, ram);
+    let pci = PciRoot::new();
+    let mut devices = Vec::new();
+    for (slot, kind) in kinds(identity, &hub)? {
+        let bar = layout::PCI_WINDOW_START + u64::from(slot) * BAR_STRIDE;
+        let device = VirtioPci::new(slot, bar, kind, &platform)?;
+        pci.add(device.clone())?;
+        devices.push(device);
+    }
+    let serial = if identity.config.console.serial {
+        Some(SerialPort::new(
+            hub.clone(),
+            pin(machine, layout::IRQ_SERIAL)?,
+        ))
+    } else {
+        None
+    };
+    let acpi = Acpi::new(pin(machine, layout::IRQ_EVENTS)?, events.clone(), None);
+    Ok(Parts {
+        board: Board::new(pci, serial, acpi),
+        devices,
+        console: hub,
+    })
+}
+
+/// Devices as the state describes them, paused.
+pub(crate) fn restore(
+    identity: &Identity,
+    machine: &Arc<Machine>,
+    ram: Ram,
+    reader: &mut StateReader,
+    events: &Sender<Event>,
+) -> Result<Parts, VmError> {
+    let hub = console_hub(identity)?;
+    let platform = platform(machine, ram);
+    let pci = PciRoot::restore(&reader.take::<PciRootV1>(0)?);
+    let mut devices = Vec::new();
+    for (slot, kind) in kinds(identity, &hub)? {
+        let state: VirtioV1 = reader.take(u32::from(slot))?;
+        let device = VirtioPci::restore(&state, kind, &platform)?;
+        if device.slot() != slot {
+            return Err(VmError::Mismatch(format!(
+                "the device in slot {slot} says it is elsewhere"
+            )));
+        }
+        pci.add(device.clone())?;
+        devices.push(device);
+    }
+    let serial = if reader.instances(SectionKind::Serial).is_empty() {
+        None
+    } else {
+        let state: SerialV1 = reader.take(0)?;
+        Some(SerialPort::restore(
+            &state,
+            hub.clone(),
+            pin(machine, layout::IRQ_SERIAL)?,
+        )?)
+    };
+    let saved = crate::vm::take_acpi(reader)?;
+    let acpi = Acpi::new(
+        pin(machine, layout::IRQ_EVENTS)?,
+        events.clone(),
+        Some(saved),
+    );
+    Ok(Parts {
+        board: Board::new(pci, serial, acpi),
+        devices,
+        console: hub,
+    })
+}
+
+fn platform(machine: &Arc<Machine>, ram: Ram) -> Platform {
+    Platform {
+        ram,
+        msix: Arc::new(Vectors(machine.router())),
+        doorbells: Arc::new(KvmDoorbells(machine.clone())),
+        log: log::device_log(),
+    }
+}
+
+fn console_hub(identity: &Identity) -> Result<Arc<ConsoleHub>, VmError> {
+    ConsoleHub::new(Some(&identity.run_dir.join("console.log"))).map_err(|source| VmError::Io {
+        what: "the console log cannot be opened: check the space and the rights of the run directory",
+        source,
+    })
+}
+
+/// An interrupt line into the IOAPIC.
+fn pin(machine: &Machine, number: u32) -> Result<EventFd, VmError> {
+    let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
+    line.and_then(|line| machine.router().add_pin(&line, number).map(|()| line))
+        .map_err(|source| VmError::Io {
+            what: "an interrupt line cannot be made",
+            source,
+        })
+}
+
+/// What is in which slot.
+fn kinds(identity: &Identity, hub: &Arc<ConsoleHub>) -> Result<Vec<(u8, DeviceKind)>, VmError> {
+    let config: &VmConfig = &identity.config;
+    let mut kinds = Vec::new();
+    if config.console.virtio {
+        let takes_input = !config.console.serial;
+        kinds.push((
+            SLOT_CONSOLE,
+            DeviceKind::Console {
+                hub: hub.clone(),
+                takes_input,
+            },
+        ));
+    }
+    kinds.push((SLOT_ENTROPY, DeviceKind::Rng));
+    let mut slot = SLOT_FIRST_DISK;
+    for disk in &config.disks {
+        kinds.push((
+            slot,
+            DeviceKind::Block(BlockBackend::open(&disk.path, disk.readonly)?),
+        ));
+        slot += 1;
+    }
+    for (index, net) in config.nets.iter().enumerate() {
+        let tap = hebe_sys::tap::open(&net.tap, net.bridge.as_deref())?;
+        let mac = net
+            .mac
+            .unwrap_or_else(|| MacAddr::derived(identity.id, index as u8));
+        kinds.push((slot, DeviceKind::Net { tap, mac }));
+        slot += 1;
+    }
+    Ok(kinds)
+}
+
+/// A mapped range, as the snapshot file reads it.
+pub(crate) fn ram_view(mapped: &hebe_store::MappedRam) -> hebe_snapshot::RamView {
+    // SAFETY: the segment outlives every use of the view, which does not
+    // leave `Vm`; vCPUs and devices are stopped, so that nobody writes.
+    unsafe { hebe_snapshot::RamView::new(mapped.gpa, mapped.host, mapped.len) }
+}
+
+/// The host kernel's boot id: tells a VMM of this boot from one of an
+/// earlier kernel.
+pub(crate) fn host_boot_id() -> Result<[u8; 16], VmError> {
+    let unreadable = |source| VmError::Io {
+        what: "the host's boot id cannot be read: is /proc mounted?",
+        source,
+    };
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(unreadable)?;
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    let mut id = [0; 16];
+    for (byte, pair) in id.iter_mut().zip(digits.as_bytes().chunks_exact(2)) {
+        let pair = std::str::from_utf8(pair).unwrap_or_default();
+        *byte = u8::from_str_radix(pair, 16).unwrap_or_default();
+    }
+    Ok(id)
+}

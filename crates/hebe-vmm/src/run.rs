@@ -1,0 +1,269 @@
+//! A VMM's life, from its command line to the report of its end.
+
+use std::fs;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, bail};
+use hebe_api::VmmState;
+use hebe_kvm::Stop;
+use hebe_snapshot::SavedFile;
+use hebe_store::Segment;
+use hebe_sys::clock::stamp_now;
+use hebe_types::{Stamp, VmConfig};
+use serde_json::json;
+
+use crate::args::Args;
+use crate::control::{self, Shared};
+use crate::log;
+use crate::vm::{Event, Identity, Vm};
+
+/// How a VMM ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The operator ended the VMM of a VM that was not suspended.
+    Quit,
+    /// The VM is frozen in its segment.
+    Frozen,
+    /// The VM is saved in a file.
+    Saved,
+    /// The guest's processor shut down.
+    TripleFault,
+    /// KVM could not go on.
+    Failed(String),
+}
+
+impl Outcome {
+    /// 0 for an end that somebody wanted, 11 for a triple fault, 1 otherwise.
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::PowerOff | Self::Quit | Self::Frozen | Self::Saved => ExitCode::SUCCESS,
+            Self::TripleFault => ExitCode::from(11),
+            Self::Failed(_) => ExitCode::FAILURE,
+        }
+    }
+
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::PowerOff => "power-off",
+            Self::Quit => "quit",
+            Self::Frozen => "frozen",
+            Self::Saved => "saved",
+            Self::TripleFault => "triple-fault",
+            Self::Failed(_) => "error",
+        }
+    }
+}
+
+/// Runs one VM to its end, and reports the end in `exit.json`.
+pub fn run(args: Args) -> anyhow::Result<Outcome> {
+    let process_started = stamp_now();
+    ignore_hangups();
+    let run_dir = args.run_dir.clone();
+    let result = live(args, process_started);
+    let (reason, message) = match &result {
+        Ok(Outcome::Failed(message)) => ("error", message.clone()),
+        Ok(outcome) => (outcome.reason(), String::new()),
+        Err(error) => ("error", format!("{error:#}")),
+    };
+    let report = json!({ "reason": reason, "message": message }).to_string();
+    if let Err(error) = fs::write(run_dir.join("exit.json"), report) {
+        log::log_error(&format!("exit.json cannot be written: {error}"));
+    }
+    result
+}
+
+fn live(args: Args, process_started: Stamp) -> anyhow::Result<Outcome> {
+    hebe_kvm::install_kick_handler().context("the kick signal's handler cannot be installed")?;
+    // Held to the end: two VMMs never run the same RAM.
+    let _lock = args.lock_fd.map(take_fd).transpose()?;
+    let (events, inbox) = mpsc::channel();
+    let vm = if args.resume || args.restore.is_some() {
+        take_back(&args, process_started, &events)?
+    } else {
+        let config = read_config(&args)?;
+        if config.name != args.name {
+            bail!(
+                "the definition is of VM '{}', not of '{}'",
+                config.name,
+                args.name
+            );
+        }
+        config.validate()?;
+        let segment = Arc::new(map_segment(&args, &config)?);
+        let identity = Identity {
+            id: args.vm_id,
+            config,
+            run_dir: args.run_dir.clone(),
+        };
+        let mut vm = Vm::boot(identity, segment, &events)?;
+        vm.start()?;
+        vm
+    };
+    vm.announce();
+    let shared: Shared = Arc::new(Mutex::new(Some(vm)));
+    let listener = control::listen(&args.run_dir.join("vmm.sock"))?;
+    control::serve(listener, shared.clone(), events.clone())
+        .context("the control thread cannot be started")?;
+    log::note("running");
+    wait(&shared, &events, &inbox)
+}
+
+/// Resumes or restores. Nothing is withdrawn until the VM is whole again: a
+/// failure leaves the state where it was.
+fn take_back(args: &Args, process_started: Stamp, events: &Sender<Event>) -> anyhow::Result<Vm> {
+    let (segment, state) = match &args.restore {
+        None => {
+            let segment = Arc::new(map_given_segment(args)?);
+            let state = segment.exec().load()?;
+            (segment, state)
+        }
+        Some(path) => restore_ram(args, path)?,
+    };
+    let state_read = stamp_now();
+    let run_dir = args.run_dir.clone();
+    let mut vm = Vm::resume(args.vm_id, run_dir, segment, &state, events)?;
+    let constructed = stamp_now();
+    vm.start()?;
+    vm.set_resume_report(process_started, state_read, constructed);
+    Ok(vm)
+}
+
+fn restore_ram(args: &Args, path: &Path) -> anyhow::Result<(Arc<Segment>, Vec<u8>)> {
+    let saved = SavedFile::open(path)?;
+    let segment = if args.segment.is_some() {
+        map_given_segment(args)?
+    } else {
+        let total = saved.ram_ranges().iter().map(|r| r.len).sum();
+        Segment::new_memfd(args.vm_id, &args.name, hebe_types::ByteSize(total), false)?
+    };
+    let views: Vec<_> = segment
+        .ram()
+        .iter()
+        .map(|m| {
+            // SAFETY: the fresh segment is mapped here alone and outlives the
+            // views, which end with this function.
+            unsafe { hebe_snapshot::RamViewMut::new(m.gpa, m.host, m.len) }
+        })
+        .collect();
+    saved.load_into(&views)?;
+    let state = saved.state()?;
+    Ok((Arc::new(segment), state))
+}
+
+fn map_given_segment(args: &Args) -> anyhow::Result<Segment> {
+    let (Some(fd), Some(spec)) = (args.segment_fd, &args.segment) else {
+        bail!("--segment-fd and --segment say where the VM's RAM is: one of them is missing");
+    };
+    if spec.vm != args.vm_id {
+        bail!("the segment is VM {}'s, not VM {}'s", spec.vm, args.vm_id);
+    }
+    Ok(Segment::map(take_fd(fd)?, spec)?)
+}
+
+fn map_segment(args: &Args, config: &VmConfig) -> anyhow::Result<Segment> {
+    if args.memfd {
+        return Ok(Segment::new_memfd(
+            args.vm_id,
+            &args.name,
+            config.memory,
+            config.hugepages,
+        )?);
+    }
+    map_given_segment(args)
+}
+
+fn read_config(args: &Args) -> anyhow::Result<VmConfig> {
+    let mut text = String::new();
+    match (&args.config, args.config_fd) {
+        (Some(path), _) => {
+            text = fs::read_to_string(path)
+                .with_context(|| format!("{} cannot be read", path.display()))?;
+        }
+        (None, Some(fd)) => {
+            File::from(take_fd(fd)?)
+                .read_to_string(&mut text)
+                .context("the definition cannot be read")?;
+        }
+        (None, None) => bail!("--config or --config-fd must give the VM's definition"),
+    }
+    toml::from_str(&text).context("the definition is not valid")
+}
+
+/// Takes over an inherited descriptor, once.
+fn take_fd(fd: RawFd) -> anyhow::Result<OwnedFd> {
+    // SAFETY: F_GETFD only asks whether the descriptor is open.
+    if fd <= 2 || unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        bail!("descriptor {fd} was not handed over");
+    }
+    // SAFETY: the descriptor is open, was handed over by whoever started this
+    // process for this argument alone, and nothing else here owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A closed terminal or a vanished client must not end a VM.
+fn ignore_hangups() {
+    for signal in [libc::SIGHUP, libc::SIGPIPE, libc::SIGINT] {
+        // SAFETY: ignoring a signal installs no handler.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+}
+
+/// Waits for the VM's end; a reset builds it again in the same RAM.
+fn wait(
+    shared: &Shared,
+    events: &Sender<Event>,
+    inbox: &Receiver<Event>,
+) -> anyhow::Result<Outcome> {
+    loop {
+        // `events` is alive, so the channel cannot be closed.
+        let Ok(event) = inbox.recv() else {
+            bail!("the VM's threads are gone")
+        };
+        let mut guard = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let outcome = match event {
+            Event::Reset => {
+                log::note("reset by the guest");
+                rebuild(&mut guard, events, inbox)?;
+                continue;
+            }
+            Event::PowerOff => Outcome::PowerOff,
+            Event::VcpuStopped(Stop::Shutdown) => Outcome::TripleFault,
+            Event::VcpuStopped(stop) => Outcome::Failed(format!("{stop:?}")),
+            Event::Quit => match guard.as_ref().map(Vm::state) {
+                Some(VmmState::Frozen) => Outcome::Frozen,
+                Some(VmmState::Saved) => Outcome::Saved,
+                _ => Outcome::Quit,
+            },
+        };
+        log::note(outcome.reason());
+        if let Some(vm) = guard.take() {
+            if outcome != Outcome::Frozen {
+                vm.withdraw();
+            }
+        }
+        return Ok(outcome);
+    }
+}
+
+fn rebuild(
+    vm: &mut Option<Vm>,
+    events: &Sender<Event>,
+    inbox: &Receiver<Event>,
+) -> anyhow::Result<()> {
+    let Some(old) = vm.take() else { return Ok(()) };
+    let (identity, segment) = old.dismantle();
+    // What the old vCPUs still said is about a VM that is gone.
+    while inbox.try_recv().is_ok() {}
+    let mut fresh = Vm::boot(identity, segment, events)?;
+    fresh.start()?;
+    *vm = Some(fresh);
+    Ok(())
+}

@@ -1,0 +1,209 @@
+//! On-memory suspend, its undoing, and saving to a file.
+//!
+//! The phases of a freeze, in order; whatever fails before the commit lets
+//! the VM run again:
+//!
+//! 1. presync: disks are flushed while the guest still runs;
+//! 2. stop the vCPUs, each with its last I/O instruction completed;
+//! 3. drain the devices;
+//! 4. save registers, controllers, clocks and devices into one buffer;
+//! 5. commit the buffer into the segment, data first, then the flag.
+//!
+//! Once the devices are drained, guest RAM is neither read nor written:
+//! the meter that devices keep is read before and after, and the report
+//! carries the difference.
+
+use std::path::Path;
+
+use hebe_api::{FreezeReport, RamMeter, SaveReport, VmmState};
+use hebe_snapshot::RamView;
+use hebe_state::StateWriter;
+use hebe_state::v1::machine::VmV1;
+use hebe_sys::clock::stamp_now;
+use hebe_types::Stamp;
+
+use crate::parts;
+use crate::vm::{Vm, VmError};
+
+impl Vm {
+    /// Stops vCPUs and devices; nothing is committed.
+    pub fn pause(&mut self) -> Result<(), VmError> {
+        self.expect_state(VmmState::Running, "paused")?;
+        self.stop().map(drop)
+    }
+
+    /// Lets a paused or saved VM run again.
+    pub fn unpause(&mut self) -> Result<(), VmError> {
+        if !matches!(self.state, VmmState::Paused | VmmState::Saved) {
+            return Err(VmError::NotNow {
+                state: self.state,
+                wanted: "unpaused",
+            });
+        }
+        self.release();
+        Ok(())
+    }
+
+    /// On-memory suspend: afterwards the segment holds everything, and
+    /// this process may end.
+    pub fn freeze(&mut self) -> Result<FreezeReport, VmError> {
+        self.expect_state(VmmState::Running, "frozen")?;
+        let asked = stamp_now();
+        self.presync()?;
+        let (vcpus_stopped, devices_drained) = self.stop()?;
+        let before = self.meter();
+        match self.commit() {
+            Ok((saved, state_bytes)) => {
+                let committed = stamp_now();
+                self.state = VmmState::Frozen;
+                let ram_touched = difference(self.meter(), before);
+                Ok(FreezeReport {
+                    asked,
+                    vcpus_stopped,
+                    devices_drained,
+                    saved,
+                    committed,
+                    state_bytes,
+                    ram_touched,
+                })
+            }
+            Err(error) => {
+                self.release();
+                Err(error)
+            }
+        }
+    }
+
+    /// Undoes a freeze: the committed state is withdrawn before anything runs.
+    pub fn thaw(&mut self) -> Result<(), VmError> {
+        self.expect_state(VmmState::Frozen, "thawed")?;
+        self.start()
+    }
+
+    /// Writes RAM and state to a new file; the VM stays stopped.
+    pub fn save(&mut self, path: &Path) -> Result<SaveReport, VmError> {
+        self.expect_state(VmmState::Running, "saved")?;
+        let asked = stamp_now();
+        self.presync()?;
+        let (vcpus_stopped, _) = self.stop()?;
+        match self.write_file(path) {
+            Ok(bytes_written) => {
+                self.state = VmmState::Saved;
+                Ok(SaveReport {
+                    asked,
+                    vcpus_stopped,
+                    durable: stamp_now(),
+                    bytes_written,
+                })
+            }
+            Err(error) => {
+                self.release();
+                Err(error)
+            }
+        }
+    }
+
+    fn expect_state(&self, expected: VmmState, wanted: &'static str) -> Result<(), VmError> {
+        if self.state != expected {
+            return Err(VmError::NotNow {
+                state: self.state,
+                wanted,
+            });
+        }
+        if self.board.is_ending() {
+            return Err(VmError::Ending);
+        }
+        Ok(())
+    }
+
+    fn presync(&self) -> Result<(), VmError> {
+        for device in &self.devices {
+            device.presync()?;
+        }
+        Ok(())
+    }
+
+    /// vCPUs, then devices: a stopped vCPU rings no doorbell. On failure all
+    /// run again.
+    fn stop(&mut self) -> Result<(Stamp, Stamp), VmError> {
+        let stopped = self.vcpus.pause().map_err(VmError::from);
+        let vcpus_stopped = stamp_now();
+        let result = stopped.and_then(|()| {
+            if self.board.is_ending() {
+                return Err(VmError::Ending);
+            }
+            for device in &self.devices {
+                device.pause()?;
+            }
+            if let Some(serial) = &self.board.serial {
+                serial.pause();
+            }
+            Ok(())
+        });
+        if let Err(error) = result {
+            self.release();
+            return Err(error);
+        }
+        self.state = VmmState::Paused;
+        Ok((vcpus_stopped, stamp_now()))
+    }
+
+    /// Builds and commits the state; returns when it was built, and its length.
+    fn commit(&self) -> Result<(Stamp, u64), VmError> {
+        let state = self.build_state()?;
+        let saved = stamp_now();
+        self.segment.exec().commit_frozen(&state)?;
+        Ok((saved, state.len() as u64))
+    }
+
+    fn build_state(&self) -> Result<Vec<u8>, VmError> {
+        let vcpus = self.vcpus.save()?;
+        let now = stamp_now();
+        let tsc_khz = vcpus.first().map_or(0, |v| v.tsc_khz);
+        let clock = self.machine.save_clock(now.realtime_ns, now.tsc, tsc_khz)?;
+        let mut writer = StateWriter::new();
+        writer.add(0, &self.describe()?);
+        for (index, vcpu) in (0..).zip(&vcpus) {
+            writer.add(index, vcpu);
+        }
+        writer.add(0, &self.machine.save_irqchip()?);
+        writer.add(0, &clock);
+        writer.add(0, &self.board.acpi.save());
+        writer.add(0, &self.board.pci.save());
+        if let Some(serial) = &self.board.serial {
+            writer.add(0, &serial.save());
+        }
+        for device in &self.devices {
+            writer.add(u32::from(device.slot()), &device.save()?);
+        }
+        Ok(writer.finish())
+    }
+
+    fn describe(&self) -> Result<VmV1, VmError> {
+        let config_toml =
+            toml::to_string(&self.identity.config).map_err(|e| VmError::Mismatch(e.to_string()))?;
+        Ok(VmV1 {
+            id: self.identity.id.0,
+            config_toml,
+            resumes: self.resumes,
+            release: env!("CARGO_PKG_VERSION").to_owned(),
+            host_kernel: rustix::system::uname()
+                .release()
+                .to_string_lossy()
+                .into_owned(),
+        })
+    }
+
+    fn write_file(&self, path: &Path) -> Result<u64, VmError> {
+        let state = self.build_state()?;
+        let views: Vec<RamView> = self.segment.ram().iter().map(parts::ram_view).collect();
+        Ok(hebe_snapshot::save(path, &state, &views)?.bytes_written)
+    }
+}
+
+fn difference(after: RamMeter, before: RamMeter) -> RamMeter {
+    RamMeter {
+        ring_bytes: after.ring_bytes - before.ring_bytes,
+        data_bytes: after.data_bytes - before.data_bytes,
+    }
+}

@@ -1,0 +1,444 @@
+//! One VM, put together.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use hebe_api::{RamMeter, ResumeReport, VmStatus, VmmState};
+use hebe_boot::{AcpiError, BootError, BootPlan, Entry};
+use hebe_devices::{ConsoleHub, DeviceError, VirtioPci};
+use hebe_kvm::{BootRegisters, ClockPlan, Machine, MachineError, Stop, Vcpu, VcpuError};
+use hebe_state::v1::machine::{AcpiV1, ClockV1, IrqchipV1, VcpuV1, VmV1};
+use hebe_state::{SectionKind, StateError, StateReader};
+use hebe_store::{Segment, StoreError};
+use hebe_sys::clock::stamp_now;
+use hebe_types::{RamRange, VmConfig, VmId, ram_ranges};
+
+use crate::board::Board;
+use crate::log;
+use crate::parts::{self, Parts};
+use crate::vcpus::{Vcpus, VcpusError};
+
+/// What ends a VM, or its VMM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// A vCPU stopped by itself: triple fault, or a failure of KVM.
+    VcpuStopped(Stop),
+    /// The operator ends the VMM.
+    Quit,
+}
+
+/// Why a VM cannot be built, suspended or resumed.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// KVM and the machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// vCPU threads.
+    #[error(transparent)]
+    Vcpus(#[from] VcpusError),
+    /// Kernel and initrd.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// ACPI tables.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] hebe_block::BlockError),
+    /// A tap.
+    #[error(transparent)]
+    Tap(#[from] hebe_sys::tap::TapError),
+    /// The execution state.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The segment.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The saved file.
+    #[error(transparent)]
+    Saved(#[from] hebe_snapshot::SnapshotError),
+    /// The state is another VM's.
+    #[error(
+        "the execution state is that of VM {found}, and the segment is VM {expected}'s: it is not resumed"
+    )]
+    OtherVm {
+        /// Whose segment it is.
+        expected: VmId,
+        /// Whose state it is.
+        found: VmId,
+    },
+    /// The definition inside the state is not one.
+    #[error("the VM's definition in its execution state cannot be read")]
+    Config(#[source] toml::de::Error),
+    /// State and definition do not agree.
+    #[error("the execution state does not fit the VM's definition: {0}")]
+    Mismatch(String),
+    /// Not possible from the state that the VM is in.
+    #[error("the VM is {state:?}: it cannot be {wanted}")]
+    NotNow {
+        /// Where it stands.
+        state: VmmState,
+        /// What was wanted.
+        wanted: &'static str,
+    },
+    /// The guest is on its way out.
+    #[error("the guest is powering off or resetting: wait for it")]
+    Ending,
+    /// A file or descriptor.
+    #[error("{what}")]
+    Io {
+        /// What was tried, and the way out.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// A VM with its threads.
+pub struct Vm {
+    // Declaration order is drop order: the vCPUs end first, then the devices,
+    // then KVM lets go of the RAM, and the segment is unmapped last.
+    pub(crate) vcpus: Vcpus,
+    pub(crate) devices: Vec<Arc<VirtioPci>>,
+    pub(crate) board: Arc<Board>,
+    pub(crate) console: Arc<ConsoleHub>,
+    pub(crate) machine: Arc<Machine>,
+    pub(crate) segment: Arc<Segment>,
+    pub(crate) identity: Identity,
+    pub(crate) state: VmmState,
+    pub(crate) resumes: u32,
+    pub(crate) resume_report: Option<ResumeReport>,
+}
+
+/// Who the VM is. Does not change as long as it lives.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// Its id.
+    pub id: VmId,
+    /// Its definition.
+    pub config: VmConfig,
+    /// Where its socket and logs are.
+    pub run_dir: PathBuf,
+}
+
+impl Vm {
+    /// Builds the VM and puts its kernel into RAM. It does not run yet.
+    pub fn boot(
+        identity: Identity,
+        segment: Arc<Segment>,
+        events: &Sender<Event>,
+    ) -> Result<Self, VmError> {
+        let config = &identity.config;
+        let machine = Arc::new(Machine::new()?);
+        let ram = parts::map_ram(&machine, &segment)?;
+        let rsdp = hebe_boot::write_acpi(&ram, config.vcpus, config.console.serial)?;
+        let ranges: Vec<RamRange> = ram_ranges(config.memory);
+        let plan = BootPlan {
+            kernel: &config.kernel,
+            initrd: config.initrd.as_deref(),
+            cmdline: &config.cmdline,
+            rsdp,
+            ranges: &ranges,
+        };
+        let entry = hebe_boot::load(&plan, &ram)?;
+        let parts = parts::build(&identity, &machine, ram, events)?;
+        let mut vcpus = Vec::new();
+        for index in 0..config.vcpus {
+            let vcpu = machine.create_vcpu(index)?;
+            let boot = (index == 0).then_some(boot_registers(entry));
+            vcpu.prepare_boot(&machine.guest_cpuid(index, config.vcpus), boot)?;
+            vcpus.push(vcpu);
+        }
+        Self::assemble(identity, segment, machine, parts, vcpus, events)
+    }
+
+    /// Builds the VM around RAM that it finds, from its execution state. It
+    /// does not run yet; RAM is not touched.
+    pub fn resume(
+        id: VmId,
+        run_dir: PathBuf,
+        segment: Arc<Segment>,
+        state: &[u8],
+        events: &Sender<Event>,
+    ) -> Result<Self, VmError> {
+        let mut reader = StateReader::parse(state)?;
+        let vm: VmV1 = reader.take(0)?;
+        if vm.id != id.0 {
+            return Err(VmError::OtherVm {
+                expected: id,
+                found: VmId(vm.id),
+            });
+        }
+        let config: VmConfig = toml::from_str(&vm.config_toml).map_err(VmError::Config)?;
+        config
+            .validate()
+            .map_err(|e| VmError::Mismatch(e.to_string()))?;
+        check_ram(&config, &segment)?;
+        let identity = Identity {
+            id,
+            config,
+            run_dir,
+        };
+        let machine = Arc::new(Machine::new()?);
+        let ram = parts::map_ram(&machine, &segment)?;
+        let vcpus = restore_vcpus(&mut reader, &machine, &identity.config)?;
+        let parts = parts::restore(&identity, &machine, ram, &mut reader, events)?;
+        reader.finish()?;
+        let mut vm_built = Self::assemble(identity, segment, machine, parts, vcpus, events)?;
+        vm_built.resumes = vm.resumes.saturating_add(1);
+        Ok(vm_built)
+    }
+
+    fn assemble(
+        identity: Identity,
+        segment: Arc<Segment>,
+        machine: Arc<Machine>,
+        parts: Parts,
+        vcpus: Vec<Vcpu>,
+        events: &Sender<Event>,
+    ) -> Result<Self, VmError> {
+        let board = Arc::new(parts.board);
+        Ok(Self {
+            vcpus: Vcpus::start(vcpus, &board, events)?,
+            devices: parts.devices,
+            board,
+            console: parts.console,
+            machine,
+            segment,
+            identity,
+            state: VmmState::Paused,
+            resumes: 0,
+            resume_report: None,
+        })
+    }
+
+    /// Where the VM stands.
+    pub fn state(&self) -> VmmState {
+        self.state
+    }
+
+    /// Ends the VM for good: its segment says that there is nothing to
+    /// resume.
+    pub(crate) fn withdraw(self) {
+        let (_, segment) = self.dismantle();
+        if let Err(error) = segment.exec().mark_empty() {
+            log::log_error(&format!("the segment cannot be marked as empty: {error}"));
+        }
+    }
+
+    /// Ends threads, devices and KVM's VM; what is left can be built anew.
+    pub(crate) fn dismantle(self) -> (Identity, Arc<Segment>) {
+        let Self {
+            vcpus,
+            devices,
+            board,
+            machine,
+            segment,
+            identity,
+            ..
+        } = self;
+        drop(vcpus);
+        for device in &devices {
+            if let Err(error) = device.pause() {
+                log::log_error(&format!(
+                    "{} does not stop cleanly: {error}",
+                    device.device_name()
+                ));
+            }
+        }
+        drop((devices, board, machine));
+        (identity, segment)
+    }
+
+    /// The VM as it is.
+    pub fn status(&self) -> VmStatus {
+        let stopped = |d: &Arc<VirtioPci>| {
+            d.stopped_reason()
+                .map(|why| format!("{} in slot {}: {why}", d.device_name(), d.slot()))
+        };
+        VmStatus {
+            name: self.identity.config.name.clone(),
+            id: self.identity.id,
+            state: self.state,
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            resumes: self.resumes,
+            stopped_devices: self.devices.iter().filter_map(stopped).collect(),
+            ram_meter: self.meter(),
+            first_tx: self
+                .devices
+                .iter()
+                .filter_map(|d| d.first_tx())
+                .min_by_key(|s| s.tsc),
+            resume: self.resume_report.clone(),
+        }
+    }
+
+    /// Guest RAM that device code touched so far.
+    pub(crate) fn meter(&self) -> RamMeter {
+        let add = |sum: RamMeter, device: &Arc<VirtioPci>| {
+            let (ring, data) = device.meter();
+            RamMeter {
+                ring_bytes: sum.ring_bytes + ring,
+                data_bytes: sum.data_bytes + data,
+            }
+        };
+        self.devices.iter().fold(RamMeter::default(), add)
+    }
+
+    /// Presses the ACPI power button.
+    pub fn press_power_button(&self) -> Result<(), VmError> {
+        self.board
+            .acpi
+            .press_power_button()
+            .map_err(|source| VmError::Io {
+                what: "the power button's interrupt cannot be raised",
+                source,
+            })
+    }
+
+    /// Begins: marks the segment as running, which withdraws any frozen
+    /// state in it, and only then lets anything run.
+    pub fn start(&mut self) -> Result<(), VmError> {
+        let boot_id = parts::host_boot_id()?;
+        self.segment
+            .exec()
+            .mark_running(boot_id, std::process::id())?;
+        self.release();
+        Ok(())
+    }
+
+    /// Lets devices and vCPUs of a stopped VM go on.
+    pub(crate) fn release(&mut self) {
+        for device in &self.devices {
+            device.resume();
+        }
+        if let Some(serial) = &self.board.serial {
+            serial.resume();
+        }
+        self.board.acpi.kick();
+        self.vcpus.run();
+        self.state = VmmState::Running;
+    }
+
+    /// Tells the network where the VM's addresses are now.
+    pub fn announce(&self) {
+        for device in &self.devices {
+            device.announce();
+        }
+    }
+
+    /// Notes when the resume's steps were; the VM's status shows it.
+    pub fn set_resume_report(
+        &mut self,
+        process_started: hebe_types::Stamp,
+        state_read: hebe_types::Stamp,
+        constructed: hebe_types::Stamp,
+    ) {
+        self.resume_report = Some(ResumeReport {
+            process_started,
+            state_read,
+            constructed,
+            running: stamp_now(),
+            ram_touched: self.meter(),
+        });
+    }
+}
+
+fn boot_registers(entry: Entry) -> BootRegisters {
+    match entry {
+        Entry::Linux64 {
+            rip,
+            boot_params,
+            cr3,
+        } => BootRegisters::Linux64 {
+            rip,
+            rsi: boot_params,
+            cr3,
+        },
+        Entry::Pvh { eip, start_info } => BootRegisters::Pvh {
+            eip,
+            ebx: start_info,
+        },
+    }
+}
+
+/// The P2M table must cover exactly the RAM that the definition names.
+fn check_ram(config: &VmConfig, segment: &Segment) -> Result<(), VmError> {
+    let mut left = ram_ranges(config.memory);
+    let mut mapped: Vec<RamRange> = segment
+        .ram()
+        .iter()
+        .map(|m| RamRange {
+            gpa: m.gpa,
+            len: m.len,
+        })
+        .collect();
+    mapped.sort_by_key(|r| r.gpa);
+    // Merge neighbours: a range may lie in several extents.
+    mapped.dedup_by(|next, range| {
+        let joins = range.gpa.0 + range.len == next.gpa.0;
+        if joins {
+            range.len += next.len;
+        }
+        joins
+    });
+    left.sort_by_key(|r| r.gpa);
+    if mapped != left {
+        return Err(VmError::Mismatch(format!(
+            "the segment does not hold exactly {} of guest RAM",
+            config.memory
+        )));
+    }
+    Ok(())
+}
+
+/// Clocks first, vCPUs after them: the first clock page that a vCPU sees is
+/// then already right.
+fn restore_vcpus(
+    reader: &mut StateReader,
+    machine: &Machine,
+    config: &VmConfig,
+) -> Result<Vec<Vcpu>, VmError> {
+    let instances = reader.instances(SectionKind::Vcpu);
+    if !instances.iter().copied().eq(0..u32::from(config.vcpus)) {
+        return Err(VmError::Mismatch(format!(
+            "{} vCPUs in the state, {} in the definition",
+            instances.len(),
+            config.vcpus
+        )));
+    }
+    let mut vcpus = Vec::with_capacity(instances.len());
+    for index in 0..config.vcpus {
+        vcpus.push((
+            machine.create_vcpu(index)?,
+            reader.take::<VcpuV1>(u32::from(index))?,
+        ));
+    }
+    machine.restore_irqchip(&reader.take::<IrqchipV1>(0)?)?;
+    let clock: ClockV1 = reader.take(0)?;
+    let now = stamp_now();
+    let plan = ClockPlan::new(&clock, now.tsc, now.realtime_ns);
+    machine.restore_clock(plan.kvmclock_ns)?;
+    for (vcpu, saved) in &vcpus {
+        vcpu.restore(saved, machine.supported_cpuid(), &plan)?;
+    }
+    Ok(vcpus.into_iter().map(|(vcpu, _)| vcpu).collect())
+}
+
+/// The ACPI section, for [`parts::restore`].
+pub(crate) fn take_acpi(reader: &mut StateReader) -> Result<AcpiV1, VmError> {
+    Ok(reader.take(0)?)
+}
