@@ -191,12 +191,10 @@ pub struct NetV1 {
     pub ipv4: Vec<[u8; 4]>,
 }
 
-/// Console with one port.
+/// Console with one port: no state of its own. What a client typed and the
+/// guest has not taken goes with the client's connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ConsoleV1 {
-    /// Input that was taken from the client and not yet given to the guest.
-    pub pending_input: Vec<u8>,
-}
+pub struct ConsoleV1 {}
 
 /// Entropy source: no state of its own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

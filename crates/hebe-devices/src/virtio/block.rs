@@ -1,0 +1,277 @@
+//! Block device (virtio 1.2, 5.2) on a [`BlockBackend`].
+//!
+//! Write-back: a write is durable after the next flush that the guest asks
+//! for, or at pause. A driver that did not accept the flush feature cannot
+//! ask, so each of its writes is flushed.
+
+use std::io;
+
+use hebe_block::{BlockBackend, SECTOR_SIZE};
+use hebe_state::v1::devices::{BlockV1, DeviceV1};
+
+use super::device::{Counters, Device, Next, Queues, Served, Stop};
+use super::queue::{CHAIN_SEGMENTS_MAX, Chain, QueueError, VirtQueue};
+use super::ram::{Cursor, MeteredRam, Segment};
+use super::transport::DeviceError;
+
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+
+const T_IN: u32 = 0;
+const T_OUT: u32 = 1;
+const T_FLUSH: u32 = 4;
+const T_GET_ID: u32 = 8;
+
+const S_OK: u8 = 0;
+const S_IOERR: u8 = 1;
+const S_UNSUPP: u8 = 2;
+
+const HEADER_LEN: usize = 16;
+const ID_LEN: usize = 20;
+/// Header and status take a segment each.
+const SEG_MAX: u32 = CHAIN_SEGMENTS_MAX as u32 - 2;
+/// Bytes copied at a time.
+const CHUNK: usize = 256 << 10;
+/// Most bytes of one request: bounds how long a pause waits for it.
+const REQUEST_MAX: u64 = 64 << 20;
+const QUEUE: usize = 0;
+
+pub(crate) struct Block {
+    backend: BlockBackend,
+    id: [u8; ID_LEN],
+    /// The driver cannot ask for a flush.
+    write_through: bool,
+    chunk: Vec<u8>,
+    requests: u64,
+    failed: u64,
+}
+
+/// A request's outcome: a status, and data bytes written into the chain.
+struct Outcome {
+    status: u8,
+    written: u32,
+}
+
+impl Outcome {
+    fn status(status: u8) -> Self {
+        Self { status, written: 0 }
+    }
+}
+
+impl Block {
+    pub(crate) fn new(backend: BlockBackend, slot: u8) -> Self {
+        let mut id = [0; ID_LEN];
+        let text = format!("hebe-disk-{slot}");
+        id[..text.len()].copy_from_slice(text.as_bytes());
+        Self {
+            backend,
+            id,
+            write_through: false,
+            chunk: vec![0; CHUNK],
+            requests: 0,
+            failed: 0,
+        }
+    }
+
+    /// Refuses a disk that changed: the guest's view of it would be wrong.
+    pub(crate) fn restore(
+        state: &BlockV1,
+        backend: BlockBackend,
+        slot: u8,
+    ) -> Result<Self, DeviceError> {
+        let found = backend.sectors();
+        if found != state.sectors {
+            return Err(DeviceError::Disk {
+                slot,
+                saved: state.sectors,
+                found,
+            });
+        }
+        if backend.readonly() != state.readonly {
+            return Err(DeviceError::State {
+                slot,
+                reason: "the disk was writable and is read-only now, or the other way round",
+            });
+        }
+        Ok(Self::new(backend, slot))
+    }
+
+    fn serve(&mut self, queue: &VirtQueue, chain: &mut Chain) -> Result<u32, Stop> {
+        let broken = |error| Stop::Queue {
+            queue: QUEUE,
+            error,
+        };
+        let Some(status_at) = chain.split_last_writable() else {
+            return Err(Stop::Request {
+                queue: QUEUE,
+                reason: "a block request has no room for its status",
+            });
+        };
+        let ram = queue.ram();
+        let mut header = [0; HEADER_LEN];
+        let mut readable = chain.readable();
+        if readable.read(ram, &mut header).map_err(broken)? < HEADER_LEN {
+            return Err(Stop::Request {
+                queue: QUEUE,
+                reason: "a block request is shorter than its header",
+            });
+        }
+        let outcome = self
+            .execute(&header, readable, chain.writable(), ram)
+            .map_err(broken)?;
+        self.requests += 1;
+        self.failed += u64::from(outcome.status != S_OK);
+        let status = [Segment {
+            addr: status_at,
+            len: 1,
+        }];
+        Cursor::new(&status)
+            .write(ram, &[outcome.status])
+            .map_err(broken)?;
+        Ok(outcome.written + 1)
+    }
+
+    fn execute(
+        &mut self,
+        header: &[u8; HEADER_LEN],
+        readable: Cursor<'_>,
+        mut writable: Cursor<'_>,
+        ram: &MeteredRam,
+    ) -> Result<Outcome, QueueError> {
+        let [a, b, c, d, _, _, _, _, sector @ ..] = *header;
+        let sector = u64::from_le_bytes(sector);
+        match u32::from_le_bytes([a, b, c, d]) {
+            T_IN => match self.extent(sector, writable.remaining()) {
+                Some((offset, len)) => self.read(offset, len, writable, ram),
+                None => Ok(Outcome::status(S_IOERR)),
+            },
+            T_OUT => match self.extent(sector, readable.remaining()) {
+                Some((offset, len)) => self.write(offset, len, readable, ram),
+                None => Ok(Outcome::status(S_IOERR)),
+            },
+            T_FLUSH => Ok(Outcome::status(status_of(self.backend.flush()))),
+            T_GET_ID => {
+                let written = writable.write(ram, &self.id)? as u32;
+                let status = if written == ID_LEN as u32 {
+                    S_OK
+                } else {
+                    S_IOERR
+                };
+                Ok(Outcome { status, written })
+            }
+            _ => Ok(Outcome::status(S_UNSUPP)),
+        }
+    }
+
+    /// Byte offset and length of a request that lies on the disk.
+    fn extent(&self, sector: u64, len: u64) -> Option<(u64, usize)> {
+        let offset = sector.checked_mul(SECTOR_SIZE)?;
+        let end = offset.checked_add(len)?;
+        let capacity = self.backend.sectors().checked_mul(SECTOR_SIZE)?;
+        let sane = len.is_multiple_of(SECTOR_SIZE) && len <= REQUEST_MAX && end <= capacity;
+        sane.then_some((offset, usize::try_from(len).ok()?))
+    }
+
+    fn read(
+        &mut self,
+        offset: u64,
+        len: usize,
+        mut to: Cursor<'_>,
+        ram: &MeteredRam,
+    ) -> Result<Outcome, QueueError> {
+        let mut done = 0;
+        while done < len {
+            let piece = &mut self.chunk[..CHUNK.min(len - done)];
+            if self.backend.read_at(piece, offset + done as u64).is_err() {
+                return Ok(Outcome {
+                    status: S_IOERR,
+                    written: done as u32,
+                });
+            }
+            done += to.write(ram, piece)?;
+        }
+        Ok(Outcome {
+            status: S_OK,
+            written: len as u32,
+        })
+    }
+
+    fn write(
+        &mut self,
+        offset: u64,
+        len: usize,
+        mut from: Cursor<'_>,
+        ram: &MeteredRam,
+    ) -> Result<Outcome, QueueError> {
+        let mut done = 0;
+        while done < len {
+            let piece = &mut self.chunk[..CHUNK.min(len - done)];
+            from.read(ram, piece)?;
+            if self.backend.write_at(piece, offset + done as u64).is_err() {
+                return Ok(Outcome::status(S_IOERR));
+            }
+            done += piece.len();
+        }
+        if self.write_through {
+            return Ok(Outcome::status(status_of(self.backend.flush())));
+        }
+        Ok(Outcome::status(S_OK))
+    }
+}
+
+fn status_of(result: io::Result<()>) -> u8 {
+    if result.is_ok() { S_OK } else { S_IOERR }
+}
+
+impl Device for Block {
+    fn features(&self) -> u64 {
+        let readonly = if self.backend.readonly() { F_RO } else { 0 };
+        F_SEG_MAX | F_BLK_SIZE | F_FLUSH | readonly
+    }
+
+    fn queues(&self) -> usize {
+        1
+    }
+
+    /// `struct virtio_blk_config` up to `blk_size`.
+    fn config(&self) -> Vec<u8> {
+        let mut config = self.backend.sectors().to_le_bytes().to_vec();
+        config.extend_from_slice(&0u32.to_le_bytes());
+        config.extend_from_slice(&SEG_MAX.to_le_bytes());
+        config.extend_from_slice(&[0; 4]);
+        config.extend_from_slice(&(SECTOR_SIZE as u32).to_le_bytes());
+        config
+    }
+
+    fn activate(&mut self, features: u64) {
+        self.write_through = features & F_FLUSH == 0;
+    }
+
+    fn kicked(&mut self, index: usize, queues: &mut Queues) -> Result<Next, Stop> {
+        queues.serve(index, |queue, chain| {
+            self.serve(queue, chain).map(Served::Done)
+        })
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.backend.flush()
+    }
+
+    fn counters(&self) -> Counters {
+        Counters {
+            requests: self.requests,
+            bytes_in: self.backend.bytes_read(),
+            bytes_out: self.backend.bytes_written(),
+            dropped: self.failed,
+        }
+    }
+
+    fn save(&self) -> DeviceV1 {
+        DeviceV1::Block(BlockV1 {
+            sectors: self.backend.sectors(),
+            readonly: self.backend.readonly(),
+        })
+    }
+}

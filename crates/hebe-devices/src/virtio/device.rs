@@ -1,0 +1,159 @@
+//! What the kinds of device have in common.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use hebe_state::v1::devices::DeviceV1;
+use hebe_types::Stamp;
+
+use super::queue::{Chain, QueueError, VirtQueue};
+use super::shared::Shared;
+
+/// `VIRTIO_F_INDIRECT_DESC`.
+pub(crate) const F_INDIRECT_DESC: u64 = 1 << 28;
+/// `VIRTIO_F_EVENT_IDX`.
+pub(crate) const F_EVENT_IDX: u64 = 1 << 29;
+/// `VIRTIO_F_VERSION_1`.
+pub(crate) const F_VERSION_1: u64 = 1 << 32;
+
+/// Why a device stops until the driver resets it. Always the guest's doing.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Stop {
+    #[error("queue {queue}: {error}")]
+    Queue { queue: usize, error: QueueError },
+    #[error("queue {queue}: {reason}")]
+    Request { queue: usize, reason: &'static str },
+}
+
+/// What a device did since it was made or restored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Requests, or frames, that were handled.
+    pub requests: u64,
+    /// Bytes that went to the guest.
+    pub bytes_in: u64,
+    /// Bytes that came from the guest.
+    pub bytes_out: u64,
+    /// Frames that were dropped, requests that failed.
+    pub dropped: u64,
+}
+
+/// What the worker does next for a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Nothing until a kick or the back end says so.
+    Wait,
+    /// Call again: work is left.
+    Again,
+}
+
+/// The queues of an active device, and how it tells the driver.
+pub(crate) struct Queues {
+    pub(crate) list: Vec<Option<VirtQueue>>,
+    shared: Arc<Shared>,
+    /// Someone waits for the engine: stop between two requests.
+    hold: Arc<AtomicBool>,
+}
+
+impl Queues {
+    pub(crate) fn new(count: usize, shared: Arc<Shared>, hold: Arc<AtomicBool>) -> Self {
+        Self {
+            list: (0..count).map(|_| None).collect(),
+            shared,
+            hold,
+        }
+    }
+
+    /// Handles the chains of a queue, each to its end: `handle` returns the
+    /// number of bytes that it wrote into the chain. At most one queue full
+    /// at a time, so that nobody waits for the engine longer than that.
+    pub(crate) fn serve(
+        &mut self,
+        index: usize,
+        mut handle: impl FnMut(&VirtQueue, &mut Chain) -> Result<Served, Stop>,
+    ) -> Result<Next, Stop> {
+        let stop = |error| Stop::Queue {
+            queue: index,
+            error,
+        };
+        let Some(queue) = self.list.get_mut(index).and_then(Option::as_mut) else {
+            return Ok(Next::Wait);
+        };
+        let mut budget = queue.size();
+        let mut next = Next::Again;
+        queue.disable_kicks().map_err(stop)?;
+        while budget > 0 && !self.hold.load(Ordering::Relaxed) {
+            budget -= 1;
+            let Some(mut chain) = queue.pop().map_err(stop)? else {
+                if queue.enable_kicks().map_err(stop)? {
+                    continue;
+                }
+                next = Next::Wait;
+                break;
+            };
+            match handle(queue, &mut chain)? {
+                Served::Done(len) => queue.push_used(chain.head, len).map_err(stop)?,
+                Served::Later => {
+                    queue.unpop();
+                    next = Next::Wait;
+                    break;
+                }
+            }
+        }
+        if queue.wants_interrupt().map_err(stop)? {
+            self.shared.queue_interrupt(index);
+        }
+        Ok(next)
+    }
+}
+
+/// What became of a chain.
+pub(crate) enum Served {
+    /// Handled; so many bytes were written into it.
+    Done(u32),
+    /// Not now: it stays in the ring.
+    Later,
+}
+
+/// A kind of device, driven by its worker.
+pub(crate) trait Device: Send {
+    /// Feature bits beside those of the ring.
+    fn features(&self) -> u64;
+    /// Number of queues.
+    fn queues(&self) -> usize;
+    /// The device configuration.
+    fn config(&self) -> Vec<u8>;
+    /// The driver is ready and accepted `features`.
+    fn activate(&mut self, _features: u64) {}
+    /// The driver reset the device.
+    fn reset(&mut self) {}
+    /// A queue was kicked.
+    fn kicked(&mut self, queue: usize, queues: &mut Queues) -> Result<Next, Stop>;
+    /// What to wait on for input, now.
+    fn backend(&self) -> Option<RawFd> {
+        None
+    }
+    /// The back end has input.
+    fn backend_ready(&mut self, _queues: &mut Queues) -> Result<Next, Stop> {
+        Ok(Next::Wait)
+    }
+    /// Makes what the guest believes written durable.
+    fn sync(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    /// The device goes on after a pause.
+    fn resumed(&mut self) {}
+    /// Tells the network where the guest is. True if the configuration
+    /// changed.
+    fn announce(&mut self) -> io::Result<bool> {
+        Ok(false)
+    }
+    /// When the first frame left after start or resume.
+    fn first_tx(&self) -> Option<Stamp> {
+        None
+    }
+    fn counters(&self) -> Counters;
+    fn save(&self) -> DeviceV1;
+}

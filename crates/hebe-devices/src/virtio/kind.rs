@@ -1,0 +1,105 @@
+//! The kinds of device, with the host's side of each.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use hebe_block::BlockBackend;
+use hebe_state::v1::devices::DeviceV1;
+use hebe_types::MacAddr;
+
+use super::block::Block;
+use super::console::Console;
+use super::device::Device;
+use super::net::Net;
+use super::rng::Rng;
+use super::transport::DeviceError;
+use crate::ConsoleHub;
+
+/// A kind of device and what it stands on.
+pub enum DeviceKind {
+    /// A disk.
+    Block(BlockBackend),
+    /// A NIC.
+    Net {
+        /// A tap with a 12-byte virtio-net header, non-blocking; or anything
+        /// that carries one such frame per read and write.
+        tap: OwnedFd,
+        /// The NIC's address.
+        mac: MacAddr,
+    },
+    /// A console with one port.
+    Console {
+        /// Where its output goes and its input comes from.
+        hub: Arc<ConsoleHub>,
+        /// Whether it takes the hub's input: true only if the VM has no
+        /// serial port.
+        takes_input: bool,
+    },
+    /// An entropy source on the host's random number generator.
+    Rng,
+}
+
+/// Identity of a kind: virtio device id, PCI class, name in reports.
+pub(crate) struct KindInfo {
+    pub(crate) id: u16,
+    pub(crate) class: [u8; 3],
+    pub(crate) name: &'static str,
+}
+
+impl DeviceKind {
+    pub(crate) fn info(&self) -> KindInfo {
+        let (id, class, name) = match self {
+            Self::Net { .. } => (1, [0x02, 0x00, 0x00], "net"),
+            Self::Block(_) => (2, [0x01, 0x80, 0x00], "block"),
+            Self::Console { .. } => (3, [0x07, 0x80, 0x00], "console"),
+            Self::Rng => (4, [0xff, 0x00, 0x00], "rng"),
+        };
+        KindInfo { id, class, name }
+    }
+
+    /// A new device.
+    pub(crate) fn build(self, slot: u8) -> Box<dyn Device> {
+        match self {
+            Self::Block(backend) => Box::new(Block::new(backend, slot)),
+            Self::Net { tap, mac } => Box::new(Net::new(tap, mac)),
+            Self::Console { hub, takes_input } => Box::new(Console::new(hub, takes_input)),
+            Self::Rng => Box::new(Rng::default()),
+        }
+    }
+
+    /// The device as saved, on a back end that must fit it.
+    pub(crate) fn rebuild(
+        self,
+        slot: u8,
+        state: &DeviceV1,
+    ) -> Result<Box<dyn Device>, DeviceError> {
+        let given = self.info().name;
+        let device: Box<dyn Device> = match (self, state) {
+            (Self::Block(backend), DeviceV1::Block(saved)) => {
+                Box::new(Block::restore(saved, backend, slot)?)
+            }
+            (Self::Net { tap, .. }, DeviceV1::Net(saved)) => Box::new(Net::restore(saved, tap)),
+            (Self::Console { hub, takes_input }, DeviceV1::Console(saved)) => {
+                Box::new(Console::restore(saved, hub, takes_input))
+            }
+            (Self::Rng, DeviceV1::Rng(_)) => Box::new(Rng::default()),
+            (_, saved) => {
+                return Err(DeviceError::Kind {
+                    slot,
+                    saved: state_name(saved),
+                    given,
+                });
+            }
+        };
+        Ok(device)
+    }
+}
+
+fn state_name(state: &DeviceV1) -> &'static str {
+    match state {
+        DeviceV1::Block(_) => "block",
+        DeviceV1::Net(_) => "net",
+        DeviceV1::Console(_) => "console",
+        DeviceV1::Rng(_) => "rng",
+    }
+}

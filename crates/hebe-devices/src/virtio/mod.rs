@@ -1,0 +1,27 @@
+//! Virtio devices (virtio 1.2) over PCI.
+//!
+//! ```text
+//! vCPU threads ── registers, doorbells ──► VirtioPci (function, registers)
+//!                                             │ reset, activate, pause, resume
+//! backend fd, kicks ── epoll ──► worker ──► Engine (device, queues) ──► Shared (interrupts, status)
+//! ```
+//! A device has one worker thread, which handles each request to its end
+//! while it holds the engine's lock. So whoever holds that lock knows that
+//! nothing is in flight: that is how pause and reset drain.
+
+pub(crate) mod block;
+pub(crate) mod console;
+mod device;
+mod kind;
+pub(crate) mod net;
+pub(crate) mod queue;
+pub(crate) mod ram;
+mod registers;
+pub(crate) mod rng;
+mod shared;
+mod transport;
+mod worker;
+
+pub use device::Counters;
+pub use kind::DeviceKind;
+pub use transport::{BAR_SIZE, DeviceError, VirtioPci};

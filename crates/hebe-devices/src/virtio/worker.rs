@@ -1,0 +1,278 @@
+//! The worker thread of a device.
+//!
+//! ```text
+//!            resume                    pause
+//!  parked ───────────► waiting (epoll) ─────► parked
+//!                       │        ▲
+//!                  kick, input   │ done
+//!                       ▼        │
+//!                  serving, under the engine's lock
+//! ```
+//! Owner of the device and its queues is [`Engine`], behind one lock. A
+//! parked worker waits on a condition variable and touches nothing; so does
+//! everybody who does not hold the engine's lock.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::device::{Device, Next, Queues, Stop};
+use super::shared::{Shared, lock};
+
+const TOKEN_WAKE: u64 = u64::MAX;
+const TOKEN_BACKEND: u64 = u64::MAX - 1;
+const EVENTS_MAX: usize = 8;
+
+/// The device and its queues.
+pub(crate) struct Engine {
+    pub(crate) device: Box<dyn Device>,
+    pub(crate) queues: Queues,
+    /// The driver is ready, and the device has not stopped.
+    pub(crate) active: bool,
+    /// Not paused.
+    pub(crate) running: bool,
+}
+
+#[derive(Default)]
+struct Wish {
+    run: bool,
+    exit: bool,
+}
+
+struct Inner {
+    wish: Mutex<Wish>,
+    wished: Condvar,
+    engine: Mutex<Engine>,
+    /// Someone wants the engine; the worker makes way between two requests.
+    hold: Arc<AtomicBool>,
+    wake: EventFd,
+    kicks: Vec<EventFd>,
+    epoll: OwnedFd,
+    shared: Arc<Shared>,
+}
+
+/// Handle of a device's worker. Dropping it ends the thread.
+pub(crate) struct Worker {
+    inner: Arc<Inner>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts a worker, parked.
+    pub(crate) fn start(device: Box<dyn Device>, shared: Arc<Shared>) -> io::Result<Self> {
+        let hold = Arc::new(AtomicBool::new(false));
+        let queues = Queues::new(device.queues(), Arc::clone(&shared), Arc::clone(&hold));
+        let wake = EventFd::new(EFD_NONBLOCK)?;
+        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+        let watch = |fd: &EventFd, token| {
+            // SAFETY: the eventfd outlives this call.
+            let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+            epoll::add(&epoll, fd, EventData::new_u64(token), EventFlags::IN)
+        };
+        watch(&wake, TOKEN_WAKE)?;
+        let mut kicks = Vec::new();
+        for index in 0..device.queues() {
+            let kick = EventFd::new(EFD_NONBLOCK)?;
+            watch(&kick, index as u64)?;
+            kicks.push(kick);
+        }
+        let name = format!("virtio-{}", shared.slot);
+        let inner = Arc::new(Inner {
+            wish: Mutex::default(),
+            wished: Condvar::new(),
+            engine: Mutex::new(Engine {
+                device,
+                queues,
+                active: false,
+                running: false,
+            }),
+            hold,
+            wake,
+            kicks,
+            epoll,
+            shared,
+        });
+        let body = Arc::clone(&inner);
+        let thread = std::thread::Builder::new()
+            .name(name)
+            .spawn(move || body.run())?;
+        Ok(Self {
+            inner,
+            thread: Some(thread),
+        })
+    }
+
+    /// The doorbells, one per queue.
+    pub(crate) fn kicks(&self) -> &[EventFd] {
+        &self.inner.kicks
+    }
+
+    /// Rings a queue's doorbell.
+    pub(crate) fn kick(&self, queue: usize) {
+        if let Some(kick) = self.inner.kicks.get(queue) {
+            // Fails only when the counter is full: it is readable anyway.
+            let _ = kick.write(1);
+        }
+    }
+
+    /// The engine, with nothing in flight. The worker makes way after the
+    /// request in hand.
+    pub(crate) fn engine(&self) -> MutexGuard<'_, Engine> {
+        self.inner.hold.store(true, Ordering::Release);
+        let engine = lock(&self.inner.engine);
+        self.inner.hold.store(false, Ordering::Release);
+        engine
+    }
+
+    /// Parks the worker. After this nothing is in flight and nothing starts.
+    pub(crate) fn pause(&self) -> MutexGuard<'_, Engine> {
+        lock(&self.inner.wish).run = false;
+        let _ = self.inner.wake.write(1);
+        let mut engine = self.engine();
+        engine.running = false;
+        engine
+    }
+
+    /// Lets the worker go on, and makes it look at every queue: kicks that
+    /// were lost with the old VMM are covered by that.
+    pub(crate) fn resume(&self) {
+        {
+            let mut engine = self.engine();
+            engine.running = true;
+            engine.device.resumed();
+        }
+        lock(&self.inner.wish).run = true;
+        self.inner.wished.notify_all();
+        for queue in 0..self.inner.kicks.len() {
+            self.kick(queue);
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        lock(&self.inner.wish).exit = true;
+        self.inner.wished.notify_all();
+        let _ = self.inner.wake.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Inner {
+    fn run(&self) {
+        let mut watched = None;
+        while self.wanted() {
+            if let Err(e) = self.round(&mut watched) {
+                self.shared.report(&format!("worker ends: {e}"));
+                return;
+            }
+        }
+    }
+
+    /// Waits while parked; false when the worker is to end.
+    fn wanted(&self) -> bool {
+        let mut wish = lock(&self.wish);
+        while !wish.run && !wish.exit {
+            wish = self
+                .wished
+                .wait(wish)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        !wish.exit
+    }
+
+    fn round(&self, watched: &mut Option<RawFd>) -> io::Result<()> {
+        let mut events = [MaybeUninit::<Event>::uninit(); EVENTS_MAX];
+        let ready: Vec<u64> = match epoll::wait(&self.epoll, &mut events, None) {
+            Ok((ready, _)) => ready.iter().map(|event| event.data.u64()).collect(),
+            Err(rustix::io::Errno::INTR) => return Ok(()),
+            Err(e) => return Err(e.into()),
+        };
+        if ready.contains(&TOKEN_WAKE) {
+            let _ = self.wake.read();
+        }
+        let mut engine = lock(&self.engine);
+        if !engine.running {
+            return Ok(());
+        }
+        for token in ready {
+            if token != TOKEN_WAKE {
+                self.serve(&mut engine, token);
+            }
+        }
+        self.watch_backend(&engine, watched)?;
+        drop(engine);
+        // Whoever waits for the engine must not lose the race for its lock
+        // against the next round.
+        if self.hold.load(Ordering::Acquire) {
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    fn serve(&self, engine: &mut Engine, token: u64) {
+        // Input goes into queue 0 of every device that has any.
+        let index = if token == TOKEN_BACKEND {
+            0
+        } else {
+            token as usize
+        };
+        let kick = &self.kicks[index];
+        if token != TOKEN_BACKEND {
+            // Before the work: a kick that comes during it is not lost.
+            let _ = kick.read();
+        }
+        if !engine.active {
+            return;
+        }
+        let Engine { device, queues, .. } = &mut *engine;
+        let result = if token == TOKEN_BACKEND {
+            device.backend_ready(queues)
+        } else {
+            device.kicked(index, queues)
+        };
+        match result {
+            Ok(Next::Wait) => {}
+            Ok(Next::Again) => {
+                let _ = kick.write(1);
+            }
+            Err(stop) => self.stop(engine, &stop),
+        }
+    }
+
+    fn stop(&self, engine: &mut Engine, stop: &Stop) {
+        engine.active = false;
+        self.shared.stop(&stop.to_string());
+    }
+
+    /// Waits on the back end only while the device can use what it brings:
+    /// level-triggered input that nobody takes would spin.
+    fn watch_backend(&self, engine: &Engine, watched: &mut Option<RawFd>) -> io::Result<()> {
+        let wanted = engine.device.backend().filter(|_| engine.active);
+        if wanted == *watched {
+            return Ok(());
+        }
+        if let Some(fd) = watched.take() {
+            // SAFETY: the device keeps its back end open as long as it lives,
+            // and the engine's lock keeps the device.
+            let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+            epoll::delete(&self.epoll, fd)?;
+        }
+        if let Some(fd) = wanted {
+            // SAFETY: as above.
+            let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+            let data = EventData::new_u64(TOKEN_BACKEND);
+            epoll::add(self.epoll.as_fd(), borrowed, data, EventFlags::IN)?;
+            *watched = Some(fd);
+        }
+        Ok(())
+    }
+}
