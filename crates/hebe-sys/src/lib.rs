@@ -2,5 +2,7 @@
 //! that survives a kexec.
 
 pub mod clock;
+pub mod dax;
 pub mod kexec;
+pub mod lock;
 pub mod proc;

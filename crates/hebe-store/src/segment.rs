@@ -1,0 +1,200 @@
+//! One VM's RAM and execution-state area, mapped.
+//!
+//! Mapping neither reads nor writes RAM: nothing is populated, locked
+//! or advised that would touch a page.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::ptr::NonNull;
+
+use hebe_types::{ByteSize, Extent, GRANULE, Gpa, SegmentId, VmId, VmName, ram_ranges};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::mm::Advice;
+
+use crate::StoreError;
+use crate::exec::ExecArea;
+use crate::mapping::Mapping;
+use crate::spec::{Placement, SegmentSpec};
+use crate::store::backing;
+
+/// One contiguous range of guest RAM in this process's address space.
+#[derive(Debug)]
+pub struct MappedRam {
+    /// First guest-physical address.
+    pub gpa: Gpa,
+    /// Where it is mapped; aligned to 2 MiB. Valid as long as the [`Segment`].
+    pub host: NonNull<u8>,
+    /// Length in bytes, a multiple of 2 MiB.
+    pub len: u64,
+}
+
+// SAFETY: an address and a length; using the address is the user's unsafe
+// code, with its own argument.
+unsafe impl Send for MappedRam {}
+// SAFETY: as above.
+unsafe impl Sync for MappedRam {}
+
+/// A mapped segment. Unmapped when dropped: whoever uses the addresses of
+/// [`Segment::ram`] keeps it alive as long.
+#[derive(Debug)]
+pub struct Segment {
+    spec: SegmentSpec,
+    ram: Vec<MappedRam>,
+    exec: ExecArea,
+    memfd: Option<OwnedFd>,
+    _mappings: Vec<Mapping>,
+}
+
+impl Segment {
+    /// Maps a segment of a store, and closes the store's descriptor before
+    /// returning (invariant 9). Extents that follow each other in
+    /// guest-physical space are contiguous in the mapping.
+    ///
+    /// # Errors
+    /// [`StoreError::BadSpec`] for a table that is not safe to map,
+    /// [`StoreError::BeyondEnd`] when the device or file is too short (a later
+    /// access would be SIGBUS).
+    pub fn map(fd: OwnedFd, spec: &SegmentSpec) -> Result<Self, StoreError> {
+        let file = File::from(fd);
+        let size = backing(&file, Path::new("the store's descriptor"))?.size;
+        let segment = Self::map_from(file.as_fd(), size, spec)?;
+        drop(file);
+        Ok(segment)
+    }
+
+    /// A segment in anonymous memory, which outlives nothing but this process
+    /// and whoever gets [`Segment::memfd`]. Its length is sealed.
+    ///
+    /// # Errors
+    /// [`StoreError::Memory`]; [`StoreError::HugePages`] when huge pages were
+    /// asked for and there are too few.
+    pub fn new_memfd(
+        vm: VmId,
+        name: &VmName,
+        memory: ByteSize,
+        hugepages: bool,
+    ) -> Result<Self, StoreError> {
+        if memory.bytes() == 0 || !memory.bytes().is_multiple_of(GRANULE) {
+            return Err(StoreError::Memory(memory));
+        }
+        let spec = memfd_spec(vm, name, memory);
+        spec.check()?;
+        let media = |e: rustix::io::Errno| StoreError::media("make")(e.into());
+        let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        if hugepages {
+            flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+        }
+        let fd = memfd_create(format!("hebe-{name}"), flags).map_err(media)?;
+        ftruncate(&fd, spec.end()).map_err(media)?;
+        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        fcntl_add_seals(&fd, seals).map_err(media)?;
+        let mapped = Self::map_from(fd.as_fd(), spec.end(), &spec);
+        let mut segment = match mapped {
+            // Shared huge pages are reserved when they are mapped.
+            Err(StoreError::Media { source, .. }) if hugepages => {
+                return Err(StoreError::HugePages {
+                    pages: spec.end() / GRANULE,
+                    source,
+                });
+            }
+            other => other?,
+        };
+        if !hugepages {
+            for mapping in &segment._mappings {
+                // Advice only: not every kernel has huge pages for shared memory.
+                let _ = mapping.advise(Advice::LinuxHugepage);
+            }
+        }
+        segment.memfd = Some(fd);
+        Ok(segment)
+    }
+
+    fn map_from(fd: BorrowedFd<'_>, size: u64, spec: &SegmentSpec) -> Result<Self, StoreError> {
+        spec.check()?;
+        if spec.end() > size {
+            return Err(StoreError::BeyondEnd {
+                needed: spec.end(),
+                size,
+            });
+        }
+        let map = StoreError::media;
+        let mut mappings = Vec::new();
+        let mut ram = Vec::new();
+        for range in ram_ranges(spec.memory()) {
+            let mapping = Mapping::reserve(range.len).map_err(map("map"))?;
+            let end = range.gpa.0 + range.len;
+            for p in &spec.ram {
+                if (range.gpa.0..end).contains(&p.gpa.0) {
+                    let at = p.gpa.0 - range.gpa.0;
+                    mapping.place(at, fd, p.place, true).map_err(map("map"))?;
+                }
+            }
+            for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
+                mapping.advise(advice).map_err(map("map"))?;
+            }
+            ram.push(MappedRam {
+                gpa: range.gpa,
+                host: mapping.start(),
+                len: mapping.len(),
+            });
+            mappings.push(mapping);
+        }
+        let exec = Mapping::of(fd, spec.exec, true).map_err(map("map"))?;
+        Ok(Self {
+            exec: ExecArea::new(exec, spec.vm),
+            spec: spec.clone(),
+            ram,
+            memfd: None,
+            _mappings: mappings,
+        })
+    }
+
+    /// Whose it is and where it lies.
+    pub fn spec(&self) -> &SegmentSpec {
+        &self.spec
+    }
+
+    /// Guest RAM in ascending guest-physical order: one range, or two around
+    /// the MMIO hole.
+    pub fn ram(&self) -> &[MappedRam] {
+        &self.ram
+    }
+
+    /// The execution-state area.
+    pub fn exec(&self) -> &ExecArea {
+        &self.exec
+    }
+
+    /// The memory behind a `memfd` segment; none for one in a store.
+    pub fn memfd(&self) -> Option<BorrowedFd<'_>> {
+        self.memfd.as_ref().map(AsFd::as_fd)
+    }
+}
+
+/// Execution-state area first, then RAM in order.
+fn memfd_spec(vm: VmId, name: &VmName, memory: ByteSize) -> SegmentSpec {
+    let mut offset = GRANULE;
+    let ram = ram_ranges(memory).into_iter().map(|range| {
+        let place = Extent {
+            offset,
+            len: range.len,
+        };
+        offset += range.len;
+        Placement {
+            gpa: range.gpa,
+            place,
+        }
+    });
+    SegmentSpec {
+        id: SegmentId(0),
+        vm,
+        name: name.clone(),
+        store_uuid: [0; 16],
+        ram: ram.collect(),
+        exec: Extent {
+            offset: 0,
+            len: GRANULE,
+        },
+    }
+}

@@ -1,0 +1,418 @@
+//! Stores on real files, segments on real mappings.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use hebe_store::{
+    Access, ExecStatus, FormatOptions, MappedRam, REPORT_LEN_MAX, Segment, SegmentEntry,
+    SegmentSpec, Store, StoreError,
+};
+use hebe_types::{ByteSize, GRANULE, VmId, VmName};
+
+struct Bench {
+    _dir: tempfile::TempDir,
+    path: PathBuf,
+}
+
+fn bench(granules: u64) -> Bench {
+    let dir = tempfile::tempdir().expect("dir");
+    let path = dir.path().join("store");
+    let file = File::create_new(&path).expect("file");
+    file.set_len(granules * GRANULE).expect("length");
+    Bench { _dir: dir, path }
+}
+
+fn formatted(granules: u64) -> Bench {
+    let bench = bench(granules);
+    Store::format(&bench.path, FormatOptions::default()).expect("format");
+    bench
+}
+
+fn manage(path: &Path) -> Store {
+    Store::open(path, Access::Manage).expect("open")
+}
+
+fn name(text: &str) -> VmName {
+    text.parse().expect("name")
+}
+
+fn fd(path: &Path) -> OwnedFd {
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .write(true)
+        .open(path)
+        .expect("open")
+        .into()
+}
+
+fn write_ram(ram: &MappedRam, offset: u64, bytes: &[u8]) {
+    assert!(offset + bytes.len() as u64 <= ram.len);
+    // SAFETY: inside the mapping, which the caller's segment keeps alive.
+    unsafe {
+        let to = ram.host.as_ptr().add(offset as usize);
+        std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
+    }
+}
+
+fn read_ram(ram: &MappedRam, offset: u64, len: usize) -> Vec<u8> {
+    assert!(offset + len as u64 <= ram.len);
+    let mut out = vec![0; len];
+    // SAFETY: inside the mapping, which the caller's segment keeps alive.
+    unsafe {
+        let from = ram.host.as_ptr().add(offset as usize);
+        std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), len);
+    }
+    out
+}
+
+fn valid(store: &Store) -> Vec<(SegmentSpec, ExecStatus)> {
+    let all = store.segments().expect("segments");
+    all.into_iter()
+        .map(|entry| match entry {
+            SegmentEntry::Valid(info) => (info.spec, info.exec),
+            damaged => panic!("{damaged:?}"),
+        })
+        .collect()
+}
+
+#[test]
+fn a_vm_is_found_again_with_its_ram_and_state() {
+    let bench = formatted(16);
+    let mut store = manage(&bench.path);
+    let spec = store
+        .create(VmId([1; 16]), &name("web"), ByteSize(4 * GRANULE))
+        .expect("create");
+    let segment = Segment::map(fd(&bench.path), &spec).expect("map");
+    assert_eq!(segment.ram().len(), 1);
+    assert_eq!(segment.ram()[0].host.as_ptr().addr() % GRANULE as usize, 0);
+    assert_eq!(segment.ram()[0].len, 4 * GRANULE);
+    assert_eq!(segment.exec().status(), ExecStatus::Empty);
+    segment.exec().mark_running([5; 16], 77).expect("running");
+    for granule in 0..4u64 {
+        write_ram(
+            &segment.ram()[0],
+            granule * GRANULE + 9,
+            &[granule as u8 + 1],
+        );
+    }
+    segment.exec().commit_frozen(b"the state").expect("frozen");
+    drop((segment, store));
+
+    let store = Store::open(&bench.path, Access::Read).expect("open");
+    let (found, exec) = valid(&store).pop().expect("one");
+    assert_eq!(found, spec);
+    assert!(
+        matches!(exec, ExecStatus::Frozen { len: 9, .. }),
+        "{exec:?}"
+    );
+    let segment = Segment::map(fd(&bench.path), &found).expect("map");
+    assert_eq!(segment.exec().load().expect("state"), b"the state");
+    for granule in 0..4u64 {
+        let byte = read_ram(&segment.ram()[0], granule * GRANULE + 9, 1);
+        assert_eq!(byte, [granule as u8 + 1]);
+    }
+    segment.exec().mark_running([6; 16], 78).expect("running");
+    let expected = "process 78";
+    let refused = segment.exec().load().expect_err("RAM may have changed");
+    assert!(refused.to_string().contains(expected), "{refused}");
+    assert!(matches!(
+        valid(&store)[0].1,
+        ExecStatus::Running { pid: 78, .. }
+    ));
+}
+
+#[test]
+fn ram_in_pieces_is_contiguous_for_the_guest() {
+    let bench = formatted(16);
+    let mut store = manage(&bench.path);
+    let size = ByteSize(2 * GRANULE);
+    let specs: Vec<SegmentSpec> = ["a", "b", "c", "d"]
+        .iter()
+        .enumerate()
+        .map(|(i, n)| {
+            store
+                .create(VmId([i as u8; 16]), &name(n), size)
+                .expect("create")
+        })
+        .collect();
+    store.drop_segment(specs[0].id).expect("drop");
+    store.drop_segment(specs[2].id).expect("drop");
+    let spec = store
+        .create(VmId([9; 16]), &name("e"), ByteSize(6 * GRANULE))
+        .expect("create");
+    assert!(spec.ram.len() > 1, "{spec:?}");
+    let segment = Segment::map(fd(&bench.path), &spec).expect("map");
+    assert_eq!(segment.ram().len(), 1);
+    for granule in 0..6u64 {
+        write_ram(
+            &segment.ram()[0],
+            granule * GRANULE,
+            &[0x40 + granule as u8],
+        );
+    }
+    let file = File::open(&bench.path).expect("file");
+    for placement in &spec.ram {
+        for at in (0..placement.place.len).step_by(GRANULE as usize) {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, placement.place.offset + at)
+                .expect("read");
+            let granule = (placement.gpa.0 + at) / GRANULE;
+            assert_eq!(byte[0], 0x40 + granule as u8);
+        }
+    }
+}
+
+#[test]
+fn destroyed_bytes_are_gone_and_a_new_vm_sees_zeros() {
+    let bench = formatted(8);
+    let mut store = manage(&bench.path);
+    let size = ByteSize(5 * GRANULE);
+    let spec = store.create(VmId([1; 16]), &name("a"), size).expect("a");
+    let segment = Segment::map(fd(&bench.path), &spec).expect("map");
+    for at in (0..size.bytes()).step_by(4096) {
+        write_ram(&segment.ram()[0], at, b"secret");
+    }
+    segment.exec().commit_frozen(b"secret").expect("frozen");
+    drop(segment);
+    let full = store.create(VmId([2; 16]), &name("b"), ByteSize(GRANULE));
+    assert!(
+        matches!(full, Err(StoreError::OutOfSpace { .. })),
+        "{full:?}"
+    );
+    store.drop_segment(spec.id).expect("drop");
+    let bytes = std::fs::read(&bench.path).expect("read");
+    assert!(!bytes.windows(6).any(|w| w == b"secret"));
+
+    // Bytes that got there behind the store's back are not seen either.
+    let file = OpenOptions::new()
+        .write(true)
+        .open(&bench.path)
+        .expect("file");
+    for granule in 2..8 {
+        file.write_all_at(b"leftover", granule * GRANULE + 4096)
+            .expect("write");
+    }
+    let spec = store.create(VmId([2; 16]), &name("b"), size).expect("b");
+    let segment = Segment::map(fd(&bench.path), &spec).expect("map");
+    assert_eq!(segment.exec().status(), ExecStatus::Empty);
+    let ram = read_ram(&segment.ram()[0], 0, size.bytes() as usize);
+    assert!(ram.iter().all(|b| *b == 0));
+}
+
+#[test]
+fn formatting_needs_force_where_a_store_is() {
+    let bench = formatted(8);
+    let refused = Store::format(&bench.path, FormatOptions::default());
+    assert!(matches!(
+        refused,
+        Err(StoreError::Formatted { segments: 0, .. })
+    ));
+    let mut store = manage(&bench.path);
+    store
+        .create(VmId([1; 16]), &name("a"), ByteSize(GRANULE))
+        .expect("create");
+    drop(store);
+    let refused = Store::format(&bench.path, FormatOptions::default());
+    assert!(matches!(
+        refused,
+        Err(StoreError::Formatted { segments: 1, .. })
+    ));
+    // Both superblocks wiped: the records still tell.
+    let file = OpenOptions::new()
+        .write(true)
+        .open(&bench.path)
+        .expect("file");
+    file.write_all_at(&[0; 8192], 0).expect("wipe");
+    let refused = Store::format(&bench.path, FormatOptions::default());
+    assert!(matches!(refused, Err(StoreError::HeadDamaged { .. })));
+    let opened = Store::open(&bench.path, Access::Read).map(|_| ());
+    assert!(matches!(opened, Err(StoreError::HeadDamaged { .. })));
+    let info = Store::format(&bench.path, FormatOptions { force: true }).expect("force");
+    assert_eq!(info.free, 6 * GRANULE);
+    assert!(valid(&manage(&bench.path)).is_empty());
+}
+
+#[test]
+fn a_foreign_or_small_device_is_refused() {
+    let empty = bench(8);
+    let opened = Store::open(&empty.path, Access::Manage).map(|_| ());
+    assert!(matches!(opened, Err(StoreError::NoStore(_))), "{opened:?}");
+    let small = bench(3);
+    let formatted = Store::format(&small.path, FormatOptions::default());
+    assert!(matches!(formatted, Err(StoreError::TooSmall { .. })));
+    let opened = Store::open(Path::new("/dev/null"), Access::Read).map(|_| ());
+    assert!(
+        matches!(opened, Err(StoreError::NotUsable(_))),
+        "{opened:?}"
+    );
+    let opened = Store::open(Path::new("/nonexistent"), Access::Read).map(|_| ());
+    assert!(matches!(opened, Err(StoreError::Open { .. })), "{opened:?}");
+}
+
+#[test]
+fn a_shrunken_reservation_is_named_and_nothing_is_written() {
+    let bench = formatted(16);
+    let spec = manage(&bench.path)
+        .create(VmId([1; 16]), &name("a"), ByteSize(12 * GRANULE))
+        .expect("create");
+    let file = OpenOptions::new()
+        .write(true)
+        .open(&bench.path)
+        .expect("file");
+    file.set_len(12 * GRANULE).expect("shrink");
+    let before = std::fs::read(&bench.path).expect("read");
+    let opened = Store::open(&bench.path, Access::Manage).map(|_| ());
+    let said = opened.expect_err("refused").to_string();
+    assert!(said.contains("32MiB") && said.contains("24MiB"), "{said}");
+    let refused = Store::format(&bench.path, FormatOptions::default());
+    assert!(matches!(refused, Err(StoreError::Formatted { .. })));
+    let mapped = Segment::map(fd(&bench.path), &spec).map(|_| ());
+    assert!(
+        matches!(mapped, Err(StoreError::BeyondEnd { .. })),
+        "{mapped:?}"
+    );
+    assert_eq!(std::fs::read(&bench.path).expect("read"), before);
+}
+
+#[test]
+fn one_manager_at_a_time_and_mappings_do_not_keep_its_lock() {
+    let bench = formatted(8);
+    let mut store = manage(&bench.path);
+    let second = Store::open(&bench.path, Access::Manage).map(|_| ());
+    assert!(matches!(second, Err(StoreError::Busy(_))), "{second:?}");
+    Store::open(&bench.path, Access::Read).expect("readers may look");
+    let spec = store
+        .create(VmId([1; 16]), &name("a"), ByteSize(GRANULE))
+        .expect("create");
+    // As a VMM does: from the manager's descriptor.
+    let passed = store.device_fd().try_clone_to_owned().expect("dup");
+    let segment = Segment::map(passed, &spec).expect("map");
+    drop(store);
+    let mut store = manage(&bench.path);
+    store.write_report(b"second manager").expect("report");
+    drop(segment);
+}
+
+#[test]
+fn a_reader_changes_nothing() {
+    let bench = formatted(8);
+    let before = std::fs::read(&bench.path).expect("read");
+    let mut store = Store::open(&bench.path, Access::Read).expect("open");
+    let created = store.create(VmId([1; 16]), &name("a"), ByteSize(GRANULE));
+    assert!(matches!(created, Err(StoreError::ReadOnly)));
+    assert!(matches!(
+        store.write_report(b"x"),
+        Err(StoreError::ReadOnly)
+    ));
+    assert_eq!(std::fs::read(&bench.path).expect("read"), before);
+}
+
+#[test]
+fn bad_requests_get_a_sentence_and_leave_nothing() {
+    let bench = formatted(8);
+    let mut store = manage(&bench.path);
+    let mut create = |vm: u8, n: &str, bytes: u64| {
+        let made = store.create(VmId([vm; 16]), &name(n), ByteSize(bytes));
+        made.map_err(|e| e.to_string())
+    };
+    assert!(create(1, "a", 0).expect_err("zero").contains("2MiB"));
+    assert!(
+        create(1, "a", 4096)
+            .expect_err("unaligned")
+            .contains("2MiB")
+    );
+    assert!(
+        create(1, "a", 1 << 62)
+            .expect_err("huge")
+            .contains("12MiB free")
+    );
+    assert!(
+        create(1, "a", 6 * GRANULE)
+            .expect_err("full")
+            .contains("free")
+    );
+    create(1, "a", GRANULE).expect("fits");
+    assert!(
+        create(2, "a", GRANULE)
+            .expect_err("name")
+            .contains("already has segment 0")
+    );
+    assert!(
+        create(1, "b", GRANULE)
+            .expect_err("id")
+            .contains("already has segment 0")
+    );
+    assert_eq!(valid(&store).len(), 1);
+    assert_eq!(store.info().expect("info").free, 4 * GRANULE);
+    let dropped = store.drop_segment(hebe_types::SegmentId(7));
+    assert!(matches!(dropped, Err(StoreError::NoSuchSegment(_))));
+    let dropped = store.drop_segment(hebe_types::SegmentId(70_000));
+    assert!(matches!(dropped, Err(StoreError::NoSuchSegment(_))));
+}
+
+#[test]
+fn the_report_outlives_its_writer() {
+    let bench = formatted(8);
+    let mut store = manage(&bench.path);
+    assert_eq!(store.read_report().expect("read"), None);
+    for round in 0..5u8 {
+        let text = vec![round; 1000 + usize::from(round)];
+        store.write_report(&text).expect("write");
+        assert_eq!(store.read_report().expect("read"), Some(text));
+    }
+    let longest = vec![7; REPORT_LEN_MAX];
+    store.write_report(&longest).expect("write");
+    let refused = store.write_report(&vec![7; REPORT_LEN_MAX + 1]);
+    assert!(matches!(refused, Err(StoreError::ReportTooLong { .. })));
+    drop(store);
+    let store = Store::open(&bench.path, Access::Read).expect("open");
+    assert_eq!(store.read_report().expect("read"), Some(longest));
+}
+
+#[test]
+fn a_memfd_segment_is_sealed_and_works() {
+    let size = ByteSize(3 * GRANULE);
+    let segment = Segment::new_memfd(VmId([1; 16]), &name("m"), size, false).expect("memfd");
+    let ram = &segment.ram()[0];
+    assert_eq!(ram.len, size.bytes());
+    write_ram(ram, size.bytes() - 4, b"tail");
+    assert_eq!(read_ram(ram, size.bytes() - 4, 4), b"tail");
+    segment.exec().mark_running([1; 16], 1).expect("running");
+    segment.exec().commit_frozen(&[3; 100_000]).expect("frozen");
+    assert_eq!(segment.exec().load().expect("load"), vec![3; 100_000]);
+    let memfd = segment.memfd().expect("memfd");
+    rustix::fs::ftruncate(memfd, GRANULE).expect_err("sealed");
+    // The same memory through another mapping, as a later VMM would see it.
+    let again = memfd.try_clone_to_owned().expect("dup");
+    let second = Segment::map(again, segment.spec()).expect("map");
+    assert_eq!(read_ram(&second.ram()[0], size.bytes() - 4, 4), b"tail");
+    assert_eq!(second.exec().load().expect("load").len(), 100_000);
+}
+
+#[test]
+fn huge_pages_are_used_or_refused_by_name() {
+    let pages_free =
+        std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+            .ok()
+            .and_then(|text| text.trim().parse::<u64>().ok())
+            .unwrap_or(0);
+    let made = Segment::new_memfd(VmId([1; 16]), &name("m"), ByteSize(3 * GRANULE), true);
+    if pages_free >= 4 {
+        write_ram(&made.expect("memfd").ram()[0], 0, b"x");
+    } else {
+        let said = made.map(|_| ()).expect_err("too few").to_string();
+        assert!(said.contains("vm.nr_hugepages"), "{said}");
+    }
+}
+
+#[test]
+fn ram_around_the_hole_is_two_ranges() {
+    let size = ByteSize::gib(4);
+    let segment = Segment::new_memfd(VmId([1; 16]), &name("m"), size, false).expect("memfd");
+    let ranges: Vec<(u64, u64)> = segment.ram().iter().map(|r| (r.gpa.0, r.len)).collect();
+    assert_eq!(ranges, [(0, 3 << 30), (4 << 30, 1 << 30)]);
+    write_ram(&segment.ram()[1], (1 << 30) - 1, b"x");
+}
