@@ -1,0 +1,1 @@
+//! Suspends and resumes a hand-assembled SMP guest, over and over.
