@@ -186,10 +186,11 @@ impl Agent {
     ) -> Result<HostStatus> {
         let end = Instant::now() + limit;
         loop {
-            if let Ok(status) = self.status(Duration::from_secs(2)) {
-                if before != Some(status.boot_id.as_str()) && (status.settled || !settled) {
-                    return Ok(status);
-                }
+            if let Ok(status) = self.status(Duration::from_secs(2))
+                && before != Some(status.boot_id.as_str())
+                && (status.settled || !settled)
+            {
+                return Ok(status);
             }
             check()?;
             if Instant::now() > end {

@@ -217,12 +217,11 @@ impl Assets {
         if let Some(program) = &self.overrides.qemu {
             return system_qemu(program.clone()).probe();
         }
-        if let Some(program) = apt::find_program("qemu-system-x86_64") {
-            if let Ok(qemu) = system_qemu(program).probe() {
-                if qemu.major >= QEMU_MAJOR_MIN {
-                    return Ok(qemu);
-                }
-            }
+        if let Some(program) = apt::find_program("qemu-system-x86_64")
+            && let Ok(qemu) = system_qemu(program).probe()
+            && qemu.major >= QEMU_MAJOR_MIN
+        {
+            return Ok(qemu);
         }
         self.needs_debian("--qemu")?;
         let cached = self.cache.root().join("qemu");

@@ -34,7 +34,9 @@ const HOST_DISK: [&str; 2] = ["ext4", "crc32c_generic?"];
 /// What can wait until the VMs run.
 const HOST_LATE: [&str; 3] = ["loop?", "vhost_net?", "virtio_rng?"];
 /// What a guest needs.
-const GUEST: [&str; 7] = [
+const GUEST: [&str; 9] = [
+    "button?",
+    "evdev?",
     "virtio_pci",
     "virtio_net",
     "virtio_blk",

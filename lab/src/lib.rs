@@ -10,6 +10,7 @@ pub mod disk;
 pub mod initramfs;
 pub mod machine;
 pub mod modules;
+pub mod probe;
 pub mod progress;
 pub mod qmp;
 pub mod serial;

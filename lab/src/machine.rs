@@ -2,7 +2,7 @@
 
 use std::net::{TcpListener, UdpSocket};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
@@ -235,6 +235,11 @@ impl Machine {
         self.qmp.execute("system_reset", json!({})).map(drop)
     }
 
+    /// Presses the ACPI power button.
+    pub fn power_button(&mut self) -> Result<()> {
+        self.qmp.execute("system_powerdown", json!({})).map(drop)
+    }
+
     /// Stops all processors between two instructions.
     pub fn stop(&mut self) -> Result<()> {
         self.qmp.execute("stop", json!({})).map(drop)
@@ -368,9 +373,4 @@ pub fn host_cmdline(reserve_mib: u64, extra: &str) -> String {
         line.push_str(extra);
     }
     line
-}
-
-/// Where a machine keeps its files.
-pub fn file_in(dir: &Path, name: &str) -> PathBuf {
-    dir.join(name)
 }

@@ -55,3 +55,46 @@ fn wait_for(path: &Path, limit: Duration) -> bool {
     }
     true
 }
+
+/// Fills a devdax device with a pattern, or checks it; returns bad pages.
+///
+/// A test aid: shows whether the reserved range outlives a kernel.
+pub fn pattern(device: &str, fill: bool) -> Result<u64> {
+    let file = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(device)
+        .with_context(|| format!("cannot open {device}"))?;
+    let name = device.rsplit('/').next().unwrap_or(device);
+    let size = fs::read_to_string(format!("/sys/bus/dax/devices/{name}/size"))?;
+    let len: usize = size.trim().parse()?;
+    // SAFETY: a fresh shared mapping of the device, as long as the device;
+    // nothing else in this process refers to it.
+    let start = unsafe {
+        rustix::mm::mmap(
+            std::ptr::null_mut(),
+            len,
+            rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE,
+            rustix::mm::MapFlags::SHARED,
+            &file,
+            0,
+        )
+    }
+    .with_context(|| format!("cannot map {device}"))?;
+    let mut bad = 0;
+    for page in 0..len / 4096 {
+        // SAFETY: `page` lies inside the mapping made above, which stays for
+        // the rest of the process's life.
+        let words =
+            unsafe { std::slice::from_raw_parts_mut(start.cast::<u64>().add(page * 512), 512) };
+        let word = |i: usize| (page as u64 * 512 + i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        if fill {
+            for (i, to) in words.iter_mut().enumerate() {
+                *to = word(i);
+            }
+        } else if words.iter().enumerate().any(|(i, have)| *have != word(i)) {
+            bad += 1;
+        }
+    }
+    Ok(bad)
+}

@@ -18,8 +18,7 @@ use anyhow::Result;
 fn main() {
     let userspace_tsc = sys::tsc();
     if std::process::id() != 1 {
-        eprintln!("lab-init is the init program of the lab's machines; it does nothing elsewhere");
-        exit(2);
+        exit(tool(&std::env::args().collect::<Vec<_>>()));
     }
     if let Err(e) = base_mounts() {
         eprintln!("LAB: PANIC {e:#}");
@@ -39,6 +38,31 @@ fn main() {
             exit(1);
         }
         child => reap(child),
+    }
+}
+
+/// Test aids, when the program is not init.
+fn tool(arguments: &[String]) -> i32 {
+    let words: Vec<&str> = arguments.iter().skip(1).map(String::as_str).collect();
+    let result = match words[..] {
+        ["dax-fill", device] => dax::pattern(device, true),
+        ["dax-check", device] => dax::pattern(device, false),
+        _ => {
+            eprintln!(
+                "lab-init is the init program of the lab's machines; it does nothing elsewhere"
+            );
+            return 2;
+        }
+    };
+    match result {
+        Ok(bad) => {
+            println!("{bad} bad pages");
+            i32::from(bad != 0)
+        }
+        Err(e) => {
+            eprintln!("{e:#}");
+            2
+        }
     }
 }
 

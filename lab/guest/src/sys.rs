@@ -88,8 +88,6 @@ pub enum Reboot {
     Kexec,
     /// Power off.
     PowerOff,
-    /// Reset.
-    Restart,
 }
 
 /// Ends this kernel's life.
@@ -97,7 +95,6 @@ pub fn reboot(how: Reboot) -> io::Error {
     let command = match how {
         Reboot::Kexec => libc::LINUX_REBOOT_CMD_KEXEC,
         Reboot::PowerOff => libc::LINUX_REBOOT_CMD_POWER_OFF,
-        Reboot::Restart => libc::LINUX_REBOOT_CMD_RESTART,
     };
     // SAFETY: reboot(2) takes no pointer with these commands.
     unsafe { libc::reboot(command) };
