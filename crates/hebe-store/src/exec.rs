@@ -291,6 +291,18 @@ pub(crate) fn mark_running(
     put(media, &reading, &header)
 }
 
+/// Marks the VM as ended; see [`ExecArea::mark_empty`].
+pub(crate) fn mark_empty(media: &impl Media, vm: VmId, now_ns: u64) -> Result<(), StoreError> {
+    let reading = read(media)?;
+    let newest = parse(&reading, vm).map_err(StoreError::ExecDamaged)?;
+    let mut header = HeaderV1::new_zeroed();
+    header.state = U32::new(EMPTY);
+    header.slot = newest.map_or(U32::new(1), |(_, old)| old.slot);
+    header.vm = vm.0;
+    header.since_ns = U64::new(now_ns);
+    put(media, &reading, &header)
+}
+
 /// The execution-state area of a mapped segment.
 #[derive(Debug)]
 pub struct ExecArea {
@@ -325,6 +337,15 @@ impl ExecArea {
     pub fn mark_running(&self, boot_id: [u8; 16], pid: u32) -> Result<(), StoreError> {
         let _one = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         mark_running(&self.mapping, self.vm, boot_id, pid, now_ns())
+    }
+
+    /// Records that the VM ended and that nothing can be resumed.
+    ///
+    /// # Errors
+    /// As for [`ExecArea::mark_running`].
+    pub fn mark_empty(&self) -> Result<(), StoreError> {
+        let _one = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        mark_empty(&self.mapping, self.vm, now_ns())
     }
 
     /// Commits the state that belongs to guest RAM as it is now. Call it when

@@ -14,6 +14,7 @@ use hebe_kvm::Machine;
 use hebe_state::v1::devices::{PciRootV1, SerialV1, VirtioV1};
 use hebe_state::{SectionKind, StateReader};
 use hebe_store::Segment;
+use hebe_sys::tap::Tap;
 use hebe_types::{MacAddr, VmConfig};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestRegionMmap};
@@ -193,11 +194,21 @@ fn kinds(identity: &Identity, hub: &Arc<ConsoleHub>) -> Result<Vec<(u8, DeviceKi
         slot += 1;
     }
     for (index, net) in config.nets.iter().enumerate() {
-        let tap = hebe_sys::tap::open(&net.tap, net.bridge.as_deref())?;
+        let tap = Tap::open(&net.tap)?;
+        if let Some(bridge) = &net.bridge {
+            tap.join_bridge(bridge)?;
+        }
+        tap.set_up()?;
         let mac = net
             .mac
             .unwrap_or_else(|| MacAddr::derived(identity.id, index as u8));
-        kinds.push((slot, DeviceKind::Net { tap, mac }));
+        kinds.push((
+            slot,
+            DeviceKind::Net {
+                tap: tap.into(),
+                mac,
+            },
+        ));
         slot += 1;
     }
     Ok(kinds)

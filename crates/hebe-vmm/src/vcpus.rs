@@ -126,7 +126,7 @@ impl Vcpus {
             let _ = thread.commands.send(Command::Save(answer));
             answers.push(receiver);
         }
-        let read = |(index, answer): (usize, &Receiver<_>)| {
+        let read = |(index, answer): (usize, &Receiver<Result<VcpuV1, VcpuError>>)| {
             answer
                 .recv()
                 .map_err(|_| VcpusError::Gone(index))?
