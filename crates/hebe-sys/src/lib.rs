@@ -6,3 +6,4 @@ pub mod dax;
 pub mod kexec;
 pub mod lock;
 pub mod proc;
+pub mod tap;
