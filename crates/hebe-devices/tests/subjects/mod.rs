@@ -1,0 +1,229 @@
+//! The kinds of device under test: how each is made, what a request is, and
+//! how one tells that requests were done exactly once.
+
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+use std::cell::RefCell;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use hebe_block::BlockBackend;
+use hebe_devices::{ConsoleHub, DeviceKind, Ram};
+use hebe_types::MacAddr;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::common::Buffer;
+
+pub const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0x11, 0x22, 0x33]);
+
+pub trait Subject {
+    /// The queue that requests go into.
+    const QUEUE: u16;
+    fn new() -> Self;
+    /// A device of this kind on the subject's back end, opened anew.
+    fn kind(&self) -> DeviceKind;
+    /// Lays out request `n` in RAM.
+    fn prepare(&self, ram: &Ram, n: u32) -> Vec<Buffer>;
+    /// Requests 0 to `count` were done, each once.
+    fn check(&self, ram: &Ram, count: u32);
+}
+
+fn area(n: u32) -> u64 {
+    0x40_0000 + u64::from(n % 1024) * 0x2000
+}
+
+fn put(ram: &Ram, addr: u64, bytes: &[u8]) {
+    ram.write_slice(bytes, GuestAddress(addr)).expect("write");
+}
+
+pub fn get(ram: &Ram, addr: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    ram.read_slice(&mut bytes, GuestAddress(addr))
+        .expect("read");
+    bytes
+}
+
+/// Request `n` writes a pattern to sector `n`.
+pub struct BlockSubject {
+    pub file: tempfile::NamedTempFile,
+}
+
+fn sector(n: u32) -> Vec<u8> {
+    (0..512u32).map(|i| (i * 31 + n * 7 + 1) as u8).collect()
+}
+
+impl Subject for BlockSubject {
+    const QUEUE: u16 = 0;
+
+    fn new() -> Self {
+        let file = tempfile::NamedTempFile::new().expect("temporary file");
+        file.as_file().set_len(1 << 20).expect("set length");
+        Self { file }
+    }
+
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Block(BlockBackend::open(self.file.path(), false).expect("open"))
+    }
+
+    fn prepare(&self, ram: &Ram, n: u32) -> Vec<Buffer> {
+        let at = area(n);
+        put(ram, at, &1u64.to_le_bytes());
+        put(ram, at + 8, &u64::from(n).to_le_bytes());
+        put(ram, at + 16, &sector(n));
+        put(ram, at + 0x1000, &[0xff]);
+        vec![
+            (at, 16, false),
+            (at + 16, 500, false),
+            (at + 516, 12, false),
+            (at + 0x1000, 1, true),
+        ]
+    }
+
+    fn check(&self, ram: &Ram, count: u32) {
+        let disk = std::fs::read(self.file.path()).expect("read the disk");
+        for n in 0..count {
+            assert_eq!(get(ram, area(n) + 0x1000, 1), [0], "status of {n}");
+            let at = n as usize * 512;
+            assert!(disk[at..at + 512] == sector(n), "sector {n}");
+        }
+    }
+}
+
+/// Request `n` sends frame `n`; the other end of a socket pair sees each
+/// frame, in order, once.
+pub struct NetSubject {
+    tap: OwnedFd,
+    pub wire: OwnedFd,
+    seen: RefCell<Vec<Vec<u8>>>,
+}
+
+fn frame(n: u32) -> Vec<u8> {
+    let mut frame = vec![0xff; 6];
+    frame.extend_from_slice(&MAC.0);
+    frame.extend_from_slice(&[0x88, 0xb5]);
+    frame.extend_from_slice(&n.to_le_bytes());
+    frame.resize(60 + n as usize % 900, n as u8);
+    frame
+}
+
+impl NetSubject {
+    pub fn receive(&self) -> Option<Vec<u8>> {
+        let mut frame = vec![0; 70_000];
+        let len = rustix::io::read(&self.wire, &mut frame[..]).ok()?;
+        frame.truncate(len);
+        Some(frame)
+    }
+}
+
+impl Subject for NetSubject {
+    const QUEUE: u16 = 1;
+
+    fn new() -> Self {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let pair = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
+        let (tap, wire) = pair.expect("socket pair");
+        Self {
+            tap,
+            wire,
+            seen: RefCell::default(),
+        }
+    }
+
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Net {
+            tap: self.tap.try_clone().expect("duplicate"),
+            mac: MAC,
+        }
+    }
+
+    fn prepare(&self, ram: &Ram, n: u32) -> Vec<Buffer> {
+        let (at, frame) = (area(n), frame(n));
+        // A header that claims offloads nobody negotiated.
+        put(ram, at, &[0x5a; 12]);
+        put(ram, at + 12, &frame);
+        vec![(at, 12, false), (at + 12, frame.len() as u32, false)]
+    }
+
+    fn check(&self, _ram: &Ram, count: u32) {
+        let mut seen = self.seen.borrow_mut();
+        while let Some(with_header) = self.receive() {
+            let (header, frame) = with_header.split_at(12);
+            assert_eq!(header, [0; 12], "the guest's header is not passed on");
+            seen.push(frame.to_vec());
+        }
+        assert_eq!(seen.len(), count as usize);
+        for (n, got) in (0..count).zip(seen.iter()) {
+            assert!(*got == frame(n), "frame {n}");
+        }
+    }
+}
+
+/// Request `n` prints a line.
+pub struct ConsoleSubject {
+    folder: tempfile::TempDir,
+    pub hub: Arc<ConsoleHub>,
+}
+
+impl Subject for ConsoleSubject {
+    const QUEUE: u16 = 1;
+
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("folder");
+        let hub = ConsoleHub::new(Some(&folder.path().join("log"))).expect("hub");
+        Self { folder, hub }
+    }
+
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Console {
+            hub: Arc::clone(&self.hub),
+            takes_input: true,
+        }
+    }
+
+    fn prepare(&self, ram: &Ram, n: u32) -> Vec<Buffer> {
+        let line = format!("line {n}\n");
+        put(ram, area(n), line.as_bytes());
+        let half = line.len() as u32 / 2;
+        vec![
+            (area(n), half, false),
+            (area(n) + u64::from(half), line.len() as u32 - half, false),
+        ]
+    }
+
+    fn check(&self, _ram: &Ram, count: u32) {
+        self.hub.flush();
+        let log = std::fs::read_to_string(self.folder.path().join("log")).expect("log");
+        let wanted: String = (0..count).map(|n| format!("line {n}\n")).collect();
+        assert_eq!(log, wanted);
+    }
+}
+
+/// Request `n` asks for 64 random bytes.
+pub struct RngSubject;
+
+impl Subject for RngSubject {
+    const QUEUE: u16 = 0;
+
+    fn new() -> Self {
+        Self
+    }
+
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Rng
+    }
+
+    fn prepare(&self, ram: &Ram, n: u32) -> Vec<Buffer> {
+        put(ram, area(n), &[0; 64]);
+        vec![(area(n), 32, true), (area(n) + 32, 32, true)]
+    }
+
+    fn check(&self, ram: &Ram, count: u32) {
+        let mut all: Vec<_> = (0..count).map(|n| get(ram, area(n), 64)).collect();
+        assert!(all.iter().all(|bytes| bytes[..32] != [0; 32]));
+        assert!(all.iter().all(|bytes| bytes[32..] != [0; 32]));
+        all.sort();
+        all.dedup();
+        assert_eq!(all.len(), count as usize, "no two alike");
+    }
+}
