@@ -1,1 +1,35 @@
-//! The host's life: launch, pre-flight, suspend all, reload, resume all.
+//! The host's life: start VMs, suspend all, reload the layer below them,
+//! resume all.
+//!
+//! No daemon: every order is carried out by the `hebe` process that was given
+//! it, from facts that lie in the run directory, the store and the state
+//! directory. Each VM is one `hebe-vmm` process, which holds the VM's lock as
+//! long as it lives.
+//!
+//! - [`Host`]: where everything lies, and the seams ([`stores::StoreAccess`],
+//!   [`system::System`]) behind which tests put fakes.
+//! - [`definitions`], [`launch`], [`ops`], [`listing`]: one VM.
+//! - [`preflight`], [`reboot`], [`resume_all`]: all of them.
+//! - [`timeline`], [`gantt`]: the report that spans both kernels.
+//! - [`check`]: is this machine ready?
+
+pub mod check;
+pub mod cmdline;
+pub mod definitions;
+pub mod files;
+pub mod gantt;
+pub mod host;
+pub mod launch;
+pub mod listing;
+pub mod lock;
+pub mod ops;
+pub mod preflight;
+pub mod reboot;
+pub mod resume_all;
+pub mod saved;
+pub mod stores;
+pub mod system;
+pub mod timeline;
+pub mod vmm;
+
+pub use host::{Host, HostError, Layout};

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Starts `command` as the leader of a session of its own, with the
 /// descriptors `keep` open in it under the same numbers. They stay
@@ -106,6 +107,43 @@ pub fn set_realtime_ns(realtime_ns: u64) -> io::Result<()> {
         tv_nsec: (realtime_ns % 1_000_000_000) as _,
     };
     rustix::time::clock_settime(rustix::time::ClockId::Realtime, time).map_err(io::Error::from)
+}
+
+/// Set when a signal asked this process to stop what it does.
+static ASKED_TO_STOP: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn note_signal(signal: libc::c_int) {
+    // A hang-up is no wish to stop: the terminal may go away because the very
+    // services are being stopped that carried it.
+    if signal != libc::SIGHUP {
+        ASKED_TO_STOP.store(true, Ordering::Relaxed);
+    }
+}
+
+/// From now on SIGINT and SIGTERM only set a flag, and SIGHUP does nothing.
+/// Programs started later have their default signals, because a handler, other
+/// than an ignored signal, does not pass through exec.
+pub fn hold_signals() -> io::Result<()> {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        // SAFETY: all-zero is a valid sigaction; the handler stores to an
+        // atomic and is async-signal-safe.
+        let result = unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            let handler: extern "C" fn(libc::c_int) = note_signal;
+            action.sa_sigaction = handler as libc::sighandler_t;
+            action.sa_flags = libc::SA_RESTART;
+            libc::sigaction(signal, &action, std::ptr::null_mut())
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// Whether a signal arrived since [`hold_signals`].
+pub fn asked_to_stop() -> bool {
+    ASKED_TO_STOP.load(Ordering::Relaxed)
 }
 
 #[cfg(test)]

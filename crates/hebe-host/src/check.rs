@@ -1,0 +1,1 @@
+//! Is this machine ready? Each check with the exact remedy.

@@ -1,0 +1,245 @@
+//! VM definitions: TOML files that people write.
+//!
+//! A definition `NAME.toml` is looked for in the configuration directory
+//! first, then among those that `hebe run` keeps in the state directory.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use hebe_types::{ConfigError, VmConfig, VmName};
+use serde::de::DeserializeOwned;
+
+use crate::files;
+use crate::host::{Host, HostError, Layout};
+
+/// Longest definition, in bytes.
+const DEFINITION_LEN_MAX: u64 = 1 << 20;
+
+/// Why a definition or host.toml cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DefinitionError {
+    /// The file cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Unreadable {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The text is not what was expected there.
+    #[error("{path}, line {line}: {message}")]
+    Malformed {
+        /// Which file.
+        path: PathBuf,
+        /// Line number, from 1.
+        line: usize,
+        /// What is wrong.
+        message: String,
+    },
+    /// A value is out of its range.
+    #[error("{path}: {source}")]
+    Invalid {
+        /// Which file.
+        path: PathBuf,
+        /// Which value, and what would be right.
+        source: ConfigError,
+    },
+    /// File name and VM name differ.
+    #[error("{path} defines a VM named '{name}': name the file {name}.toml")]
+    Misnamed {
+        /// Which file.
+        path: PathBuf,
+        /// The name inside.
+        name: VmName,
+    },
+    /// A file that the VM needs is missing.
+    #[error("{path}: {what} {file} cannot be read ({source})")]
+    MissingFile {
+        /// Which definition.
+        path: PathBuf,
+        /// What the file is for.
+        what: &'static str,
+        /// The missing file.
+        file: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Reads a TOML file; the error names file and line.
+pub fn read_toml<T: DeserializeOwned>(path: &Path) -> Result<T, DefinitionError> {
+    let unreadable = |source| DefinitionError::Unreadable {
+        path: path.to_owned(),
+        source,
+    };
+    let length = fs::metadata(path).map_err(unreadable)?.len();
+    if length > DEFINITION_LEN_MAX {
+        return Err(unreadable(io::Error::other("the file is too long")));
+    }
+    let text = fs::read_to_string(path).map_err(unreadable)?;
+    toml::from_str(&text).map_err(|error| {
+        let start = error.span().map_or(0, |span| span.start.min(text.len()));
+        DefinitionError::Malformed {
+            path: path.to_owned(),
+            line: 1 + text[..start].matches('\n').count(),
+            message: error.message().trim().replace('\n', ", "),
+        }
+    })
+}
+
+/// Reads and checks one definition.
+pub fn read(path: &Path) -> Result<VmConfig, DefinitionError> {
+    let config: VmConfig = read_toml(path)?;
+    config
+        .validate()
+        .map_err(|source| DefinitionError::Invalid {
+            path: path.to_owned(),
+            source,
+        })?;
+    Ok(config)
+}
+
+/// Checks that the files that a VM boots from and writes to are there.
+pub fn check_files(config: &VmConfig, path: &Path) -> Result<(), DefinitionError> {
+    let kernel = std::iter::once(("kernel", &config.kernel, false));
+    let initrd = config.initrd.iter().map(|file| ("initrd", file, false));
+    let disks = config
+        .disks
+        .iter()
+        .map(|disk| ("disk", &disk.path, !disk.readonly));
+    for (what, file, write) in kernel.chain(initrd).chain(disks) {
+        let opened = fs::OpenOptions::new().read(true).write(write).open(file);
+        if let Err(source) = opened {
+            return Err(DefinitionError::MissingFile {
+                path: path.to_owned(),
+                what,
+                file: file.clone(),
+                source,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn dirs(layout: &Layout) -> [PathBuf; 2] {
+    [layout.config.join("vms"), layout.state.join("vms")]
+}
+
+/// Where an operator's definition of `name` belongs.
+pub fn expected_path(layout: &Layout, name: &VmName) -> PathBuf {
+    layout.config.join("vms").join(format!("{name}.toml"))
+}
+
+/// Where `hebe run` keeps a definition that came from elsewhere.
+pub fn transient_path(layout: &Layout, name: &VmName) -> PathBuf {
+    layout.state.join("vms").join(format!("{name}.toml"))
+}
+
+/// The file that defines `name`, if any.
+pub fn find(layout: &Layout, name: &VmName) -> Option<PathBuf> {
+    dirs(layout)
+        .into_iter()
+        .map(|dir| dir.join(format!("{name}.toml")))
+        .find(|path| path.exists())
+}
+
+/// The definition of `name`.
+pub fn load(layout: &Layout, name: &VmName) -> Result<(PathBuf, VmConfig), HostError> {
+    let path = find(layout, name).ok_or_else(|| HostError::NoSuchVm {
+        name: name.clone(),
+        expected: expected_path(layout, name),
+    })?;
+    let config = read(&path)?;
+    if config.name != *name {
+        let name = config.name;
+        return Err(DefinitionError::Misnamed { path, name }.into());
+    }
+    Ok((path, config))
+}
+
+/// Every definition that can be found, readable or not.
+pub fn all(layout: &Layout) -> BTreeMap<VmName, Result<VmConfig, DefinitionError>> {
+    let mut found = BTreeMap::new();
+    for dir in dirs(layout) {
+        for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+            let file = entry.file_name();
+            let Some(stem) = file.to_str().and_then(|f| f.strip_suffix(".toml")) else {
+                continue;
+            };
+            if let Ok(name) = stem.parse::<VmName>() {
+                found.entry(name).or_insert_with(|| read(&entry.path()));
+            }
+        }
+    }
+    found
+}
+
+/// Keeps a definition that `hebe run` was given, so that the VM can be booted
+/// again after a cold reboot.
+pub fn keep_transient(host: &Host, config: &VmConfig) -> Result<PathBuf, HostError> {
+    let path = transient_path(&host.layout, &config.name);
+    let text = toml::to_string(config).map_err(|e| HostError::Refused {
+        name: config.name.clone(),
+        why: format!("its definition cannot be written down: {e}"),
+    })?;
+    files::write_durably(&path, text.as_bytes()).map_err(HostError::file("write", &path))?;
+    Ok(path)
+}
+
+/// Forgets what [`keep_transient`] kept.
+pub fn forget_transient(layout: &Layout, name: &VmName) {
+    let _ = files::remove_durably(&transient_path(layout, name));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(text: &str) -> String {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("web.toml");
+        fs::write(&path, text).expect("write");
+        read(&path).expect_err("refused").to_string()
+    }
+
+    #[test]
+    fn each_error_names_file_and_line() {
+        let unknown = refused("name = \"web\"\nmemory = \"256MiB\"\nkernel = \"/k\"\ncolour = 1\n");
+        assert!(unknown.contains("web.toml, line 4"), "{unknown}");
+        assert!(unknown.contains("colour"), "{unknown}");
+        let missing = refused("name = \"web\"\nkernel = \"/k\"\n");
+        assert!(missing.contains("memory"), "{missing}");
+        let broken = refused("name = \"web\"\nmemory = \n");
+        assert!(broken.contains("line 2"), "{broken}");
+        let size = refused("name = \"web\"\nmemory = \"12 apples\"\nkernel = \"/k\"\n");
+        assert!(size.contains("line 2") && size.contains("apples"), "{size}");
+        let range = refused("name = \"web\"\nmemory = \"0\"\nkernel = \"/k\"\n");
+        assert!(range.contains("web.toml"), "{range}");
+        assert!(range.contains("multiple of 2MiB"), "{range}");
+    }
+
+    #[test]
+    fn a_definition_is_found_by_name_and_a_stranger_in_the_file_is_refused() {
+        let root = tempfile::tempdir().expect("dir");
+        let layout = Layout::below(root.path());
+        let name: VmName = "web".parse().expect("name");
+        assert!(matches!(
+            load(&layout, &name),
+            Err(HostError::NoSuchVm { .. })
+        ));
+        let path = expected_path(&layout, &name);
+        fs::create_dir_all(path.parent().expect("parent")).expect("mkdir");
+        fs::write(&path, "name=\"db\"\nmemory=\"2MiB\"\nkernel=\"/k\"\n").expect("write");
+        let error = load(&layout, &name).expect_err("misnamed").to_string();
+        assert!(error.contains("db.toml"), "{error}");
+        fs::write(&path, "name=\"web\"\nmemory=\"2MiB\"\nkernel=\"/k\"\n").expect("write");
+        let (_, config) = load(&layout, &name).expect("found");
+        assert_eq!(all(&layout).len(), 1);
+        let error = check_files(&config, &path)
+            .expect_err("no kernel")
+            .to_string();
+        assert!(error.contains("kernel /k"), "{error}");
+    }
+}

@@ -1,0 +1,106 @@
+//! Small files that must be whole or absent, whenever the machine stops.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::Path;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// Longest file that [`read_json`] takes, in bytes.
+const JSON_LEN_MAX: u64 = 16 << 20;
+
+/// Writes `bytes` to `path`: first a new file beside it, then, when that is on
+/// disk, the name. After a stop at any instant the old content or the new one
+/// is there.
+pub fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(parent)?;
+    let mut fresh = path.as_os_str().to_owned();
+    fresh.push(".new");
+    let mut file = File::create(&fresh)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&fresh, path)?;
+    sync_dir(parent)
+}
+
+/// [`write_durably`], as JSON.
+pub fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
+    let mut bytes = serde_json::to_vec_pretty(value)?;
+    bytes.push(b'\n');
+    write_durably(path, &bytes)
+}
+
+/// Reads JSON; `None` when there is no such file.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
+    match fs::metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e),
+        Ok(meta) if meta.len() > JSON_LEN_MAX => {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "file too long"));
+        }
+        Ok(_) => {}
+    }
+    let bytes = fs::read(path)?;
+    let value = serde_json::from_slice(&bytes)?;
+    Ok(Some(value))
+}
+
+/// Renames durably; both names lie in the same directory.
+pub fn rename_durably(from: &Path, to: &Path) -> io::Result<()> {
+    fs::rename(from, to)?;
+    sync_dir(to.parent().unwrap_or(Path::new("/")))
+}
+
+/// Removes durably; an absent file is fine.
+pub fn remove_durably(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Ok(()) => sync_dir(path.parent().unwrap_or(Path::new("/"))),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+/// Makes the names in a directory durable.
+pub fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+/// The last lines of a text file, at most `lines` of them.
+pub fn tail(path: &Path, lines: usize) -> Vec<String> {
+    let bytes = fs::read(path).unwrap_or_default();
+    let from = bytes.len().saturating_sub(16 << 10);
+    let text = String::from_utf8_lossy(&bytes[from..]);
+    let all: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
+    let skip = all.len().saturating_sub(lines);
+    all[skip..].iter().map(|&l| l.to_owned()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_durable_file_is_replaced_as_a_whole() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("sub/pending.json");
+        write_json(&path, &vec!["a"]).expect("first");
+        write_json(&path, &vec!["b", "c"]).expect("second");
+        let back: Option<Vec<String>> = read_json(&path).expect("read");
+        assert_eq!(back, Some(vec!["b".into(), "c".into()]));
+        remove_durably(&path).expect("remove");
+        remove_durably(&path).expect("already gone");
+        let none: Option<Vec<String>> = read_json(&path).expect("absent");
+        assert_eq!(none, None);
+    }
+
+    #[test]
+    fn the_tail_is_the_end() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("log");
+        fs::write(&path, "1\n2\n\n3\n").expect("write");
+        assert_eq!(tail(&path, 2), ["2", "3"]);
+        assert!(tail(&dir.path().join("none"), 2).is_empty());
+    }
+}

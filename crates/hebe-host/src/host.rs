@@ -1,0 +1,253 @@
+//! Where everything lies on a host, and what an order can fail with.
+
+use std::env;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use hebe_api::ClientError;
+use hebe_types::VmName;
+use serde::Deserialize;
+
+use crate::definitions::DefinitionError;
+use crate::launch::LaunchError;
+use crate::stores::{DeviceStore, StoreAccess, StoreTrouble};
+use crate::system::{Machine, System, SystemError};
+
+/// Directories and programs of a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// `HEBE_RUN_DIR`, by default `/run/hebe`: gone with the kernel.
+    pub run: PathBuf,
+    /// `HEBE_CONFIG_DIR`, by default `/etc/hebe`: what people write.
+    pub config: PathBuf,
+    /// `HEBE_STATE_DIR`, by default `/var/lib/hebe`: what Hebe keeps.
+    pub state: PathBuf,
+    /// `HEBE_STORE`; by default the first `/dev/dax*` that holds a store.
+    pub store: Option<PathBuf>,
+    /// `HEBE_VMM`; by default `hebe-vmm` beside this program, then in `PATH`.
+    pub vmm: PathBuf,
+}
+
+impl Layout {
+    /// From the environment.
+    pub fn from_env() -> Self {
+        let dir = |key: &str, default: &str| {
+            env::var_os(key)
+                .filter(|v| !v.is_empty())
+                .map_or_else(|| PathBuf::from(default), PathBuf::from)
+        };
+        Self {
+            run: dir("HEBE_RUN_DIR", "/run/hebe"),
+            config: dir("HEBE_CONFIG_DIR", "/etc/hebe"),
+            state: dir("HEBE_STATE_DIR", "/var/lib/hebe"),
+            store: env::var_os("HEBE_STORE")
+                .filter(|v| !v.is_empty())
+                .map(PathBuf::from),
+            vmm: find_vmm(),
+        }
+    }
+
+    /// Everything below `root`, for tests.
+    pub fn below(root: &Path) -> Self {
+        Self {
+            run: root.join("run"),
+            config: root.join("etc"),
+            state: root.join("state"),
+            store: None,
+            vmm: root.join("hebe-vmm"),
+        }
+    }
+
+    /// A VM's runtime directory.
+    pub fn vm_dir(&self, name: &VmName) -> PathBuf {
+        self.run.join("vms").join(name.as_str())
+    }
+
+    /// A VM's control socket.
+    pub fn socket(&self, name: &VmName) -> PathBuf {
+        self.vm_dir(name).join("vmm.sock")
+    }
+}
+
+fn find_vmm() -> PathBuf {
+    if let Some(path) = env::var_os("HEBE_VMM").filter(|v| !v.is_empty()) {
+        return path.into();
+    }
+    let beside = env::current_exe()
+        .ok()
+        .and_then(|exe| Some(exe.parent()?.join("hebe-vmm")))
+        .filter(|path| path.exists());
+    let in_path = || {
+        let path = env::var_os("PATH")?;
+        env::split_paths(&path)
+            .map(|dir| dir.join("hebe-vmm"))
+            .find(|candidate| candidate.exists())
+    };
+    beside
+        .or_else(in_path)
+        .unwrap_or_else(|| PathBuf::from("/usr/bin/hebe-vmm"))
+}
+
+/// `host.toml`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HostConfig {
+    /// What is stopped before VMs are suspended, and started when a
+    /// reboot is undone.
+    pub services: Services,
+}
+
+/// Host services, as shell commands in order.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Services {
+    /// Commands that stop them.
+    pub stop: Vec<String>,
+    /// Commands that start them again.
+    pub start: Vec<String>,
+    /// How long one command may take, in seconds.
+    pub timeout_s: u64,
+}
+
+impl Default for Services {
+    fn default() -> Self {
+        Self {
+            stop: Vec::new(),
+            start: Vec::new(),
+            timeout_s: 60,
+        }
+    }
+}
+
+impl Services {
+    /// How long one command may take.
+    pub fn timeout(&self) -> Duration {
+        Duration::from_secs(self.timeout_s)
+    }
+}
+
+/// A host: its places, its store, its machine.
+#[derive(Clone)]
+pub struct Host {
+    /// Where everything lies.
+    pub layout: Layout,
+    /// The store.
+    pub store: Arc<dyn StoreAccess>,
+    /// The machine.
+    pub system: Arc<dyn System>,
+}
+
+impl Host {
+    /// The host this process runs on.
+    pub fn here() -> Self {
+        let layout = Layout::from_env();
+        let store = Arc::new(DeviceStore::new(layout.store.clone()));
+        Self {
+            layout,
+            store,
+            system: Arc::new(Machine),
+        }
+    }
+
+    /// `host.toml`, or its defaults when there is none.
+    pub fn config(&self) -> Result<HostConfig, DefinitionError> {
+        let path = self.layout.config.join("host.toml");
+        if path.exists() {
+            crate::definitions::read_toml(&path)
+        } else {
+            Ok(HostConfig::default())
+        }
+    }
+}
+
+/// Why an order was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// No such VM.
+    #[error(
+        "there is no VM '{name}': `hebe list` shows those there are, and a new one needs {expected}"
+    )]
+    NoSuchVm {
+        /// The name asked for.
+        name: VmName,
+        /// Where its definition would be.
+        expected: PathBuf,
+    },
+    /// The order does not fit the VM's state.
+    #[error("VM '{name}': {why}")]
+    Refused {
+        /// Which VM.
+        name: VmName,
+        /// Why, with the way out.
+        why: String,
+    },
+    /// Somebody else is at work on the VM.
+    #[error("VM '{0}' is held by a running VMM or another hebe command: see `hebe list`")]
+    Busy(VmName),
+    /// The VMM did not do as asked.
+    #[error("VM '{name}': {source}")]
+    Vmm {
+        /// Which VM.
+        name: VmName,
+        /// What it answered.
+        source: ClientError,
+    },
+    /// The VMM lives and does not answer.
+    #[error(
+        "the VMM of '{name}' (process {pid}) does not end: look at {log}, or end it with `hebe stop {name} --force`"
+    )]
+    Stuck {
+        /// Which VM.
+        name: VmName,
+        /// Its process; 0 when unknown.
+        pid: u32,
+        /// Its log.
+        log: PathBuf,
+    },
+    /// The guest did not shut down in time.
+    #[error(
+        "the guest of '{name}' did not power off within {seconds} s and still runs: give it --timeout, or `hebe stop {name} --force`"
+    )]
+    NoPowerOff {
+        /// Which VM.
+        name: VmName,
+        /// How long it had.
+        seconds: u64,
+    },
+    /// A definition is wrong.
+    #[error(transparent)]
+    Definition(#[from] DefinitionError),
+    /// A VMM did not start.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// The store refused.
+    #[error(transparent)]
+    Store(#[from] StoreTrouble),
+    /// The machine refused.
+    #[error(transparent)]
+    System(#[from] SystemError),
+    /// A file could not be read or written.
+    #[error("cannot {what} {path}: check that the directory exists and may be written")]
+    File {
+        /// What was tried.
+        what: &'static str,
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl HostError {
+    /// For `map_err` on file operations.
+    pub fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::File {
+            what,
+            path: path.to_owned(),
+            source,
+        }
+    }
+}

@@ -1,0 +1,312 @@
+//! Starting one VMM.
+//!
+//! Ordering requirements:
+//! 1. the VM's lock is held before anything is looked at or made: from here to
+//!    the end of the VMM exactly one process owns the VM;
+//! 2. what a former VMM left in the directory (socket, exit record) goes before
+//!    the new one starts, so that nothing old is taken for an answer;
+//! 3. the locked descriptor passes to the VMM; this process lets go of its own
+//!    only after the VMM answers, so that there is no instant without an owner;
+//! 4. the device descriptor is given to the one child it is meant for, and is
+//!    close-on-exec everywhere else (invariant: a VMM reaches its own segment).
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hebe_api::VmStatus;
+use hebe_sys::proc::spawn_detached;
+use hebe_types::{ByteSize, SegmentId, VmConfig, VmId, VmName};
+use serde::{Deserialize, Serialize};
+
+use crate::files;
+use crate::host::Host;
+use crate::lock::VmLock;
+use crate::stores::StoreTrouble;
+use crate::vmm;
+
+/// How long a VMM may take until it answers. Reading a large saved file and
+/// building a VM under emulation both take long.
+pub const LAUNCH_WAIT: Duration = Duration::from_secs(120);
+
+/// How a VMM ended, as it wrote it (`exit.json`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitRecord {
+    /// `power-off`, `reset`, `triple-fault`, `quit`, `frozen`, `saved` or `error`.
+    pub reason: String,
+    /// More, where there is more.
+    #[serde(default)]
+    pub message: Option<String>,
+}
+
+impl ExitRecord {
+    /// The record in a VM's directory, if there is a readable one.
+    pub fn read(dir: &Path) -> Option<Self> {
+        files::read_json(&dir.join("exit.json")).ok().flatten()
+    }
+
+    /// The guest ended by its own will or by order: nothing of it is left to
+    /// be continued.
+    pub fn is_clean_end(&self) -> bool {
+        matches!(self.reason.as_str(), "power-off" | "reset" | "quit")
+    }
+}
+
+/// What the host remembers of a VM that is up (`instance.json`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Instance {
+    /// Its identity.
+    pub vm: VmId,
+    /// Guest RAM.
+    pub memory: ByteSize,
+    /// Its segment; `None` for a memfd.
+    pub segment: Option<SegmentId>,
+}
+
+impl Instance {
+    /// The record in a VM's directory, if there is a readable one.
+    pub fn read(dir: &Path) -> Option<Self> {
+        files::read_json(&dir.join("instance.json")).ok().flatten()
+    }
+}
+
+/// Where guest RAM comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// A segment of the store.
+    Segment {
+        /// Its record.
+        id: SegmentId,
+        /// The `SegmentSpec` as JSON.
+        spec: String,
+    },
+    /// Memory of the VMM's own.
+    Memfd,
+}
+
+/// What the VM starts from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// Its kernel.
+    Boot(Box<VmConfig>),
+    /// The state frozen in its segment.
+    Frozen,
+    /// A saved file.
+    File(PathBuf),
+}
+
+/// One VMM to be started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Launch {
+    /// The VM's name.
+    pub name: VmName,
+    /// Its identity.
+    pub vm: VmId,
+    /// Size of guest RAM.
+    pub size: ByteSize,
+    /// Its RAM.
+    pub memory: Memory,
+    /// What it starts from.
+    pub origin: Origin,
+}
+
+/// Why a VMM did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The program could not be started.
+    #[error("cannot start {path}: install hebe-vmm beside hebe, or name it in HEBE_VMM")]
+    NoProgram {
+        /// Which program.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It ended before the VM ran.
+    #[error("VM '{name}' did not start: {reason}")]
+    Ended {
+        /// Which VM.
+        name: VmName,
+        /// What the VMM said.
+        reason: String,
+    },
+    /// It did not answer.
+    #[error(
+        "VM '{name}' did not start within {seconds} s and its VMM was ended; its last words: {words}"
+    )]
+    Silent {
+        /// Which VM.
+        name: VmName,
+        /// How long it had.
+        seconds: u64,
+        /// The end of its log.
+        words: String,
+    },
+    /// The device could not be had.
+    #[error(transparent)]
+    Store(#[from] StoreTrouble),
+    /// A file of the runtime directory.
+    #[error("cannot prepare {path}: check that the run directory may be written")]
+    Directory {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Starts a VMM and waits until its VM runs. The caller holds the VM's lock.
+/// On failure no process is left; files and segments are the caller's.
+pub fn launch(
+    host: &Host,
+    lock: &VmLock,
+    order: &Launch,
+    wait: Duration,
+) -> Result<VmStatus, LaunchError> {
+    let dir = host.layout.vm_dir(&order.name);
+    prepare_dir(&dir, order)?;
+    let child = spawn(host, lock, order, &dir)?;
+    wait_until_up(&host.layout.socket(&order.name), &dir, order, child, wait)
+}
+
+fn directory_error(path: &Path) -> impl FnOnce(io::Error) -> LaunchError {
+    move |source| LaunchError::Directory {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+fn prepare_dir(dir: &Path, order: &Launch) -> Result<(), LaunchError> {
+    for old in ["vmm.sock", "exit.json"] {
+        let path = dir.join(old);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(directory_error(&path)(e));
+            }
+            _ => {}
+        }
+    }
+    let segment = match &order.memory {
+        Memory::Segment { id, .. } => Some(*id),
+        Memory::Memfd => None,
+    };
+    let instance = Instance {
+        vm: order.vm,
+        memory: order.size,
+        segment,
+    };
+    // Not durable on purpose: it describes a process, which dies with the
+    // kernel, and a resume must not wait for a disk.
+    let path = dir.join("instance.json");
+    let text = serde_json::to_vec(&instance).map_err(io::Error::from);
+    text.and_then(|t| fs::write(&path, t))
+        .map_err(directory_error(&path))?;
+    if let Origin::Boot(config) = &order.origin {
+        let path = dir.join("config.toml");
+        let text = toml::to_string(config.as_ref()).map_err(io::Error::other);
+        text.and_then(|t| fs::write(&path, t))
+            .map_err(directory_error(&path))?;
+    }
+    Ok(())
+}
+
+fn spawn(host: &Host, lock: &VmLock, order: &Launch, dir: &Path) -> Result<Child, LaunchError> {
+    let lock_path = dir.join("lock");
+    let lock_fd = lock.share().map_err(directory_error(&lock_path))?;
+    let log_path = dir.join("log");
+    let log = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(&log_path)
+        .map_err(directory_error(&log_path))?;
+    let vmm = &host.layout.vmm;
+    let mut command = Command::new(vmm);
+    let VmId(id) = order.vm;
+    let id: String = id.iter().map(|b| format!("{b:02x}")).collect();
+    command.args(["--name", order.name.as_str(), "--vm-id", &id]);
+    command.arg("--run-dir").arg(dir);
+    command.arg("--lock-fd");
+    command.arg(lock_fd.as_raw_fd().to_string());
+    let mut keep = vec![lock_fd];
+    match &order.memory {
+        Memory::Memfd => {
+            command.arg("--memfd");
+        }
+        Memory::Segment { spec, .. } => {
+            let device = host.store.device()?;
+            command.arg("--segment-fd");
+            command.arg(device.as_raw_fd().to_string());
+            command.args(["--segment", spec]);
+            keep.push(device);
+        }
+    }
+    match &order.origin {
+        Origin::Boot(_) => command.arg("--config").arg(dir.join("config.toml")),
+        Origin::Frozen => command.arg("--resume"),
+        Origin::File(file) => command.arg("--restore").arg(file),
+    };
+    command.stdin(Stdio::null());
+    command.stdout(Stdio::null());
+    command.stderr(Stdio::from(log));
+    spawn_detached(command, keep).map_err(|source| LaunchError::NoProgram {
+        path: vmm.clone(),
+        source,
+    })
+}
+
+fn wait_until_up(
+    socket: &Path,
+    dir: &Path,
+    order: &Launch,
+    mut child: Child,
+    wait: Duration,
+) -> Result<VmStatus, LaunchError> {
+    let began = Instant::now();
+    let mut pause = Duration::from_millis(1);
+    loop {
+        let left = wait.saturating_sub(began.elapsed());
+        if socket.exists() {
+            let patience = left.max(Duration::from_millis(1));
+            if let Ok(status) = vmm::status(socket, patience) {
+                return Ok(status);
+            }
+        }
+        if let Ok(Some(status)) = child.try_wait() {
+            return Err(LaunchError::Ended {
+                name: order.name.clone(),
+                reason: last_words(dir, Some(status)),
+            });
+        }
+        if left.is_zero() {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(LaunchError::Silent {
+                name: order.name.clone(),
+                seconds: wait.as_secs(),
+                words: last_words(dir, None),
+            });
+        }
+        thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(10));
+    }
+}
+
+/// Why a VMM ended: its own record if there is one, else the end of its log.
+pub fn last_words(dir: &Path, status: Option<ExitStatus>) -> String {
+    if let Some(record) = ExitRecord::read(dir) {
+        return record.message.unwrap_or(record.reason);
+    }
+    let lines = files::tail(&dir.join("log"), 3);
+    match (lines.is_empty(), status) {
+        (false, _) => lines.join(" | "),
+        (true, Some(status)) => format!("hebe-vmm ended without a word ({status})"),
+        (true, None) => "none".to_owned(),
+    }
+}

@@ -1,0 +1,348 @@
+//! What VMs there are, and how each is: merged from definitions, runtime
+//! directories, the store and saved files.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::thread;
+
+use hebe_api::{VmStatus, VmmState};
+use hebe_flow::life::Life;
+use hebe_flow::resume::SavedFact;
+use hebe_types::{ByteSize, VmConfig, VmName};
+use serde::Serialize;
+
+use crate::definitions::{self, DefinitionError};
+use crate::host::{Host, HostError};
+use crate::launch::{ExitRecord, Instance, last_words};
+use crate::lock::VmLock;
+use crate::saved;
+use crate::stores::{ExecView, SegmentView, StoreView};
+use crate::vmm;
+
+/// How a VM is, in an operator's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmState {
+    /// Its guest runs.
+    Running,
+    /// Its vCPUs are stopped; its VMM lives.
+    Paused,
+    /// Suspended on memory.
+    Frozen,
+    /// Written to a file.
+    Saved,
+    /// Defined, and nothing of it is up.
+    Stopped,
+    /// It ran when its VMM or host stopped.
+    Crashed,
+    /// Something of it cannot be read.
+    Damaged,
+    /// Its VMM lives and does not answer.
+    Unresponsive,
+}
+
+impl VmState {
+    /// As written in lists.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Frozen => "frozen",
+            Self::Saved => "saved",
+            Self::Stopped => "stopped",
+            Self::Crashed => "crashed",
+            Self::Damaged => "damaged",
+            Self::Unresponsive => "unresponsive",
+        }
+    }
+}
+
+/// One line of the list.
+#[derive(Clone, Debug, Serialize)]
+pub struct VmRow {
+    /// Name.
+    pub name: VmName,
+    /// State.
+    pub state: VmState,
+    /// More about the state, where there is more to say.
+    pub detail: Option<String>,
+    /// Guest RAM, where known.
+    pub memory: Option<ByteSize>,
+    /// Where its RAM is or would be: `devdax` or `memfd`.
+    pub store: Option<&'static str>,
+    /// Its segment, where it has one.
+    pub segment: Option<u32>,
+    /// Its VMM's process.
+    pub pid: Option<u32>,
+    /// Its identity.
+    pub id: Option<String>,
+    /// Where it stands for orders.
+    pub life: Life,
+    /// What its VMM says.
+    pub status: Option<VmStatus>,
+}
+
+/// Everything that is known about the host's VMs.
+pub struct Survey {
+    /// The store, if there is one and it can be read.
+    pub store: Option<StoreView>,
+    /// Why the store cannot be read.
+    pub store_trouble: Option<String>,
+    /// The VMs, by name.
+    pub rows: BTreeMap<VmName, VmRow>,
+    /// Definitions.
+    pub definitions: BTreeMap<VmName, Result<VmConfig, DefinitionError>>,
+}
+
+impl Survey {
+    /// The row of one VM.
+    pub fn row(&self, host: &Host, name: &VmName) -> Result<&VmRow, HostError> {
+        self.rows.get(name).ok_or_else(|| HostError::NoSuchVm {
+            name: name.clone(),
+            expected: definitions::expected_path(&host.layout, name),
+        })
+    }
+}
+
+/// Looks at everything, changes nothing. Running VMMs are asked all at once.
+pub fn survey(host: &Host) -> Survey {
+    let (store, store_trouble) = match host.store.view() {
+        Ok(view) => (view, None),
+        Err(error) => (None, Some(with_cause(&error))),
+    };
+    let definitions = definitions::all(&host.layout);
+    let saved = saved::all(&host.layout);
+    let mut names: BTreeSet<VmName> = definitions.keys().cloned().collect();
+    names.extend(saved.keys().cloned());
+    names.extend(run_dirs(host));
+    let segments = store.iter().flat_map(|s| &s.segments);
+    names.extend(segments.filter_map(|s| s.name.clone()));
+    let rows = thread::scope(|scope| {
+        let (store, saved, definitions) = (&store, &saved, &definitions);
+        let workers: Vec<_> = names
+            .into_iter()
+            .map(|name| {
+                scope.spawn(move || {
+                    let definition = definitions.get(&name);
+                    let file = saved.get(&name).copied();
+                    row(host, name, store.as_ref(), file, definition)
+                })
+            })
+            .collect();
+        workers
+            .into_iter()
+            .filter_map(|worker| worker.join().ok())
+            .map(|row| (row.name.clone(), row))
+            .collect()
+    });
+    Survey {
+        store,
+        store_trouble,
+        rows,
+        definitions,
+    }
+}
+
+/// An error and its causes, as one sentence.
+pub fn with_cause(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let more = inner.to_string();
+        if !text.contains(&more) {
+            text.push_str(&format!(" ({more})"));
+        }
+        cause = inner.source();
+    }
+    text
+}
+
+/// VMs that have a runtime directory.
+fn run_dirs(host: &Host) -> Vec<VmName> {
+    fs::read_dir(host.layout.run.join("vms"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
+type Definition = Result<VmConfig, DefinitionError>;
+
+fn row(
+    host: &Host,
+    name: VmName,
+    store: Option<&StoreView>,
+    saved: Option<SavedFact>,
+    definition: Option<&Definition>,
+) -> VmRow {
+    let dir = host.layout.vm_dir(&name);
+    let instance = Instance::read(&dir);
+    let segment = store.and_then(|s| s.segment_of(&name));
+    let mut row = VmRow {
+        state: VmState::Stopped,
+        detail: None,
+        memory: memory_of(segment, instance.as_ref(), definition),
+        store: where_is_ram(store, segment, instance.as_ref(), definition),
+        segment: segment.map(|s| s.id.0),
+        pid: None,
+        id: segment
+            .and_then(|s| s.vm)
+            .or(instance.as_ref().map(|i| i.vm))
+            .map(|id| id.to_string()),
+        life: Life::Absent,
+        status: None,
+        name,
+    };
+    let (state, life, detail) = if VmLock::is_held(&dir) {
+        let answer = vmm::status(&host.layout.socket(&row.name), vmm::STATUS_WAIT);
+        match answer {
+            Ok(status) => {
+                let found = alive(&status);
+                row.pid = Some(status.pid);
+                row.id = Some(status.id.to_string());
+                row.status = Some(status);
+                found
+            }
+            Err(error) => (
+                VmState::Unresponsive,
+                Life::Starting,
+                Some(with_cause(&error)),
+            ),
+        }
+    } else {
+        let several = store.is_some_and(|s| {
+            let own = s.segments.iter();
+            own.filter(|x| x.name.as_ref() == Some(&row.name)).count() > 1
+        });
+        at_rest(
+            &dir,
+            segment,
+            several,
+            saved,
+            instance.is_some(),
+            definition,
+        )
+    };
+    (row.state, row.life, row.detail) = (state, life, detail);
+    row
+}
+
+fn memory_of(
+    segment: Option<&SegmentView>,
+    instance: Option<&Instance>,
+    definition: Option<&Definition>,
+) -> Option<ByteSize> {
+    let defined = || Some(definition?.as_ref().ok()?.memory);
+    segment
+        .map(|s| s.memory)
+        .filter(|m| m.0 > 0)
+        .or(instance.map(|i| i.memory))
+        .or_else(defined)
+}
+
+fn where_is_ram(
+    store: Option<&StoreView>,
+    segment: Option<&SegmentView>,
+    instance: Option<&Instance>,
+    definition: Option<&Definition>,
+) -> Option<&'static str> {
+    use hebe_types::StoreKind;
+    if segment.is_some() {
+        return Some("devdax");
+    }
+    if let Some(instance) = instance {
+        return Some(match instance.segment {
+            Some(_) => "devdax",
+            None => "memfd",
+        });
+    }
+    let config = definition?.as_ref().ok()?;
+    Some(match (config.store, store) {
+        (StoreKind::Devdax, _) | (StoreKind::Auto, Some(_)) => "devdax",
+        (StoreKind::Memfd, _) | (StoreKind::Auto, None) => "memfd",
+    })
+}
+
+type Found = (VmState, Life, Option<String>);
+
+fn alive(status: &VmStatus) -> Found {
+    let (state, life) = match status.state {
+        VmmState::Running => (VmState::Running, Life::Running),
+        VmmState::Paused => (VmState::Paused, Life::Paused),
+        VmmState::Frozen => (VmState::Frozen, Life::Held),
+        VmmState::Saved => (VmState::Saved, Life::SavedHeld),
+    };
+    let detail = if status.stopped_devices.is_empty() {
+        None
+    } else {
+        Some(format!(
+            "devices stopped: {}",
+            status.stopped_devices.join("; ")
+        ))
+    };
+    (state, life, detail)
+}
+
+fn at_rest(
+    dir: &std::path::Path,
+    segment: Option<&SegmentView>,
+    several: bool,
+    saved: Option<SavedFact>,
+    was_up: bool,
+    definition: Option<&Definition>,
+) -> Found {
+    if several {
+        let text = "several segments bear this name: `hebe store list` shows them";
+        return (VmState::Damaged, Life::Crashed, Some(text.into()));
+    }
+    if let Some(found) = from_persistent(segment, saved) {
+        return found;
+    }
+    let exit = ExitRecord::read(dir);
+    let ran = matches!(segment.map(|s| &s.exec), Some(ExecView::Running { .. }))
+        || (was_up && segment.is_none());
+    match (ran, exit) {
+        (_, Some(record)) if record.is_clean_end() => {
+            let text = match record.message {
+                Some(message) => format!("{}: {message}", record.reason),
+                None => record.reason,
+            };
+            (VmState::Stopped, Life::Absent, Some(text))
+        }
+        (true, Some(_)) => (VmState::Crashed, Life::Crashed, Some(last_words(dir, None))),
+        (true, None) => {
+            let text = "its VMM or the host stopped while it ran";
+            (VmState::Crashed, Life::Crashed, Some(text.into()))
+        }
+        (false, _) => match definition {
+            Some(Err(error)) => (VmState::Damaged, Life::Absent, Some(error.to_string())),
+            _ => (VmState::Stopped, Life::Absent, None),
+        },
+    }
+}
+
+/// What segment and file alone decide.
+fn from_persistent(segment: Option<&SegmentView>, saved: Option<SavedFact>) -> Option<Found> {
+    let frozen = (VmState::Frozen, Life::Frozen);
+    match (segment.map(|s| &s.exec), saved) {
+        (Some(ExecView::Damaged { reason }), _) => {
+            Some((VmState::Damaged, Life::Crashed, Some(reason.clone())))
+        }
+        (Some(ExecView::Frozen { .. }), None) => Some((frozen.0, frozen.1, None)),
+        (Some(ExecView::Frozen { .. }), Some(_)) => {
+            let text = "frozen in memory and saved in a file: only one of them may be continued";
+            Some((frozen.0, frozen.1, Some(text.into())))
+        }
+        (Some(ExecView::Running { .. }), Some(SavedFact::Restoring)) => {
+            let text = "it ran after its restore and stopped without a state";
+            Some((VmState::Crashed, Life::Crashed, Some(text.into())))
+        }
+        (_, Some(SavedFact::Complete)) => Some((VmState::Saved, Life::Saved, None)),
+        (_, Some(SavedFact::Restoring)) => {
+            let text = "a restore was interrupted";
+            Some((VmState::Saved, Life::Saved, Some(text.into())))
+        }
+        _ => None,
+    }
+}

@@ -1,0 +1,102 @@
+//! A VM's lock: whoever holds it owns the VM.
+//!
+//! The lock is an exclusive `flock(2)` on `vms/<name>/lock`. It belongs to the
+//! open file, so it passes to the VMM together with the descriptor, and falls
+//! when the last process that has it ends, however that ends.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+
+/// The held lock of one VM.
+#[derive(Debug)]
+pub struct VmLock {
+    file: File,
+    dir: PathBuf,
+}
+
+impl VmLock {
+    /// Takes the lock of the VM whose directory is `dir`, creating the
+    /// directory. `None` when somebody else holds it.
+    pub fn take(dir: &Path) -> io::Result<Option<Self>> {
+        loop {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(dir)?;
+            let path = dir.join("lock");
+            let opened = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(&path);
+            let file = match opened {
+                // The directory went between the two calls.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                other => other?,
+            };
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+                Err(e) => return Err(e.into()),
+            }
+            // The holder before may have removed the directory: a lock on a
+            // file that no longer has the name protects nothing.
+            let inode = file.metadata()?.ino();
+            if fs::metadata(&path).is_ok_and(|m| m.ino() == inode) {
+                let dir = dir.to_owned();
+                return Ok(Some(Self { file, dir }));
+            }
+        }
+    }
+
+    /// Whether somebody holds the lock of the VM whose directory is `dir`.
+    /// Does not create anything.
+    pub fn is_held(dir: &Path) -> bool {
+        let Ok(file) = File::open(dir.join("lock")) else {
+            return false;
+        };
+        // A shared lock, dropped at once with `file`: two lookers never see
+        // each other as a holder.
+        flock(&file, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
+    }
+
+    /// A second descriptor of the same lock, to be passed to the VMM.
+    pub fn share(&self) -> io::Result<OwnedFd> {
+        self.file.as_fd().try_clone_to_owned()
+    }
+
+    /// Removes the VM's directory and lets the lock go.
+    pub fn remove_dir(self) -> io::Result<()> {
+        fs::remove_dir_all(&self.dir)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_holder_at_a_time_and_lookers_do_not_count() {
+        let root = tempfile::tempdir().expect("dir");
+        let dir = root.path().join("vms/web");
+        assert!(!VmLock::is_held(&dir));
+        let lock = VmLock::take(&dir).expect("io").expect("free");
+        assert!(VmLock::is_held(&dir));
+        assert!(VmLock::take(&dir).expect("io").is_none());
+        let shared = lock.share().expect("share");
+        drop(lock);
+        assert!(VmLock::is_held(&dir), "the VMM's copy keeps it");
+        drop(shared);
+        assert!(!VmLock::is_held(&dir));
+        let lock = VmLock::take(&dir).expect("io").expect("free again");
+        lock.remove_dir().expect("remove");
+        assert!(!dir.exists());
+    }
+}

@@ -1,0 +1,537 @@
+//! What may be ordered of one VM.
+//!
+//! Every order takes the VM's lock or talks to the VMM that holds it, and is
+//! admitted by [`hebe_flow::life`] first.
+
+use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hebe_api::{FreezeReport, Request, VmStatus};
+use hebe_flow::life::{Life, Order};
+use hebe_types::{ByteSize, StoreKind, VmConfig, VmId, VmName};
+
+use crate::definitions;
+use crate::files;
+use crate::host::{Host, HostError};
+use crate::launch::{ExitRecord, Instance, LAUNCH_WAIT, Launch, Memory, Origin, launch};
+use crate::listing::{self, Survey, VmRow};
+use crate::lock::VmLock;
+use crate::saved::{SavedInfo, SavedPaths};
+use crate::stores::{ExecView, StoreTrouble};
+use crate::vmm;
+
+/// How long a VMM may take to end after it was told to.
+const END_WAIT: Duration = Duration::from_secs(30);
+
+/// Refuses an order that does not fit the VM's state.
+pub fn admit(row: &VmRow, order: Order) -> Result<(), HostError> {
+    match row.life.order(order) {
+        Ok(_) => Ok(()),
+        Err(refused) => Err(HostError::Refused {
+            name: row.name.clone(),
+            why: format!("{} ({refused})", row.state.as_str()),
+        }),
+    }
+}
+
+/// Takes the VM's lock, or says that it is held.
+pub fn lock(host: &Host, name: &VmName) -> Result<VmLock, HostError> {
+    let dir = host.layout.vm_dir(name);
+    VmLock::take(&dir)
+        .map_err(HostError::file("lock", &dir))?
+        .ok_or_else(|| HostError::Busy(name.clone()))
+}
+
+/// Boots a VM from its definition.
+pub fn start(host: &Host, name: &VmName) -> Result<VmStatus, HostError> {
+    let (path, config) = definitions::load(&host.layout, name)?;
+    let survey = listing::survey(host);
+    admit(survey.row(host, name)?, Order::Start)?;
+    definitions::check_files(&config, &path)?;
+    boot(host, &config)
+}
+
+/// Boots a VM from a definition that lies anywhere, and keeps that definition.
+pub fn run(host: &Host, config: &VmConfig) -> Result<VmStatus, HostError> {
+    let name = &config.name;
+    config.validate().map_err(|e| HostError::Refused {
+        name: name.clone(),
+        why: e.to_string(),
+    })?;
+    let survey = listing::survey(host);
+    if let Some(row) = survey.rows.get(name) {
+        admit(row, Order::Start)?;
+    }
+    let path = definitions::transient_path(&host.layout, name);
+    definitions::check_files(config, &path)?;
+    let known = definitions::find(&host.layout, name).is_some();
+    definitions::keep_transient(host, config)?;
+    let started = boot(host, config);
+    if started.is_err() && !known {
+        definitions::forget_transient(&host.layout, name);
+    }
+    started
+}
+
+/// Boots a VM: lock, segment, VMM. On failure nothing of it is left. A segment
+/// of the VM's former life goes first; one with a committed state is never
+/// taken for that.
+pub fn boot(host: &Host, config: &VmConfig) -> Result<VmStatus, HostError> {
+    let name = &config.name;
+    let lock = lock(host, name)?;
+    let vm = fresh_id()?;
+    let result = make_memory(host, config, vm).and_then(|memory| {
+        let order = Launch {
+            name: name.clone(),
+            vm,
+            size: config.memory,
+            memory,
+            origin: Origin::Boot(Box::new(config.clone())),
+        };
+        launch(host, &lock, &order, LAUNCH_WAIT).map_err(|error| {
+            if let Memory::Segment { id, .. } = order.memory {
+                let _ = host.store.drop_segment(id);
+            }
+            error.into()
+        })
+    });
+    if result.is_err() {
+        let _ = lock.remove_dir();
+    }
+    result
+}
+
+fn fresh_id() -> Result<VmId, HostError> {
+    let mut id = [0u8; 16];
+    let mut filled = 0;
+    while filled < id.len() {
+        let flags = rustix::rand::GetRandomFlags::empty();
+        match rustix::rand::getrandom(&mut id[filled..], flags) {
+            Ok(n) => filled += n,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => {
+                let path = std::path::Path::new("getrandom(2)");
+                return Err(HostError::file("draw an id from", path)(io::Error::from(e)));
+            }
+        }
+    }
+    Ok(VmId(id))
+}
+
+fn make_memory(host: &Host, config: &VmConfig, vm: VmId) -> Result<Memory, HostError> {
+    if config.store == StoreKind::Memfd {
+        return Ok(Memory::Memfd);
+    }
+    let view = match host.store.view()? {
+        Some(view) => view,
+        None if config.store == StoreKind::Auto => return Ok(Memory::Memfd),
+        None => return Err(StoreTrouble::None.into()),
+    };
+    if let Some(old) = view.segment_of(&config.name) {
+        match &old.exec {
+            ExecView::Empty | ExecView::Running { .. } => host.store.drop_segment(old.id)?,
+            ExecView::Frozen { .. } | ExecView::Damaged { .. } => {
+                return Err(HostError::Refused {
+                    name: config.name.clone(),
+                    why: format!(
+                        "segment {} holds a state of it: `hebe resume` continues it, `hebe drop` gives it up",
+                        old.id
+                    ),
+                });
+            }
+        }
+    }
+    let new = host.store.create(vm, &config.name, config.memory)?;
+    Ok(Memory::Segment {
+        id: new.id,
+        spec: new.spec,
+    })
+}
+
+/// How a VM is to be stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StopOptions {
+    /// How long the guest has after the power button.
+    pub timeout: Duration,
+    /// Power off at once when it does not, or at once with a zero timeout.
+    pub force: bool,
+}
+
+/// Stops a VM and frees what it held.
+pub fn stop(host: &Host, name: &VmName, options: StopOptions) -> Result<(), HostError> {
+    let survey = listing::survey(host);
+    let row = survey.row(host, name)?;
+    if row.life == Life::Starting && options.force {
+        kill(row);
+    } else {
+        admit(row, Order::Stop)?;
+        power_off(host, row, options)?;
+    }
+    let lock = wait_for_end(host, name, END_WAIT)?;
+    free(host, lock, name)
+}
+
+/// Presses the power button and waits; ends the VMM if need be and allowed.
+/// When this returns without error the guest no longer runs.
+pub fn power_off(host: &Host, row: &VmRow, options: StopOptions) -> Result<(), HostError> {
+    let name = &row.name;
+    let socket = host.layout.socket(name);
+    if row.life == Life::Paused {
+        let _ = vmm::let_run(&socket);
+    }
+    if !options.timeout.is_zero() {
+        match vmm::order(&socket, &Request::PowerButton, vmm::STATUS_WAIT) {
+            Ok(()) => {
+                if ended_within(host, name, options.timeout) {
+                    return Ok(());
+                }
+            }
+            Err(_) if options.force => {}
+            Err(source) => {
+                return Err(HostError::Vmm {
+                    name: name.clone(),
+                    source,
+                });
+            }
+        }
+    }
+    if !options.force {
+        return Err(HostError::NoPowerOff {
+            name: name.clone(),
+            seconds: options.timeout.as_secs(),
+        });
+    }
+    if vmm::quit(host, name).is_err() || !ended_within(host, name, END_WAIT) {
+        kill(row);
+    }
+    wait_for_end(host, name, END_WAIT).map(drop)
+}
+
+fn kill(row: &VmRow) {
+    let pid = row.pid.and_then(|pid| i32::try_from(pid).ok());
+    if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    }
+}
+
+/// Waits until nobody holds the VM's lock.
+pub fn ended_within(host: &Host, name: &VmName, wait: Duration) -> bool {
+    let dir = host.layout.vm_dir(name);
+    let began = Instant::now();
+    loop {
+        if !VmLock::is_held(&dir) {
+            return true;
+        }
+        if began.elapsed() >= wait {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Waits until the VMM is gone, and takes the lock it held.
+pub fn wait_for_end(host: &Host, name: &VmName, wait: Duration) -> Result<VmLock, HostError> {
+    let stuck = || HostError::Stuck {
+        name: name.clone(),
+        pid: 0,
+        log: host.layout.vm_dir(name).join("log"),
+    };
+    if !ended_within(host, name, wait) {
+        return Err(stuck());
+    }
+    lock(host, name)
+}
+
+/// Frees the segment and the directory of a VM that ended.
+fn free(host: &Host, lock: VmLock, name: &VmName) -> Result<(), HostError> {
+    if let Some(view) = host.store.view()?
+        && let Some(segment) = view.segment_of(name)
+        && !matches!(segment.exec, ExecView::Frozen { .. })
+    {
+        host.store.drop_segment(segment.id)?;
+    }
+    definitions::forget_transient(&host.layout, name);
+    let dir = host.layout.vm_dir(name);
+    lock.remove_dir().map_err(HostError::file("remove", &dir))
+}
+
+/// Suspends a VM on memory: freeze, then the VMM ends.
+pub fn suspend(host: &Host, name: &VmName) -> Result<FreezeReport, HostError> {
+    let survey = listing::survey(host);
+    let row = survey.row(host, name)?;
+    admit(row, Order::Freeze)?;
+    let socket = host.layout.socket(name);
+    if row.life == Life::Paused {
+        let_run(host, name)?;
+    }
+    if row.segment.is_none() {
+        return Err(HostError::Refused {
+            name: name.clone(),
+            why: "its RAM is in a memfd, which ends with its VMM: only VMs in a store can be suspended, see store = \"devdax\"".into(),
+        });
+    }
+    let report = vmm::freeze(&socket, vmm::FREEZE_WAIT).map_err(|source| HostError::Vmm {
+        name: name.clone(),
+        source,
+    })?;
+    vmm::quit(host, name)?;
+    wait_for_end(host, name, END_WAIT)?;
+    Ok(report)
+}
+
+fn let_run(host: &Host, name: &VmName) -> Result<(), HostError> {
+    vmm::let_run(&host.layout.socket(name)).map_err(|source| HostError::Vmm {
+        name: name.clone(),
+        source,
+    })
+}
+
+/// Where a VM that is both frozen and saved is to be resumed from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ResumeOptions {
+    /// Decided by an operator; `None` refuses to choose.
+    pub from: Option<ResumeFrom>,
+    /// Use a file whose restore was interrupted.
+    pub again: bool,
+}
+
+/// One of two states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResumeFrom {
+    /// The state frozen in the store.
+    Memory,
+    /// The saved file.
+    File,
+}
+
+/// Resumes a VM: from memory, from its file, or in the VMM that holds it.
+pub fn resume(host: &Host, name: &VmName, options: ResumeOptions) -> Result<VmStatus, HostError> {
+    let survey = listing::survey(host);
+    let row = survey.row(host, name)?;
+    if matches!(row.life, Life::Held | Life::SavedHeld | Life::Paused) {
+        if row.life == Life::SavedHeld {
+            SavedPaths::new(&host.layout, name).withdraw()?;
+        }
+        let_run(host, name)?;
+        return vmm::status(&host.layout.socket(name), vmm::STATUS_WAIT).map_err(|source| {
+            HostError::Vmm {
+                name: name.clone(),
+                source,
+            }
+        });
+    }
+    admit(row, Order::Resume)?;
+    let file = SavedPaths::new(&host.layout, name).fact();
+    let frozen = row.life == Life::Frozen;
+    match (frozen, file, options.from) {
+        (true, None, _) => resume_frozen(host, name, &survey),
+        (true, Some(_), Some(ResumeFrom::Memory)) => {
+            SavedPaths::new(&host.layout, name).withdraw()?;
+            resume_frozen(host, name, &survey)
+        }
+        (true, Some(_), None) => Err(HostError::Refused {
+            name: name.clone(),
+            why: "it is frozen in memory and saved in a file, and only one of them may run: say --from memory or --from file; the other is given up".into(),
+        }),
+        (_, Some(hebe_flow::resume::SavedFact::Restoring), _) if !options.again => {
+            Err(HostError::Refused {
+                name: name.clone(),
+                why: "a restore of it was interrupted: if its guest did not run since, `hebe resume --again` repeats it; if it did, its disk went on and the file must be given up with `hebe drop`".into(),
+            })
+        }
+        (_, Some(_), _) => restore(host, name),
+        (false, None, _) => Err(HostError::Refused {
+            name: name.clone(),
+            why: "there is nothing to resume: `hebe start` boots it".into(),
+        }),
+    }
+}
+
+fn resume_frozen(host: &Host, name: &VmName, survey: &Survey) -> Result<VmStatus, HostError> {
+    let segment = survey.store.as_ref().and_then(|s| s.segment_of(name));
+    let (Some(segment), Some(vm)) = (segment, segment.and_then(|s| s.vm)) else {
+        return Err(HostError::Refused {
+            name: name.clone(),
+            why: "its segment cannot be told: `hebe store list` shows them".into(),
+        });
+    };
+    let order = Launch {
+        name: name.clone(),
+        vm,
+        size: segment.memory,
+        memory: Memory::Segment {
+            id: segment.id,
+            spec: segment.spec.clone(),
+        },
+        origin: Origin::Frozen,
+    };
+    continue_frozen(host, &order)
+}
+
+/// Starts a VMM around a frozen segment. Nothing else happens here, because a
+/// whole host of VMs waits for it: no scrubbing, nothing durable. On failure
+/// the VM stays frozen: its VMM withdraws the state only when it runs.
+pub fn continue_frozen(host: &Host, order: &Launch) -> Result<VmStatus, HostError> {
+    let lock = lock(host, &order.name)?;
+    Ok(launch(host, &lock, order, LAUNCH_WAIT)?)
+}
+
+/// Restores a VM from its saved file, into a fresh segment or memfd.
+pub fn restore(host: &Host, name: &VmName) -> Result<VmStatus, HostError> {
+    let lock = lock(host, name)?;
+    let paths = SavedPaths::new(&host.layout, name);
+    let info = paths.read_info().ok_or_else(|| HostError::Refused {
+        name: name.clone(),
+        why: format!(
+            "{} is missing or damaged, so its saved file cannot be used: put it back, or give the file up with `hebe drop`",
+            paths.info.display()
+        ),
+    })?;
+    let memory = memory_for_restore(host, name, &info)?;
+    // From here on the file is no saved VM any more, see `saved`.
+    if paths.complete.exists() {
+        files::rename_durably(&paths.complete, &paths.restoring)
+            .map_err(HostError::file("withdraw", &paths.complete))?;
+    }
+    let order = Launch {
+        name: name.clone(),
+        vm: info.vm,
+        size: info.memory,
+        memory,
+        origin: Origin::File(paths.restoring.clone()),
+    };
+    match launch(host, &lock, &order, LAUNCH_WAIT * 10) {
+        Ok(status) => {
+            paths.withdraw()?;
+            Ok(status)
+        }
+        Err(error) => {
+            undo_restore(host, name, &paths, &order.memory)?;
+            Err(error.into())
+        }
+    }
+}
+
+fn memory_for_restore(host: &Host, name: &VmName, info: &SavedInfo) -> Result<Memory, HostError> {
+    if !info.in_store {
+        return Ok(Memory::Memfd);
+    }
+    let view = host.store.view()?.ok_or(StoreTrouble::None)?;
+    if let Some(old) = view.segment_of(name) {
+        // What ran before the save: the file holds all of it.
+        host.store.drop_segment(old.id)?;
+    }
+    let new = host.store.create(info.vm, name, info.memory)?;
+    Ok(Memory::Segment {
+        id: new.id,
+        spec: new.spec,
+    })
+}
+
+/// After a failed restore the file counts again, if the segment shows that the
+/// VM never ran. A memfd shows nothing once its VMM is gone, except that the
+/// VMM itself says it failed before it ran.
+fn undo_restore(
+    host: &Host,
+    name: &VmName,
+    paths: &SavedPaths,
+    memory: &Memory,
+) -> Result<(), HostError> {
+    let never_ran = match memory {
+        Memory::Segment { .. } => {
+            let view = host.store.view()?;
+            let segment = view.as_ref().and_then(|v| v.segment_of(name));
+            match segment.map(|s| (&s.exec, s.id)) {
+                Some((ExecView::Empty, id)) => {
+                    host.store.drop_segment(id)?;
+                    true
+                }
+                _ => false,
+            }
+        }
+        Memory::Memfd => ExitRecord::read(&host.layout.vm_dir(name))
+            .is_some_and(|record| record.reason == "error"),
+    };
+    if never_ran && paths.restoring.exists() {
+        files::rename_durably(&paths.restoring, &paths.complete)
+            .map_err(HostError::file("put back", &paths.complete))?;
+    }
+    Ok(())
+}
+
+/// Writes a VM to its saved file; the VMM lives on with the VM stopped.
+pub fn save_held(
+    host: &Host,
+    name: &VmName,
+    memory: Option<ByteSize>,
+) -> Result<hebe_api::SaveReport, HostError> {
+    let paths = SavedPaths::new(&host.layout, name);
+    let instance = Instance::read(&host.layout.vm_dir(name));
+    let socket = host.layout.socket(name);
+    let ask = |source| HostError::Vmm {
+        name: name.clone(),
+        source,
+    };
+    let status = vmm::status(&socket, vmm::STATUS_WAIT).map_err(ask)?;
+    let size = instance.as_ref().map(|i| i.memory).or(memory);
+    let info = SavedInfo {
+        vm: status.id,
+        memory: size.ok_or_else(|| HostError::Refused {
+            name: name.clone(),
+            why: "the size of its RAM is not known: its runtime directory was emptied".into(),
+        })?,
+        in_store: instance.is_some_and(|i| i.segment.is_some()),
+    };
+    paths.prepare(&info)?;
+    let report = vmm::save(&socket, &paths.part, vmm::SAVE_WAIT);
+    let report = match report {
+        Ok(report) => report,
+        Err(source) => {
+            let _ = paths.withdraw();
+            return Err(ask(source));
+        }
+    };
+    paths.commit()?;
+    Ok(report)
+}
+
+/// Gives a VM up: its segment, its saved file and its runtime directory.
+pub fn drop_vm(host: &Host, name: &VmName) -> Result<(), HostError> {
+    let survey = listing::survey(host);
+    let row = survey.row(host, name)?;
+    if row.life.has_vmm() {
+        admit(row, Order::Drop)?;
+    }
+    let lock = lock(host, name)?;
+    SavedPaths::new(&host.layout, name).withdraw()?;
+    let store = survey.store.iter();
+    let own = store.flat_map(|s| &s.segments);
+    for segment in own.filter(|s| s.name.as_ref() == Some(name)) {
+        host.store.drop_segment(segment.id)?;
+    }
+    definitions::forget_transient(&host.layout, name);
+    let dir = host.layout.vm_dir(name);
+    lock.remove_dir().map_err(HostError::file("remove", &dir))
+}
+
+/// Frees the segments of VMs whose guests ended by themselves. Their exit
+/// records die with this kernel, and without them the next one would take
+/// such a VM for a crashed one.
+pub fn reap(host: &Host) -> Result<Vec<VmName>, HostError> {
+    let survey = listing::survey(host);
+    let mut reaped = Vec::new();
+    for row in survey.rows.values() {
+        let dir = host.layout.vm_dir(&row.name);
+        let ended = row.life == Life::Absent
+            && ExitRecord::read(&dir).is_some_and(|record| record.is_clean_end());
+        if !ended {
+            continue;
+        }
+        if let Some(lock) = VmLock::take(&dir).map_err(HostError::file("lock", &dir))? {
+            free(host, lock, &row.name)?;
+            reaped.push(row.name.clone());
+        }
+    }
+    Ok(reaped)
+}

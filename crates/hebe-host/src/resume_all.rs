@@ -1,0 +1,361 @@
+//! Brings the VMs back when the host comes up.
+//!
+//! Order, because guests wait: first every VM that is frozen in memory, all at
+//! once and with nothing done beside it; then those that need work (a segment
+//! scrubbed, a file read, a kernel booted). What is done to whom is decided by
+//! [`hebe_flow::resume`] from persistent facts alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::thread;
+
+use hebe_api::VmStatus;
+use hebe_flow::resume::{Decision, ExecFact, Facts, SegmentFact, plan};
+use hebe_types::{Stamp, VmConfig, VmId, VmName};
+use serde::Serialize;
+
+use crate::definitions;
+use crate::host::{Host, HostError};
+use crate::launch::{Launch, Memory, Origin};
+use crate::listing::with_cause;
+use crate::lock::VmLock;
+use crate::ops;
+use crate::reboot::{keep_report, last_report};
+use crate::saved::{self, Pending};
+use crate::stores::{ExecView, StoreView};
+use crate::timeline::{EventKind, KernelInfo, Side, Timeline, corrected_clock};
+use crate::vmm;
+
+/// What became of one VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "result", rename_all = "kebab-case")]
+pub enum Resumed {
+    /// It was up already, or was thawed in the VMM that held it.
+    Already,
+    /// Resumed from memory.
+    Resumed,
+    /// Restored from its file.
+    Restored,
+    /// Booted.
+    Booted,
+    /// A segment in which nothing ever ran was freed.
+    Cleaned,
+    /// Left as it is.
+    Left {
+        /// Why, with the way out.
+        reason: String,
+    },
+    /// It cannot be continued.
+    Lost {
+        /// Why, with the way out.
+        reason: String,
+    },
+    /// It could have been brought back, and was not.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+impl Resumed {
+    /// Whether somebody should look.
+    pub fn is_trouble(&self) -> bool {
+        matches!(
+            self,
+            Self::Left { .. } | Self::Lost { .. } | Self::Failed { .. }
+        )
+    }
+}
+
+/// The whole answer.
+#[derive(Clone, Debug, Serialize)]
+pub struct ResumeAll {
+    /// Per VM.
+    pub vms: BTreeMap<VmName, Resumed>,
+    /// Why the store could not be used, if so.
+    pub store_trouble: Option<String>,
+    /// The wall clock was set forward by so many milliseconds.
+    pub clock_corrected_ms: Option<i64>,
+}
+
+/// Everything known, and what came of it.
+struct Work<'a> {
+    host: &'a Host,
+    store: Option<&'a StoreView>,
+    configs: BTreeMap<VmName, VmConfig>,
+}
+
+/// Resumes, restores and boots every VM that is due. `started` is the instant
+/// at which this process began; with `autostart` also VMs that are to run
+/// whenever the host does.
+pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> ResumeAll {
+    let (store, store_trouble) = match host.store.view() {
+        Ok(view) => (view, None),
+        Err(error) => (None, Some(with_cause(&error))),
+    };
+    let found = host.system.stamp();
+    let mut timeline = open_report(host);
+    let clock_corrected_ms = timeline.as_ref().and_then(|t| correct_clock(host, t));
+    let pending = Pending::read(&host.layout).unwrap_or_default();
+    let (facts, configs) = facts(host, store.as_ref(), &pending, autostart);
+    let work = Work {
+        host,
+        store: store.as_ref(),
+        configs,
+    };
+    let decisions = plan(&facts);
+    let fast = |d: &Decision| matches!(d, Decision::Resume { .. });
+    let mut vms = work.all_at_once(&decisions, fast);
+    let slow = work.all_at_once(&decisions, |d| !fast(d));
+    vms.extend(slow);
+    settle_pending(host, pending, &vms);
+    if let Some(timeline) = &mut timeline {
+        note_new_kernel(host, timeline, started, found, store.is_some());
+        note_vms(host, timeline, &vms);
+        let _ = keep_report(host, timeline, store.is_some());
+    }
+    ResumeAll {
+        vms: vms.into_iter().map(|(n, (r, _))| (n, r)).collect(),
+        store_trouble,
+        clock_corrected_ms,
+    }
+}
+
+/// The report that the kernel before left for this one.
+fn open_report(host: &Host) -> Option<Timeline> {
+    let timeline = last_report(host).ok().flatten()?;
+    let here = VmId(host.system.boot_id()).to_string();
+    let for_us = timeline.after.is_none() && timeline.before.boot_id != here;
+    for_us.then_some(timeline)
+}
+
+fn correct_clock(host: &Host, timeline: &Timeline) -> Option<i64> {
+    let now = host.system.stamp();
+    let right = corrected_clock(timeline.last_before()?, now, timeline.tsc_hz?)?;
+    host.system.set_realtime_ns(right).ok()?;
+    Some((right as i64 - now.realtime_ns as i64) / 1_000_000)
+}
+
+fn facts(
+    host: &Host,
+    store: Option<&StoreView>,
+    pending: &Pending,
+    autostart: bool,
+) -> (Facts, BTreeMap<VmName, VmConfig>) {
+    let mut configs: BTreeMap<VmName, VmConfig> = definitions::all(&host.layout)
+        .into_iter()
+        .filter_map(|(name, config)| Some((name, config.ok()?)))
+        .collect();
+    let automatic: BTreeSet<VmName> = configs
+        .values()
+        .filter(|c| autostart && c.autostart)
+        .map(|c| c.name.clone())
+        .collect();
+    // What was pending is what ran; a definition changed since then counts
+    // from the next start on.
+    for config in &pending.vms {
+        configs.insert(config.name.clone(), config.clone());
+    }
+    let segments: Vec<SegmentFact> = store
+        .iter()
+        .flat_map(|s| &s.segments)
+        .map(|s| SegmentFact {
+            id: s.id,
+            name: s.name.clone(),
+            exec: match &s.exec {
+                ExecView::Empty => ExecFact::Empty,
+                ExecView::Running { .. } => ExecFact::Running,
+                ExecView::Frozen { .. } => ExecFact::Frozen,
+                ExecView::Damaged { reason } => ExecFact::Damaged(reason.clone()),
+            },
+        })
+        .collect();
+    let saved = saved::all(&host.layout);
+    let names = segments
+        .iter()
+        .filter_map(|s| s.name.as_ref())
+        .chain(saved.keys())
+        .chain(configs.keys());
+    let alive = names
+        .filter(|name| VmLock::is_held(&host.layout.vm_dir(name)))
+        .cloned()
+        .collect();
+    let facts = Facts {
+        segments,
+        saved,
+        pending: pending.names(),
+        autostart: automatic,
+        alive,
+    };
+    (facts, configs)
+}
+
+type Results = BTreeMap<VmName, (Resumed, Option<VmStatus>)>;
+
+impl Work<'_> {
+    fn all_at_once(
+        &self,
+        decisions: &BTreeMap<VmName, Decision>,
+        wanted: impl Fn(&Decision) -> bool,
+    ) -> Results {
+        thread::scope(|scope| {
+            let workers: Vec<_> = decisions
+                .iter()
+                .filter(|(_, decision)| wanted(decision))
+                .map(|(name, decision)| (name, scope.spawn(move || self.carry_out(name, decision))))
+                .collect();
+            workers
+                .into_iter()
+                .map(|(name, worker)| {
+                    let result = worker.join().unwrap_or_else(|_| {
+                        let reason = "the thread that resumed it ended: please report this".into();
+                        (Resumed::Failed { reason }, None)
+                    });
+                    (name.clone(), result)
+                })
+                .collect()
+        })
+    }
+
+    fn carry_out(&self, name: &VmName, decision: &Decision) -> (Resumed, Option<VmStatus>) {
+        let outcome = match decision {
+            Decision::Already => self.already(name),
+            Decision::Resume { .. } => self
+                .resume(name)
+                .map(|status| (Resumed::Resumed, Some(status))),
+            Decision::Restore { .. } => {
+                ops::restore(self.host, name).map(|status| (Resumed::Restored, Some(status)))
+            }
+            Decision::Boot { .. } => self.boot(name),
+            Decision::Clean { segment } => self.clean(name, *segment),
+            Decision::Leave { reason } => Ok((
+                Resumed::Left {
+                    reason: reason.clone(),
+                },
+                None,
+            )),
+            Decision::Lost { reason } => Ok((
+                Resumed::Lost {
+                    reason: reason.clone(),
+                },
+                None,
+            )),
+        };
+        outcome.unwrap_or_else(|error| {
+            let reason = with_cause(&error);
+            (Resumed::Failed { reason }, None)
+        })
+    }
+
+    fn already(&self, name: &VmName) -> Result<(Resumed, Option<VmStatus>), HostError> {
+        // A reboot that was killed half-way leaves VMs frozen in living VMMs.
+        let survey_state = vmm::status(&self.host.layout.socket(name), vmm::STATUS_WAIT);
+        let held = survey_state.is_ok_and(|s| {
+            matches!(
+                s.state,
+                hebe_api::VmmState::Frozen | hebe_api::VmmState::Saved
+            )
+        });
+        if held {
+            ops::resume(self.host, name, ops::ResumeOptions::default())?;
+        }
+        Ok((Resumed::Already, None))
+    }
+
+    fn resume(&self, name: &VmName) -> Result<VmStatus, HostError> {
+        let segment = self.store.and_then(|s| s.segment_of(name));
+        let (Some(segment), Some(vm)) = (segment, segment.and_then(|s| s.vm)) else {
+            return Err(HostError::Refused {
+                name: name.clone(),
+                why: "its segment went away: `hebe store list` shows them".into(),
+            });
+        };
+        let order = Launch {
+            name: name.clone(),
+            vm,
+            size: segment.memory,
+            memory: Memory::Segment {
+                id: segment.id,
+                spec: segment.spec.clone(),
+            },
+            origin: Origin::Frozen,
+        };
+        ops::continue_frozen(self.host, &order)
+    }
+
+    fn boot(&self, name: &VmName) -> Result<(Resumed, Option<VmStatus>), HostError> {
+        let config = self.configs.get(name).ok_or_else(|| HostError::NoSuchVm {
+            name: name.clone(),
+            expected: definitions::expected_path(&self.host.layout, name),
+        })?;
+        let status = ops::boot(self.host, config)?;
+        Ok((Resumed::Booted, Some(status)))
+    }
+
+    fn clean(
+        &self,
+        name: &VmName,
+        segment: hebe_types::SegmentId,
+    ) -> Result<(Resumed, Option<VmStatus>), HostError> {
+        // Under the VM's lock: a VMM that starts this moment holds it.
+        let lock = ops::lock(self.host, name)?;
+        self.host.store.drop_segment(segment)?;
+        let _ = lock.remove_dir();
+        Ok((Resumed::Cleaned, None))
+    }
+}
+
+/// VMs that are up are pending no more; those that failed stay on the list.
+fn settle_pending(host: &Host, mut pending: Pending, vms: &Results) {
+    let before = pending.vms.len();
+    pending.vms.retain(|config| {
+        let result = vms.get(&config.name).map(|(r, _)| r);
+        result.is_none_or(Resumed::is_trouble)
+    });
+    if pending.vms.len() != before {
+        let _ = pending.write(host);
+    }
+}
+
+fn note_new_kernel(
+    host: &Host,
+    timeline: &mut Timeline,
+    started: Stamp,
+    found: Stamp,
+    has_store: bool,
+) {
+    let now = host.system.stamp();
+    timeline.after = Some(KernelInfo {
+        release: host.system.release(),
+        boot_id: VmId(host.system.boot_id()).to_string(),
+    });
+    timeline.join(started);
+    let since_boot_ns = host.system.since_boot_ns();
+    let ticks = timeline.tsc_hz.map_or(0, |hz| {
+        (u128::from(since_boot_ns) * u128::from(hz) / 1_000_000_000) as u64
+    });
+    let entry = Stamp {
+        tsc: now.tsc.saturating_sub(ticks),
+        realtime_ns: now.realtime_ns.saturating_sub(since_boot_ns),
+    };
+    let mut note = |at, kind| timeline.note(at, Side::After, None, kind);
+    note(entry, EventKind::KernelEntry);
+    note(started, EventKind::UserSpace);
+    if has_store {
+        note(found, EventKind::StoreFound);
+    }
+    note(now, EventKind::AllResumed);
+}
+
+fn note_vms(host: &Host, timeline: &mut Timeline, vms: &Results) {
+    let now = host.system.stamp();
+    for (name, (result, status)) in vms {
+        if let Some(resume) = status.as_ref().and_then(|s| s.resume.as_ref()) {
+            timeline.note_resume(name, resume);
+        } else if *result == Resumed::Booted {
+            timeline.note(now, Side::After, Some(name), EventKind::Booted);
+        }
+        if let Some(first) = status.as_ref().and_then(|s| s.first_tx) {
+            timeline.note(first, Side::After, Some(name), EventKind::FirstReply);
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! What the host does to the machine itself, behind a trait so that tests can
+//! run a whole reboot without one.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hebe_sys::kexec::{self, KexecError};
+use hebe_sys::{clock, proc};
+use hebe_types::{ByteSize, Stamp};
+
+pub use hebe_sys::kexec::Leave;
+
+/// Why the machine did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum SystemError {
+    /// A file of the next kernel cannot be read.
+    #[error("cannot read {path}: name a file that exists with --kernel and --initrd")]
+    Unreadable {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// kexec refused.
+    #[error(transparent)]
+    Kexec(#[from] KexecError),
+    /// A command of host.toml could not be started or failed.
+    #[error("the command `{command}` {how}")]
+    Command {
+        /// Which command.
+        command: String,
+        /// What went wrong.
+        how: String,
+    },
+}
+
+/// The machine.
+pub trait System: Send + Sync {
+    /// Loads the next kernel.
+    fn load_kernel(
+        &self,
+        kernel: &Path,
+        initrd: Option<&Path>,
+        cmdline: &str,
+    ) -> Result<(), SystemError>;
+    /// Unloads it.
+    fn unload_kernel(&self) -> Result<(), SystemError>;
+    /// Whether a kernel is loaded; `None` when there is no kexec.
+    fn kernel_loaded(&self) -> Option<bool>;
+    /// Leaves this kernel; returns only on failure.
+    fn leave(&self, how: Leave) -> SystemError;
+    /// Writes all dirty pages of files to their disks.
+    fn sync(&self);
+    /// Runs a shell command.
+    fn run(&self, command: &str, timeout: Duration) -> Result<(), SystemError>;
+    /// The id of this boot.
+    fn boot_id(&self) -> [u8; 16];
+    /// The running kernel's command line.
+    fn cmdline(&self) -> String;
+    /// The running kernel's release.
+    fn release(&self) -> String;
+    /// Bytes that may still be written below `dir`.
+    fn free_space(&self, dir: &Path) -> io::Result<ByteSize>;
+    /// Whether what is written below `dir` ends with this kernel.
+    fn is_volatile(&self, dir: &Path) -> io::Result<bool>;
+    /// This instant.
+    fn stamp(&self) -> Stamp;
+    /// `CLOCK_MONOTONIC`, in nanoseconds.
+    fn monotonic_ns(&self) -> u64;
+    /// Time since this kernel set up its clocks, in nanoseconds.
+    fn since_boot_ns(&self) -> u64;
+    /// Sets the wall clock, in nanoseconds.
+    fn set_realtime_ns(&self, realtime_ns: u64) -> io::Result<()>;
+}
+
+/// The real machine.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Machine;
+
+impl System for Machine {
+    fn load_kernel(
+        &self,
+        kernel: &Path,
+        initrd: Option<&Path>,
+        cmdline: &str,
+    ) -> Result<(), SystemError> {
+        let open = |path: &Path| {
+            File::open(path).map_err(|source| SystemError::Unreadable {
+                path: path.to_owned(),
+                source,
+            })
+        };
+        let kernel = open(kernel)?;
+        let initrd = initrd.map(open).transpose()?;
+        kexec::load(kernel.as_fd(), initrd.as_ref().map(AsFd::as_fd), cmdline)?;
+        Ok(())
+    }
+
+    fn unload_kernel(&self) -> Result<(), SystemError> {
+        Ok(kexec::unload()?)
+    }
+
+    fn kernel_loaded(&self) -> Option<bool> {
+        kexec::is_loaded()
+    }
+
+    fn leave(&self, how: Leave) -> SystemError {
+        kexec::leave(how).into()
+    }
+
+    fn sync(&self) {
+        rustix::fs::sync();
+    }
+
+    fn run(&self, command: &str, timeout: Duration) -> Result<(), SystemError> {
+        run_command(command, timeout).map_err(|how| SystemError::Command {
+            command: command.to_owned(),
+            how,
+        })
+    }
+
+    fn boot_id(&self) -> [u8; 16] {
+        proc::boot_id().unwrap_or_default()
+    }
+
+    fn cmdline(&self) -> String {
+        let text = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
+        text.trim_end().to_owned()
+    }
+
+    fn release(&self) -> String {
+        proc::kernel_release()
+    }
+
+    fn free_space(&self, dir: &Path) -> io::Result<ByteSize> {
+        let stat = rustix::fs::statvfs(nearest(dir))?;
+        Ok(ByteSize(stat.f_bavail.saturating_mul(stat.f_frsize)))
+    }
+
+    fn is_volatile(&self, dir: &Path) -> io::Result<bool> {
+        // tmpfs and ramfs, linux/magic.h.
+        const IN_MEMORY: [u64; 2] = [0x0102_1994, 0x8584_58f6];
+        let stat = rustix::fs::statfs(nearest(dir))?;
+        Ok(IN_MEMORY.contains(&(stat.f_type as u64)))
+    }
+
+    fn stamp(&self) -> Stamp {
+        clock::stamp_now()
+    }
+
+    fn monotonic_ns(&self) -> u64 {
+        proc::monotonic_ns()
+    }
+
+    fn since_boot_ns(&self) -> u64 {
+        proc::since_boot_ns()
+    }
+
+    fn set_realtime_ns(&self, realtime_ns: u64) -> io::Result<()> {
+        proc::set_realtime_ns(realtime_ns)
+    }
+}
+
+/// A directory may not be there yet; its nearest ancestor is.
+fn nearest(dir: &Path) -> &Path {
+    dir.ancestors()
+        .find(|d| d.exists())
+        .unwrap_or(Path::new("/"))
+}
+
+fn run_command(command: &str, timeout: Duration) -> Result<(), String> {
+    let mut child = Command::new("/bin/sh")
+        .args(["-c", command])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .map_err(|e| format!("cannot be started: {e}"))?;
+    let began = Instant::now();
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) if status.success() => return Ok(()),
+            Ok(Some(status)) => return Err(format!("failed: {status}")),
+            Ok(None) if began.elapsed() >= timeout => {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(format!("did not end within {} s", timeout.as_secs()));
+            }
+            Ok(None) => thread::sleep(Duration::from_millis(5)),
+            Err(e) => return Err(format!("cannot be waited for: {e}")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_report_how_they_ended() {
+        let second = Duration::from_secs(10);
+        assert!(run_command("true", second).is_ok());
+        let failed = run_command("exit 3", second).expect_err("fails");
+        assert!(failed.contains('3'), "{failed}");
+        let late = run_command("exec sleep 30", Duration::from_millis(30)).expect_err("late");
+        assert!(late.contains("did not end"), "{late}");
+    }
+
+    #[test]
+    fn a_missing_kernel_is_named() {
+        let error = Machine
+            .load_kernel(Path::new("/no/such/vmlinuz"), None, "")
+            .expect_err("missing");
+        assert!(error.to_string().contains("/no/such/vmlinuz"), "{error}");
+    }
+
+    #[test]
+    fn free_space_is_that_of_the_nearest_directory() {
+        let space = Machine.free_space(Path::new("/tmp/not/there/yet"));
+        assert!(space.expect("statvfs").bytes() > 0);
+    }
+}

@@ -1,0 +1,87 @@
+//! Talking to VMMs.
+
+use std::path::Path;
+use std::time::Duration;
+
+use hebe_api::{
+    Client, ClientError, FreezeReport, Request, Response, SaveReport, VmStatus, VmmState,
+};
+use hebe_types::VmName;
+
+use crate::host::{Host, HostError};
+
+/// How long a VMM may take to say how it is. Emulated machines are slow.
+pub const STATUS_WAIT: Duration = Duration::from_secs(10);
+/// How long a freeze may take: an outstanding disk request can hold it up.
+pub const FREEZE_WAIT: Duration = Duration::from_secs(60);
+/// How long a save may take at most.
+pub const SAVE_WAIT: Duration = Duration::from_secs(3600);
+
+/// One request on a connection of its own.
+pub fn ask(socket: &Path, request: &Request, wait: Duration) -> Result<Response, ClientError> {
+    let mut client = Client::connect(socket)?;
+    client.set_timeout(Some(wait))?;
+    client.call(request)
+}
+
+/// How the VM is.
+pub fn status(socket: &Path, wait: Duration) -> Result<VmStatus, ClientError> {
+    match ask(socket, &Request::Status, wait)? {
+        Response::Status(status) => Ok(status),
+        _ => Err(ClientError::Unexpected),
+    }
+}
+
+/// Freezes the VM.
+pub fn freeze(socket: &Path, wait: Duration) -> Result<FreezeReport, ClientError> {
+    match ask(socket, &Request::Freeze, wait)? {
+        Response::Frozen(report) => Ok(report),
+        _ => Err(ClientError::Unexpected),
+    }
+}
+
+/// Saves the VM to a new file.
+pub fn save(socket: &Path, path: &Path, wait: Duration) -> Result<SaveReport, ClientError> {
+    let request = Request::Save {
+        path: path.to_owned(),
+    };
+    match ask(socket, &request, wait)? {
+        Response::Saved(report) => Ok(report),
+        _ => Err(ClientError::Unexpected),
+    }
+}
+
+/// A request that is answered with nothing more than "done".
+pub fn order(socket: &Path, request: &Request, wait: Duration) -> Result<(), ClientError> {
+    match ask(socket, request, wait)? {
+        Response::Done => Ok(()),
+        _ => Err(ClientError::Unexpected),
+    }
+}
+
+/// Brings a frozen, paused or saved VM back to running in the VMM it is in;
+/// one that runs is left alone.
+pub fn let_run(socket: &Path) -> Result<(), ClientError> {
+    match status(socket, STATUS_WAIT)?.state {
+        VmmState::Running => Ok(()),
+        VmmState::Frozen => order(socket, &Request::Thaw, FREEZE_WAIT),
+        VmmState::Paused | VmmState::Saved => order(socket, &Request::Unpause, FREEZE_WAIT),
+    }
+}
+
+/// Whether the VMM itself refused, so that the VM is as it was before.
+pub fn is_refusal(error: &ClientError) -> bool {
+    matches!(error, ClientError::Refused(_))
+}
+
+/// Ends the VMM; a connection that breaks while it does so is its end.
+pub fn quit(host: &Host, name: &VmName) -> Result<(), HostError> {
+    let socket = host.layout.socket(name);
+    match order(&socket, &Request::Quit, STATUS_WAIT) {
+        Ok(()) | Err(ClientError::Broken(_)) => Ok(()),
+        Err(source) => Err(HostError::Vmm {
+            name: name.clone(),
+            source,
+        }),
+    }
+}
