@@ -53,6 +53,9 @@ pub enum VmError {
     /// A device.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The serial port's state.
+    #[error(transparent)]
+    Serial(#[from] hebe_devices::SerialStateError),
     /// A disk.
     #[error(transparent)]
     Disk(#[from] hebe_block::BlockError),
