@@ -56,6 +56,11 @@ impl Agent {
         }
     }
 
+    /// The forwarded port.
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+
     fn call(
         &self,
         request: &Request,

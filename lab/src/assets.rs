@@ -267,6 +267,23 @@ impl Assets {
         apt::unpack(&debs, dir)
     }
 
+    /// A static busybox, for people who look around in a lab host; none where
+    /// it cannot be fetched.
+    pub fn busybox(&self, progress: &dyn Progress) -> Result<Option<PathBuf>> {
+        if !self.distribution.is_debian() {
+            return Ok(apt::find_program("busybox"));
+        }
+        let dir = self.cache.filled("busybox", |dir| {
+            let codename = self.distribution.codename.as_str();
+            let apt = self.apt(codename, &[codename], false, None, progress)?;
+            progress.step("downloading busybox");
+            let debs = apt.download(&["busybox-static".to_owned()], &dir.join("debs"))?;
+            apt::unpack(&debs, dir)
+        })?;
+        let places = ["bin/busybox", "usr/bin/busybox"].map(|p| dir.join(p));
+        Ok(places.into_iter().find(|p| p.is_file()))
+    }
+
     /// A kernel: the one named on the command line, the cached one, or one
     /// fetched from Debian.
     pub fn kernel(&self, name: KernelName, progress: &dyn Progress) -> Result<Kernel> {

@@ -1,4 +1,10 @@
 //! The emulated machine, driven from Rust.
+//!
+//! A *machine* is one QEMU; its processor is emulated with AMD-V, so that the
+//! stock `kvm_amd` module loads in it and real guests run under the product's
+//! own VMM. The *host* is the Debian kernel in the machine with an initramfs
+//! that holds the product's programs; its PID 1 is `lab-init`, which also
+//! plays PID 1 of the guests. [`scenario::Lab`] puts all of it together.
 
 pub mod agent;
 pub mod apt;
@@ -8,10 +14,12 @@ pub mod cache;
 pub mod cpio;
 pub mod disk;
 pub mod initramfs;
+pub mod kernel;
 pub mod machine;
 pub mod modules;
 pub mod probe;
 pub mod progress;
 pub mod qmp;
+pub mod scenario;
 pub mod serial;
 pub mod sources;

@@ -94,7 +94,7 @@ pub struct MachineConfig {
     pub guests: u8,
     /// First guest's address byte: 101, or 15 when the machine itself is the guest.
     pub guest_byte: u8,
-    /// Folder for the serial log and the control socket.
+    /// Folder for the serial log.
     pub dir: PathBuf,
 }
 
@@ -111,7 +111,7 @@ pub struct Machine {
     /// QEMU's process id.
     pub pid: u32,
     qmp: Qmp,
-    _alive: mpsc::Sender<()>,
+    _sockets: tempfile::TempDir,
     ended: Option<thread::JoinHandle<()>>,
     alarms_seen: usize,
 }
@@ -122,7 +122,9 @@ impl Machine {
         let accelerator = Accelerator::detect();
         let ports = Ports::choose(config.guests, config.guest_byte)?;
         let serial = Serial::new(&config.dir.join("serial.log"));
-        let socket = config.dir.join("qmp.sock");
+        // A folder of its own: the path of a unix socket is short.
+        let sockets = tempfile::tempdir().context("cannot create a folder for QEMU's socket")?;
+        let socket = sockets.path().join("qmp");
         let mut command = qemu.command();
         command
             .args([
@@ -166,7 +168,7 @@ impl Machine {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        let (pid, alive, ended) = spawn_guarded(command)?;
+        let (pid, ended) = spawn_guarded(command)?;
         let qmp = Qmp::connect(&socket, Duration::from_secs(20)).with_context(|| {
             let said = std::fs::read_to_string(config.dir.join("qemu.log")).unwrap_or_default();
             format!("QEMU did not start: {}", said.trim())
@@ -178,7 +180,7 @@ impl Machine {
             accelerator,
             pid,
             qmp,
-            _alive: alive,
+            _sockets: sockets,
             ended: Some(ended),
             alarms_seen: 0,
         })
@@ -284,9 +286,8 @@ impl Drop for Machine {
 
 /// Starts QEMU from a thread that lives as long as QEMU does, so that the
 /// parent-death signal means the end of this whole process.
-fn spawn_guarded(mut command: Command) -> Result<(u32, mpsc::Sender<()>, thread::JoinHandle<()>)> {
+fn spawn_guarded(mut command: Command) -> Result<(u32, thread::JoinHandle<()>)> {
     let (started_in, started) = mpsc::channel();
-    let (alive, _until_dropped) = mpsc::channel();
     let handle = thread::spawn(move || {
         // SAFETY: prctl(2) is async-signal-safe and takes no pointer here.
         unsafe {
@@ -311,7 +312,7 @@ fn spawn_guarded(mut command: Command) -> Result<(u32, mpsc::Sender<()>, thread:
         .recv()
         .context("no answer")?
         .context("cannot start QEMU")?;
-    Ok((pid, alive, handle))
+    Ok((pid, handle))
 }
 
 struct Ports {

@@ -38,13 +38,24 @@ pub fn start(userspace_tsc: u64) -> Result<Arc<Agent>> {
         for stream in listener.incoming().flatten() {
             let agent = shared.clone();
             thread::spawn(move || {
-                if let Err(e) = serve(&agent, stream) {
-                    println!("LAB: agent: {e}");
+                match serve(&agent, stream) {
+                    Ok(()) => {}
+                    // A client that gave up waiting is no news.
+                    Err(e) if gone(&e) => {}
+                    Err(e) => println!("LAB: agent: {e}"),
                 }
             });
         }
     });
     Ok(agent)
+}
+
+fn gone(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof, WouldBlock};
+    matches!(
+        error.kind(),
+        BrokenPipe | ConnectionReset | UnexpectedEof | WouldBlock
+    )
 }
 
 fn serve(agent: &Agent, mut stream: TcpStream) -> io::Result<()> {

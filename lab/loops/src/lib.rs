@@ -1,1 +1,3 @@
 //! Suspends and resumes a hand-assembled SMP guest, over and over.
+
+pub mod guest;

@@ -1,0 +1,445 @@
+//! A booted lab host with what it needs, and guests in it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use hebe_types::{
+    ByteSize, ConsoleConfig, DiskConfig, MacAddr, NetConfig, StoreKind, VmConfig, VmName,
+};
+use lab_guest::proto::HostStatus;
+use lab_guest::status::GuestStatus;
+
+use crate::assets::{Assets, Kernel, KernelName};
+use crate::binaries::{Binaries, HEBE, HEBE_VMM, Program, workspace_root};
+use crate::machine::{GuestPorts, Machine, MachineConfig, host_cmdline};
+use crate::progress::Progress;
+use crate::{disk, initramfs, probe};
+
+/// Longest time a host may take from reset or kexec to the end of its start-up.
+pub const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// Longest time a guest may take to answer.
+pub const GUEST_LIMIT: Duration = Duration::from_secs(240);
+/// The last address byte of the first guest.
+pub const FIRST_GUEST_BYTE: u8 = 101;
+
+/// How to build a lab host.
+#[derive(Clone, Debug)]
+pub struct LabOptions {
+    /// The kernel that a reset starts.
+    pub host: KernelName,
+    /// Kernels that the host can be rebooted into, besides `host`.
+    pub others: Vec<KernelName>,
+    /// Kernels for guests.
+    pub guest_kernels: Vec<KernelName>,
+    /// Names of guests that get a disk, and its size in MiB.
+    pub guest_disks: Vec<(String, u64)>,
+    /// How many guests the forwarded ports are for.
+    pub guests: u8,
+    /// The machine's RAM, in MiB; half of it lies below 4 GiB.
+    pub memory_mib: u64,
+    /// The reserved range at 4 GiB, in MiB; 0 for none.
+    pub reserve_mib: u64,
+    /// Processors.
+    pub cpus: u8,
+    /// The host's disk, in MiB; sparse.
+    pub disk_mib: u64,
+    /// Programs in the host's `/bin`.
+    pub product: Vec<Program>,
+    /// Put a busybox into the host.
+    pub tools: bool,
+    /// Format the store on the first boot (`hebe store init`).
+    pub store_init: bool,
+    /// More words for the host's command line.
+    pub append: String,
+    /// Leave the serial log and the disk behind.
+    pub keep_files: bool,
+}
+
+impl Default for LabOptions {
+    fn default() -> Self {
+        Self {
+            host: KernelName::V6_1Cloud,
+            others: Vec::new(),
+            guest_kernels: vec![KernelName::V6_1Cloud],
+            guest_disks: Vec::new(),
+            guests: 4,
+            memory_mib: 4096,
+            reserve_mib: 1536,
+            cpus: 2,
+            disk_mib: 4096,
+            product: vec![HEBE, HEBE_VMM],
+            tools: false,
+            store_init: true,
+            append: String::new(),
+            keep_files: false,
+        }
+    }
+}
+
+/// A guest to define.
+#[derive(Clone, Debug)]
+pub struct GuestSpec {
+    /// Its name.
+    pub name: String,
+    /// Which forwarded ports are its own: 0 is the first guest.
+    pub index: u8,
+    /// RAM, in MiB.
+    pub memory_mib: u64,
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Kernel, one of [`LabOptions::guest_kernels`].
+    pub kernel: KernelName,
+    /// It has the disk that [`LabOptions::guest_disks`] made under its name.
+    pub disk: bool,
+    /// Where its RAM lives.
+    pub store: StoreKind,
+    /// Working set of the memory checker, in MiB.
+    pub memcheck_mib: u64,
+    /// Started by the host after a cold reboot.
+    pub autostart: bool,
+    /// More words for its command line, such as `lab.slow_work=500` or `lab.disk_ms=200`.
+    pub append: String,
+}
+
+impl GuestSpec {
+    /// Guest number `index` (from 0), called `vm1`, `vm2` …
+    pub fn numbered(index: u8, kernel: KernelName) -> Self {
+        Self {
+            name: format!("vm{}", index + 1),
+            index,
+            memory_mib: 256,
+            vcpus: 1,
+            kernel,
+            disk: false,
+            store: StoreKind::Auto,
+            memcheck_mib: 32,
+            autostart: true,
+            append: String::new(),
+        }
+    }
+
+    /// The definition that an operator would write.
+    pub fn config(&self) -> Result<VmConfig> {
+        let folder = format!("/data/guest/{}", self.kernel);
+        let byte = FIRST_GUEST_BYTE + self.index;
+        let mac = [0x52, 0x54, 0x00, 0x6c, 0x61, byte];
+        let config = VmConfig {
+            name: self.name.parse::<VmName>()?,
+            memory: ByteSize::mib(self.memory_mib),
+            vcpus: self.vcpus,
+            store: self.store,
+            hugepages: false,
+            kernel: format!("{folder}/vmlinuz").into(),
+            initrd: Some(format!("{folder}/initrd.img").into()),
+            cmdline: format!(
+                "console=ttyS0 quiet lab.role=guest lab.ip=10.0.2.{byte}/24 lab.gw=10.0.2.2 lab.memcheck_mib={} {}",
+                self.memcheck_mib, self.append
+            )
+            .trim_end()
+            .to_owned(),
+            autostart: self.autostart,
+            console: ConsoleConfig::default(),
+            disks: self
+                .disk
+                .then(|| DiskConfig {
+                    path: guest_disk_path(&self.name).into(),
+                    readonly: false,
+                })
+                .into_iter()
+                .collect(),
+            nets: vec![NetConfig {
+                tap: format!("tap{byte}"),
+                bridge: Some("br0".to_owned()),
+                mac: Some(MacAddr(mac)),
+            }],
+        };
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+/// Where a guest's disk lies in the host.
+pub fn guest_disk_path(name: &str) -> String {
+    format!("/data/guest/disks/{name}.img")
+}
+
+/// A lab host that has booted.
+pub struct Lab {
+    /// The machine.
+    pub machine: Machine,
+    /// What it was built from.
+    pub options: LabOptions,
+    /// The boot that the lab last waited for.
+    pub boot: HostStatus,
+    /// How long the first boot took.
+    pub boot_time: Duration,
+    folder: Folder,
+}
+
+impl Lab {
+    /// Builds everything and boots the host.
+    pub fn boot(assets: &Assets, options: LabOptions, progress: &dyn Progress) -> Result<Self> {
+        let qemu = assets.qemu(progress)?;
+        let binaries = Binaries::build(&options.product, progress)?;
+        let folder = Folder::create(options.keep_files)?;
+        let host = assets.kernel(options.host, progress)?;
+        let tools = match options.tools {
+            true => assets.busybox(progress)?,
+            false => None,
+        };
+        progress.step("making the lab host's initramfs and disk");
+        let initrd = folder.path.join("initrd.img");
+        fs::write(
+            &initrd,
+            initramfs::host(&host, &binaries, tools.as_deref())?,
+        )
+        .context("cannot write the host's initramfs")?;
+        let image = folder.path.join("disk.img");
+        let tree = folder.path.join("tree");
+        fill_tree(
+            &tree,
+            assets,
+            &options,
+            &binaries,
+            tools.as_deref(),
+            progress,
+        )?;
+        disk::make_ext4(&image, options.disk_mib, Some(&tree), progress)?;
+        fs::remove_dir_all(&tree).context("cannot remove the disk's source folder")?;
+        let mut append = options.append.clone();
+        if options.store_init && options.product.contains(&HEBE) {
+            append.push_str(" lab.store=init");
+        }
+        let config = MachineConfig {
+            memory_mib: options.memory_mib,
+            cpus: options.cpus,
+            kernel: host.image,
+            initrd,
+            cmdline: host_cmdline(options.reserve_mib, append.trim()),
+            disk: Some(image),
+            guests: options.guests,
+            guest_byte: FIRST_GUEST_BYTE,
+            dir: folder.path.clone(),
+        };
+        progress.step(&format!("booting the lab host on {}", options.host));
+        let start = Instant::now();
+        let mut machine = Machine::start(&qemu, &config)?;
+        let boot = machine.wait_for_boot(None, BOOT_LIMIT)?;
+        Ok(Self {
+            machine,
+            options,
+            boot,
+            boot_time: start.elapsed(),
+            folder,
+        })
+    }
+
+    /// Folder of the serial log.
+    pub fn folder(&self) -> &Path {
+        &self.folder.path
+    }
+
+    /// Leaves the serial log and the disk behind.
+    pub fn keep_files(&mut self) {
+        self.folder.keep = true;
+    }
+
+    /// What `hebe reboot` is told for another kernel: `--kernel`, `--initrd`
+    /// and `--append` with their values.
+    pub fn reboot_arguments(&self, kernel: KernelName) -> Vec<String> {
+        let (image, initrd) = host_files(kernel);
+        vec![
+            "--kernel".to_owned(),
+            image,
+            "--initrd".to_owned(),
+            initrd,
+            "--append".to_owned(),
+            self.host_cmdline(),
+        ]
+    }
+
+    /// The command line that another kernel of this host gets.
+    pub fn host_cmdline(&self) -> String {
+        host_cmdline(self.options.reserve_mib, &self.options.append)
+    }
+
+    /// Jumps into another kernel by the agent alone, without the product: a
+    /// test aid. Frozen VMs are not asked.
+    pub fn plain_kexec(&mut self, kernel: KernelName) -> Result<HostStatus> {
+        let (image, initrd) = host_files(kernel);
+        self.machine
+            .agent
+            .kexec(&image, &initrd, &self.host_cmdline(), true)?;
+        self.wait_for_next_boot()
+    }
+
+    /// Hard reset, and the boot after it.
+    pub fn reset(&mut self) -> Result<HostStatus> {
+        self.machine.reset()?;
+        self.wait_for_next_boot()
+    }
+
+    /// Waits until another boot of the host answers.
+    pub fn wait_for_next_boot(&mut self) -> Result<HostStatus> {
+        let before = self.boot.boot_id.clone();
+        self.boot = self.machine.wait_for_boot(Some(&before), BOOT_LIMIT)?;
+        Ok(self.boot.clone())
+    }
+
+    /// Writes a guest's definition to `/etc/hebe/vms`.
+    pub fn define(&self, guest: &GuestSpec) -> Result<()> {
+        if !self.options.guest_kernels.contains(&guest.kernel) {
+            bail!(
+                "{} is not among the guest kernels of this lab",
+                guest.kernel
+            );
+        }
+        let text = toml::to_string(&guest.config()?)?;
+        let path = format!("/etc/hebe/vms/{}.toml", guest.name);
+        self.machine.agent.put(&path, 0o644, text.as_bytes())
+    }
+
+    /// Defines and starts guests.
+    pub fn start(&self, guests: &[GuestSpec]) -> Result<()> {
+        for guest in guests {
+            self.define(guest)?;
+            self.machine.exec_ok(&["hebe", "start", &guest.name])?;
+        }
+        Ok(())
+    }
+
+    /// The ports of a guest.
+    pub fn ports(&self, guest: &GuestSpec) -> Result<GuestPorts> {
+        let ports = self.machine.guests.get(usize::from(guest.index)).copied();
+        ports.with_context(|| format!("the lab has no ports for {}; raise `guests`", guest.name))
+    }
+
+    /// Waits until every guest's HTTP server answers.
+    pub fn wait_for_guests(&mut self, guests: &[GuestSpec]) -> Result<Vec<GuestStatus>> {
+        let mut all = Vec::new();
+        for guest in guests {
+            let ports = self.ports(guest)?;
+            let machine = &mut self.machine;
+            let status = probe::wait_for_guest(&ports, GUEST_LIMIT, || machine.check())
+                .with_context(|| self.console_tail(guest))?;
+            all.push(status);
+        }
+        Ok(all)
+    }
+
+    fn console_tail(&self, guest: &GuestSpec) -> String {
+        let read = |file: &str| {
+            let path = format!("/run/hebe/vms/{}/{file}", guest.name);
+            let bytes = self.machine.agent.get(&path).unwrap_or_default();
+            let text = String::from_utf8_lossy(&bytes).into_owned();
+            let lines: Vec<&str> = text.lines().collect();
+            lines[lines.len().saturating_sub(15)..].join("\n")
+        };
+        format!(
+            "{} is silent; its console:\n{}\nits VMM:\n{}",
+            guest.name,
+            read("console.log"),
+            read("log")
+        )
+    }
+}
+
+/// Kernel and initramfs of a host kernel on the host's disk.
+fn host_files(kernel: KernelName) -> (String, String) {
+    let folder = format!("/data/boot/{kernel}");
+    (format!("{folder}/vmlinuz"), format!("{folder}/initrd.img"))
+}
+
+fn fill_tree(
+    tree: &Path,
+    assets: &Assets,
+    options: &LabOptions,
+    binaries: &Binaries,
+    tools: Option<&Path>,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let put = |folder: String, kernel: &Kernel, initrd: Vec<u8>| -> Result<()> {
+        let dir = tree.join(folder);
+        disk::place(&kernel.image, &dir.join("vmlinuz"))?;
+        fs::write(dir.join("initrd.img"), initrd).context("cannot write an initramfs")
+    };
+    for name in std::iter::once(&options.host).chain(&options.others) {
+        let kernel = assets.kernel(*name, progress)?;
+        put(
+            format!("boot/{name}"),
+            &kernel,
+            initramfs::host(&kernel, binaries, tools)?,
+        )?;
+    }
+    for name in &options.guest_kernels {
+        let kernel = assets.kernel(*name, progress)?;
+        put(
+            format!("guest/{name}"),
+            &kernel,
+            initramfs::guest(&kernel, binaries)?,
+        )?;
+    }
+    for folder in ["hebe", "etc/vms", "guest/disks"] {
+        fs::create_dir_all(tree.join(folder))?;
+    }
+    for (name, mib) in &options.guest_disks {
+        let image = tree.join(format!("guest/disks/{name}.img"));
+        disk::make_ext4(&image, *mib, None, progress)?;
+    }
+    Ok(())
+}
+
+/// The folder of one run, removed at its end unless something went wrong.
+struct Folder {
+    path: PathBuf,
+    keep: bool,
+}
+
+impl Folder {
+    fn create(keep: bool) -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = workspace_root()
+            .join("target/lab/runs")
+            .join(format!("{}-{number}", std::process::id()));
+        if path.exists() {
+            fs::remove_dir_all(&path)
+                .with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+        fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        Ok(Self { path, keep })
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if self.keep {
+            return;
+        }
+        let _ = fs::remove_file(self.path.join("disk.img"));
+        if !std::thread::panicking() {
+            let _ = fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guests_definition_is_one_that_the_product_accepts() {
+        let mut guest = GuestSpec::numbered(2, KernelName::V7_3Cloud);
+        guest.disk = true;
+        guest.append = "lab.disk_ms=200".to_owned();
+        let text = toml::to_string(&guest.config().expect("valid")).expect("toml");
+        let back: VmConfig = toml::from_str(&text).expect("parses");
+        assert_eq!(back.name.as_str(), "vm3");
+        assert_eq!(back.nets[0].tap, "tap103");
+        assert!(back.cmdline.contains("lab.ip=10.0.2.103/24"));
+        assert!(back.cmdline.ends_with("lab.disk_ms=200"));
+    }
+}
