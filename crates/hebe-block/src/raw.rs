@@ -5,6 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{FallocateFlags, FlockOperation};
 
@@ -59,6 +60,9 @@ pub struct BlockBackend {
     readonly: bool,
     /// Written since the last flush that succeeded.
     dirty: AtomicBool,
+    /// Held while flushing: a flush that finds nothing to do must not return
+    /// before one that is under way has made it so.
+    flushing: Mutex<()>,
     bytes_read: AtomicU64,
     bytes_written: AtomicU64,
 }
@@ -103,6 +107,7 @@ impl BlockBackend {
             sectors: bytes / SECTOR_SIZE,
             readonly,
             dirty: AtomicBool::new(false),
+            flushing: Mutex::new(()),
             bytes_read: AtomicU64::new(0),
             bytes_written: AtomicU64::new(0),
         })
@@ -149,6 +154,7 @@ impl BlockBackend {
     /// Makes everything written so far durable (fdatasync). Nothing to do
     /// when nothing was written since the last time.
     pub fn flush(&self) -> io::Result<()> {
+        let _alone = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.dirty.swap(false, Ordering::AcqRel) {
             return Ok(());
         }

@@ -5,6 +5,7 @@
 //! ask, so each of its writes is flushed.
 
 use std::io;
+use std::sync::Arc;
 
 use hebe_block::{BlockBackend, SECTOR_SIZE};
 use hebe_state::v1::devices::{BlockV1, DeviceV1};
@@ -39,7 +40,7 @@ const REQUEST_MAX: u64 = 64 << 20;
 const QUEUE: usize = 0;
 
 pub(crate) struct Block {
-    backend: BlockBackend,
+    backend: Arc<BlockBackend>,
     id: [u8; ID_LEN],
     /// The driver cannot ask for a flush.
     write_through: bool,
@@ -66,7 +67,7 @@ impl Block {
         let text = format!("hebe-disk-{slot}");
         id[..text.len()].copy_from_slice(text.as_bytes());
         Self {
-            backend,
+            backend: Arc::new(backend),
             id,
             write_through: false,
             chunk: vec![0; CHUNK],
@@ -255,8 +256,8 @@ impl Device for Block {
         })
     }
 
-    fn sync(&mut self) -> io::Result<()> {
-        self.backend.flush()
+    fn disk(&self) -> Option<Arc<BlockBackend>> {
+        Some(Arc::clone(&self.backend))
     }
 
     fn counters(&self) -> Counters {

@@ -5,6 +5,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use hebe_block::BlockBackend;
 use hebe_state::v1::devices::DeviceV1;
 use hebe_types::Stamp;
 
@@ -139,9 +140,9 @@ pub(crate) trait Device: Send {
     fn backend_ready(&mut self, _queues: &mut Queues) -> Result<Next, Stop> {
         Ok(Next::Wait)
     }
-    /// Makes what the guest believes written durable.
-    fn sync(&mut self) -> io::Result<()> {
-        Ok(())
+    /// What must be flushed before the host may go away.
+    fn disk(&self) -> Option<Arc<BlockBackend>> {
+        None
     }
     /// The device goes on after a pause.
     fn resumed(&mut self) {}

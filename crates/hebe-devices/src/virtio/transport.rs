@@ -4,6 +4,7 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use hebe_block::BlockBackend;
 use hebe_state::v1::devices::{PciFunctionV1, TransportV1, VirtioV1};
 use hebe_types::{MMIO_HOLE_START, Stamp};
 
@@ -274,10 +275,11 @@ impl VirtioPci {
         self.name
     }
 
-    /// Makes the disk's writes durable while the guest runs, so that there is
-    /// little left to do in [`VirtioPci::pause`].
+    /// Makes the disk's writes durable while the guest and the device run, so
+    /// that there is little left to do in [`VirtioPci::pause`].
     pub fn presync(&self) -> Result<(), DeviceError> {
-        self.sync(&mut self.worker.engine())
+        let disk = self.worker.engine().device.disk();
+        self.flush(disk)
     }
 
     /// Stops the device with nothing in flight and nothing that only the
@@ -286,15 +288,16 @@ impl VirtioPci {
     /// twice is pausing once. After an error it is paused all the same, but
     /// must not be saved and given up.
     pub fn pause(&self) -> Result<(), DeviceError> {
-        let mut engine = self.worker.pause();
-        self.sync(&mut engine)
+        let disk = self.worker.pause().device.disk();
+        self.flush(disk)
     }
 
-    fn sync(&self, engine: &mut Engine) -> Result<(), DeviceError> {
-        engine.device.sync().map_err(|source| DeviceError::Sync {
-            slot: self.slot,
-            source,
-        })
+    fn flush(&self, disk: Option<Arc<BlockBackend>>) -> Result<(), DeviceError> {
+        disk.map_or(Ok(()), |disk| disk.flush())
+            .map_err(|source| DeviceError::Sync {
+                slot: self.slot,
+                source,
+            })
     }
 
     /// The device's state. Only while it is paused and vCPUs stand still.
