@@ -307,7 +307,8 @@ fn a_hostile_ring_stops_this_device_and_no_other<S: Subject>() {
 fn queues_in_bad_places_stop_this_device<S: Subject>() {
     let rig = Rig::<S>::start(0);
     let driver = Driver::new(&rig.machine, SLOT);
-    let bad: [(&str, fn(&mut DriverQueue)); 7] = [
+    type Change = fn(&mut DriverQueue);
+    let bad: [(&str, Change); 7] = [
         ("queue size 63", |q| q.size = 63),
         ("queue size 0", |q| q.size = 0),
         ("queue size 512", |q| q.size = 512),

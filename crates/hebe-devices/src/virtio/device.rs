@@ -67,6 +67,11 @@ impl Queues {
         }
     }
 
+    /// Interrupts, status and configuration.
+    pub(crate) fn shared(&self) -> Arc<Shared> {
+        Arc::clone(&self.shared)
+    }
+
     /// Handles the chains of a queue, each to its end: `handle` returns the
     /// number of bytes that it wrote into the chain. At most one queue full
     /// at a time, so that nobody waits for the engine longer than that.

@@ -10,6 +10,7 @@ use hebe_types::{MacAddr, Stamp};
 
 use super::device::{Counters, Device, Next, Queues, Served, Stop};
 use super::queue::{Chain, QueueError, VirtQueue};
+use super::shared::Shared;
 use crate::announce::{Neighbours, announcements};
 
 const F_MAC: u64 = 1 << 5;
@@ -172,7 +173,7 @@ impl Net {
 
     /// A command of the control queue: class, command, data; answered by one
     /// byte (virtio 1.2, 5.1.6.5).
-    fn control(&mut self, queue: &VirtQueue, chain: &mut Chain) -> Result<u32, Stop> {
+    fn control(&mut self, queue: &VirtQueue, chain: &Chain, shared: &Shared) -> Result<u32, Stop> {
         let broken = |error: QueueError| Stop::Queue { queue: CTRL, error };
         let mut command = [0; 2];
         let got = chain
@@ -186,7 +187,9 @@ impl Net {
             });
         }
         let answer = if command == [CTRL_ANNOUNCE, CTRL_ANNOUNCE_ACK] {
+            // Before the answer: the driver may look at once.
             self.status &= !S_ANNOUNCE;
+            shared.set_config(self.config());
             CTRL_OK
         } else {
             CTRL_ERR
@@ -231,9 +234,12 @@ impl Device for Net {
             TX => queues.serve(TX, |queue, chain| {
                 self.transmit(queue, chain).map(Served::Done)
             }),
-            _ => queues.serve(CTRL, |queue, chain| {
-                self.control(queue, chain).map(Served::Done)
-            }),
+            _ => {
+                let shared = queues.shared();
+                queues.serve(CTRL, |queue, chain| {
+                    self.control(queue, chain, &shared).map(Served::Done)
+                })
+            }
         }
     }
 

@@ -101,13 +101,16 @@ impl Shared {
         self.trigger(self.config_vector.load(Ordering::Acquire));
     }
 
+    /// Replaces the device configuration.
+    pub(crate) fn set_config(&self, bytes: Vec<u8>) {
+        let mut config = lock(&self.config);
+        config.bytes = bytes;
+        config.generation = config.generation.wrapping_add(1);
+    }
+
     /// Replaces the device configuration and tells the driver.
     pub(crate) fn change_config(&self, bytes: Vec<u8>) {
-        {
-            let mut config = lock(&self.config);
-            config.bytes = bytes;
-            config.generation = config.generation.wrapping_add(1);
-        }
+        self.set_config(bytes);
         self.config_interrupt();
     }
 
