@@ -1,1 +1,282 @@
 //! Is this machine ready? Each check with the exact remedy.
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::path::Path;
+
+use hebe_sys::kexec;
+
+use crate::cmdline;
+use crate::host::Host;
+use crate::listing::with_cause;
+use crate::preflight::{Check, Level};
+
+/// Modules that bring a reserved range up as a devdax device.
+const DAX_MODULES: &str = "nd_e820 nd_pmem device_dax dax_pmem";
+
+/// All checks, in the order in which one would fix them.
+pub fn host_check(host: &Host) -> Vec<Check> {
+    let mut checks = vec![
+        check_root(rustix::process::geteuid().is_root()),
+        check_cpu(&read("/proc/cpuinfo")),
+        check_kvm(Path::new("/dev/kvm")),
+        check_kexec(kexec::is_loaded(), kexec::is_disabled()),
+        check_lockdown(&read("/sys/kernel/security/lockdown")),
+        check_reservation(&host.system.cmdline()),
+        check_dax(Path::new("/sys/bus/dax/devices")),
+        check_store(host),
+        check_tun(Path::new("/dev/net/tun")),
+        check_vmm(&host.layout.vmm),
+    ];
+    checks.extend(check_dirs(host));
+    checks
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+fn check_root(is_root: bool) -> Check {
+    if is_root {
+        Check::ok("root", "hebe runs as root")
+    } else {
+        Check::bad(
+            "root",
+            Level::Warn,
+            "hebe does not run as root: it can list VMs, and can neither reboot nor manage a store",
+            "run it with sudo",
+        )
+    }
+}
+
+fn check_cpu(cpuinfo: &str) -> Check {
+    let flags = cpuinfo
+        .lines()
+        .find(|l| l.starts_with("flags"))
+        .unwrap_or_default();
+    let has = |flag: &str| flags.split_whitespace().any(|f| f == flag);
+    let vendor = if has("vmx") {
+        "Intel VT-x"
+    } else if has("svm") {
+        "AMD-V"
+    } else {
+        return Check::bad(
+            "cpu",
+            Level::Fail,
+            "the processor shows neither VT-x nor AMD-V",
+            "switch virtualization on in the firmware; in a VM, switch nesting on in its host",
+        );
+    };
+    Check::ok("cpu", format!("the processor has {vendor}"))
+}
+
+fn check_kvm(path: &Path) -> Check {
+    let opened = OpenOptions::new().read(true).write(true).open(path);
+    match opened {
+        Ok(_) => Check::ok("kvm", "/dev/kvm can be used"),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Check::bad(
+            "kvm",
+            Level::Fail,
+            "/dev/kvm is there and may not be used",
+            "run as root, or: usermod -aG kvm $USER",
+        ),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Check::bad(
+            "kvm",
+            Level::Fail,
+            "there is no /dev/kvm",
+            "load the module: modprobe kvm_intel, or modprobe kvm_amd",
+        ),
+        Err(error) => Check::bad(
+            "kvm",
+            Level::Fail,
+            format!("/dev/kvm does not open ({error}): nothing is behind it"),
+            "load the module: modprobe kvm_intel, or modprobe kvm_amd",
+        ),
+    }
+}
+
+fn check_kexec(loaded: Option<bool>, disabled: Option<bool>) -> Check {
+    match (loaded, disabled) {
+        (None, _) => Check::bad(
+            "kexec",
+            Level::Fail,
+            "the running kernel has no kexec",
+            "boot a kernel with CONFIG_KEXEC_FILE=y",
+        ),
+        (_, Some(true)) => Check::bad(
+            "kexec",
+            Level::Fail,
+            "loading kernels was switched off until the next boot (kernel.kexec_load_disabled = 1)",
+            "remove that setting from /etc/sysctl.d, then reboot once",
+        ),
+        _ => Check::ok("kexec", "the running kernel can load another one"),
+    }
+}
+
+fn check_lockdown(lockdown: &str) -> Check {
+    let active = lockdown
+        .split('[')
+        .nth(1)
+        .and_then(|rest| rest.split(']').next())
+        .unwrap_or("none");
+    if active == "none" {
+        Check::ok("lockdown", "the kernel is not locked down")
+    } else {
+        Check::bad(
+            "lockdown",
+            Level::Warn,
+            format!("the kernel is locked down ({active}): kexec takes signed kernels only"),
+            "use kernels signed for this machine, or switch secure boot off",
+        )
+    }
+}
+
+fn check_reservation(running: &str) -> Check {
+    let found = cmdline::reservations(running);
+    if found.is_empty() {
+        return Check::bad(
+            "reservation",
+            Level::Warn,
+            "no memory is reserved for VMs on the kernel command line",
+            "add memmap=SIZE!START (such as memmap=16G!16G, in RAM that /proc/iomem shows as System RAM), run update-grub, and reboot once",
+        );
+    }
+    let texts: Vec<String> = found.iter().map(cmdline::written).collect();
+    Check::ok("reservation", format!("reserved: {}", texts.join(" ")))
+}
+
+fn check_dax(bus: &Path) -> Check {
+    let devices = fs::read_dir(bus).map(|d| d.flatten().count());
+    match devices {
+        Ok(0) => Check::bad(
+            "dax",
+            Level::Warn,
+            "there is no devdax device",
+            "make one of the reserved range: hebe store init",
+        ),
+        Ok(n) => Check::ok("dax", format!("{n} devdax devices")),
+        Err(_) => Check::bad(
+            "dax",
+            Level::Warn,
+            "the kernel has no DAX bus",
+            format!(
+                "load the modules: modprobe -a {DAX_MODULES} (and put them into the initramfs)"
+            ),
+        ),
+    }
+}
+
+fn check_store(host: &Host) -> Check {
+    match host.store.view() {
+        Ok(Some(store)) => Check::ok(
+            "store",
+            format!(
+                "{} holds a store: {} MiB, {} MiB free, {} segments",
+                store.path.display(),
+                store.capacity.0 >> 20,
+                store.free.0 >> 20,
+                store.segments.len()
+            ),
+        ),
+        Ok(None) => Check::bad(
+            "store",
+            Level::Warn,
+            "there is no store: VMs live in memfds and do not outlive the host kernel",
+            "reserve memory and run: hebe store init",
+        ),
+        Err(error) => Check::bad(
+            "store",
+            Level::Fail,
+            with_cause(&error),
+            "see `hebe store list`",
+        ),
+    }
+}
+
+fn check_tun(path: &Path) -> Check {
+    match OpenOptions::new().read(true).write(true).open(path) {
+        Ok(_) => Check::ok("tun", "tap devices can be made"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Check::bad(
+            "tun",
+            Level::Warn,
+            "there is no /dev/net/tun: VMs can have no NIC",
+            "load the module: modprobe tun",
+        ),
+        Err(error) => Check::bad(
+            "tun",
+            Level::Warn,
+            format!("/dev/net/tun cannot be used ({error})"),
+            "run as root, or give the user CAP_NET_ADMIN",
+        ),
+    }
+}
+
+fn check_vmm(path: &Path) -> Check {
+    if path.is_file() {
+        Check::ok("vmm", format!("{} is there", path.display()))
+    } else {
+        Check::bad(
+            "vmm",
+            Level::Fail,
+            format!("{} is missing", path.display()),
+            "install hebe-vmm beside hebe, or name it in HEBE_VMM",
+        )
+    }
+}
+
+fn check_dirs(host: &Host) -> Vec<Check> {
+    let mut checks = Vec::new();
+    let state = &host.layout.state;
+    if host.system.is_volatile(state).unwrap_or(false) {
+        checks.push(Check::bad(
+            "state-dir",
+            Level::Warn,
+            format!(
+                "{} lies in memory: saved VMs would not outlive the kernel",
+                state.display()
+            ),
+            "mount a disk there, or name a directory on one in HEBE_STATE_DIR",
+        ));
+    } else {
+        checks.push(Check::ok(
+            "state-dir",
+            format!("{} outlives the kernel", state.display()),
+        ));
+    }
+    checks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_check_has_a_remedy_when_it_does_not_hold() {
+        let bad = [
+            check_root(false),
+            check_cpu("flags\t: fpu sse2\n"),
+            check_kvm(Path::new("/no/such/kvm")),
+            check_kexec(None, None),
+            check_kexec(Some(false), Some(true)),
+            check_lockdown("none [integrity] confidentiality\n"),
+            check_reservation("quiet"),
+            check_dax(Path::new("/no/such/bus")),
+            check_tun(Path::new("/no/such/tun")),
+            check_vmm(Path::new("/no/such/vmm")),
+        ];
+        for check in bad {
+            assert_ne!(check.level, Level::Ok, "{check:?}");
+            assert!(check.remedy.is_some(), "{check:?}");
+        }
+        let good = [
+            check_cpu("flags\t: fpu svm sse2\n"),
+            check_kexec(Some(false), Some(false)),
+            check_lockdown("[none] integrity\n"),
+            check_lockdown(""),
+            check_reservation("memmap=256M!4G"),
+        ];
+        for check in good {
+            assert_eq!(check.level, Level::Ok, "{check:?}");
+        }
+    }
+}

@@ -27,6 +27,7 @@ pub mod preflight;
 pub mod reboot;
 pub mod resume_all;
 pub mod saved;
+pub mod store_init;
 pub mod stores;
 pub mod system;
 pub mod timeline;

@@ -329,7 +329,7 @@ fn reservation(host: &Host, next: &NextKernel, survey: &Survey) -> Check {
     let running = cmdline::reservations(&host.system.cmdline());
     let coming = cmdline::reservations(&next.cmdline);
     let list = |all: &[cmdline::Reservation]| {
-        let texts: Vec<String> = all.iter().map(ToString::to_string).collect();
+        let texts: Vec<String> = all.iter().map(cmdline::written).collect();
         if texts.is_empty() {
             "none".to_owned()
         } else {
@@ -351,7 +351,7 @@ fn reservation(host: &Host, next: &NextKernel, survey: &Survey) -> Check {
     let range = survey.store.as_ref().and_then(|s| s.phys_range);
     match range {
         Some((start, len)) if !running.is_empty() => {
-            if coming.iter().any(|r| r.covers(start, len)) {
+            if coming.iter().any(|r| cmdline::covers(r, start, len)) {
                 Check::ok(id, format!("the next kernel keeps {}", list(&coming)))
             } else {
                 Check::bad(

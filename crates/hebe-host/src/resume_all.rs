@@ -124,7 +124,11 @@ pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> ResumeAll {
 fn open_report(host: &Host) -> Option<Timeline> {
     let timeline = last_report(host).ok().flatten()?;
     let here = VmId(host.system.boot_id()).to_string();
-    let for_us = timeline.after.is_none() && timeline.before.boot_id != here;
+    // A second run of this boot adds to what the first one noted: disks with
+    // saved VMs on them may come late.
+    let after = timeline.after.as_ref();
+    let for_us =
+        timeline.before.boot_id != here && after.is_none_or(|kernel| kernel.boot_id == here);
     for_us.then_some(timeline)
 }
 

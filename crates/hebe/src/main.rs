@@ -1,3 +1,25 @@
-//! The command line.
+//! `hebe`: run VMs, and put a new kernel under all of them at once.
 
-fn main() {}
+mod cli;
+mod commands;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use hebe_host::Host;
+use hebe_sys::clock::stamp_now;
+
+fn main() -> ExitCode {
+    // First of all: the timeline's "user space" is this instant.
+    let started = stamp_now();
+    let cli = cli::Cli::parse();
+    let out = output::Output::new(cli.json);
+    match commands::run(&Host::here(), cli.command, &out, started) {
+        Ok(exit) => exit.into(),
+        Err(failure) => {
+            out.failure(&failure);
+            output::Exit::Failed.into()
+        }
+    }
+}

@@ -1,0 +1,386 @@
+//! The command line: every flag is defined here, once.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use hebe_types::{ByteSize, RebootMethod, VmName};
+
+const EXIT_CODES: &str = "\
+Exit status:
+  0  done
+  1  failed, with one sentence on stderr
+  2  the command line is wrong
+  3  a check does not hold; nothing was touched
+  4  a reboot was undone, and every VM runs again
+  5  some VM needs attention: it is listed with the reason
+
+Environment:
+  HEBE_RUN_DIR     sockets, locks and logs of VMs that are up  [/run/hebe]
+  HEBE_CONFIG_DIR  vms/NAME.toml and host.toml                 [/etc/hebe]
+  HEBE_STATE_DIR   saved VMs and reports                       [/var/lib/hebe]
+  HEBE_STORE       the store's device         [the first /dev/dax* with a store]
+  HEBE_VMM         the hebe-vmm program                 [beside hebe, or in PATH]";
+
+/// Runs VMs, and reboots the host under them.
+#[derive(Debug, Parser)]
+#[command(name = "hebe", version, after_help = EXIT_CODES, max_term_width = 100)]
+pub struct Cli {
+    /// Print JSON instead of text.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot a VM from a file or from flags.
+    #[command(after_help = "\
+Examples:
+  hebe run web.toml
+  hebe run --name try --memory 256MiB --kernel /boot/vmlinuz-6.1 --cmdline console=ttyS0")]
+    Run(RunArgs),
+    /// Boot a defined VM (vms/NAME.toml in the configuration directory).
+    #[command(after_help = "Example:\n  hebe start web")]
+    Start {
+        /// The VMs.
+        #[arg(required = true)]
+        names: Vec<VmName>,
+    },
+    /// Shut a VM down: press its power button and wait.
+    #[command(after_help = "\
+Examples:
+  hebe stop web
+  hebe stop web --timeout 120
+  hebe stop web --force        # power off if it does not shut down in time")]
+    Stop(StopArgs),
+    /// List VMs and how each is.
+    #[command(after_help = "Examples:\n  hebe list\n  hebe list --json")]
+    List,
+    /// Show everything about one VM.
+    #[command(after_help = "Example:\n  hebe show web")]
+    Show {
+        /// The VM.
+        name: VmName,
+    },
+    /// Connect to a VM's console; Ctrl-] leaves it.
+    #[command(after_help = "\
+Examples:
+  hebe console web
+  echo uptime | hebe console web")]
+    Console {
+        /// The VM.
+        name: VmName,
+    },
+    /// Suspend a VM on memory: its RAM stays where it is.
+    #[command(after_help = "Example:\n  hebe suspend web && hebe resume web")]
+    Suspend {
+        /// The VMs.
+        #[arg(required = true)]
+        names: Vec<VmName>,
+    },
+    /// Resume a VM from memory or from its saved file.
+    #[command(after_help = "\
+Examples:
+  hebe resume web
+  hebe resume --all            # in early user space, after a reboot
+  hebe resume --all --autostart")]
+    Resume(ResumeArgs),
+    /// Give a VM up: free its memory and its saved file.
+    #[command(after_help = "Example:\n  hebe drop web --yes")]
+    Drop {
+        /// The VM.
+        name: VmName,
+        /// Yes, what it was doing is to be lost.
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Put a new kernel under the VMs.
+    #[command(after_help = "\
+Examples:
+  hebe reboot --dry-run
+  hebe reboot                                  # warm, into the same kernel
+  hebe reboot --kernel /boot/vmlinuz-7.3.0 --append quiet
+  hebe reboot --method saved --hard
+  hebe reboot --report --svg reboot.svg")]
+    Reboot(RebootArgs),
+    /// Look after the store, where VMs outlive the host kernel.
+    #[command(subcommand)]
+    Store(StoreCommand),
+    /// Look after this host.
+    #[command(subcommand)]
+    Host(HostCommand),
+    /// Print a completion script for a shell.
+    #[command(after_help = "Example:\n  hebe completions bash > /etc/bash_completion.d/hebe")]
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Flags of `run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// A definition in TOML.
+    #[arg(required_unless_present = "kernel", conflicts_with_all = ["name", "memory", "kernel"])]
+    pub file: Option<PathBuf>,
+    /// The VM's name.
+    #[arg(long, requires = "kernel")]
+    pub name: Option<VmName>,
+    /// Its RAM, a multiple of 2MiB.
+    #[arg(long, default_value = "256MiB")]
+    pub memory: ByteSize,
+    /// Its processors, 1 to 8.
+    #[arg(long, default_value_t = 1)]
+    pub vcpus: u8,
+    /// Its kernel: a bzImage, or an ELF image with a PVH note.
+    #[arg(long, requires = "name")]
+    pub kernel: Option<PathBuf>,
+    /// Its initramfs.
+    #[arg(long)]
+    pub initrd: Option<PathBuf>,
+    /// Its kernel's command line.
+    #[arg(long, default_value = "")]
+    pub cmdline: String,
+    /// A raw disk; may be given again.
+    #[arg(long, value_name = "PATH")]
+    pub disk: Vec<PathBuf>,
+    /// A tap device, or TAP@BRIDGE; may be given again.
+    #[arg(long, value_name = "TAP[@BRIDGE]")]
+    pub net: Vec<String>,
+    /// Where its RAM lives.
+    #[arg(long, value_enum, default_value_t = StoreArg::Auto)]
+    pub store: StoreArg,
+}
+
+/// Where RAM lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum StoreArg {
+    /// In the store where there is one.
+    Auto,
+    /// In the store: outlives the host kernel.
+    Devdax,
+    /// In anonymous memory.
+    Memfd,
+}
+
+/// Flags of `stop`.
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// The VMs.
+    #[arg(required = true)]
+    pub names: Vec<VmName>,
+    /// How long the guest has to shut down, in seconds; 0 does not ask it.
+    #[arg(long, default_value_t = 60)]
+    pub timeout: u64,
+    /// Power off a guest that does not shut down in time.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// Flags of `resume`.
+#[derive(Debug, Args)]
+pub struct ResumeArgs {
+    /// The VM.
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    pub name: Option<VmName>,
+    /// Every VM that was up before the host rebooted.
+    #[arg(long)]
+    pub all: bool,
+    /// With --all: boot also VMs with autostart = true.
+    #[arg(long, requires = "all")]
+    pub autostart: bool,
+    /// Which of two states to continue; the other is given up.
+    #[arg(long, value_enum, conflicts_with = "all")]
+    pub from: Option<FromArg>,
+    /// Use a saved file whose restore was interrupted before the guest ran.
+    #[arg(long, conflicts_with = "all")]
+    pub again: bool,
+}
+
+/// Where to resume from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FromArg {
+    /// The state frozen in the store.
+    Memory,
+    /// The saved file.
+    File,
+}
+
+/// Flags of `reboot`.
+#[derive(Debug, Args)]
+pub struct RebootArgs {
+    /// How VMs get over the reboot.
+    #[arg(long, value_enum, default_value_t = MethodArg::Warm)]
+    pub method: MethodArg,
+    /// The next kernel [default: the running one, in /boot].
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Its initramfs [default: the one that belongs to the kernel].
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Words to add to the running kernel's command line.
+    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// A whole command line instead of the running kernel's.
+    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+    /// With saved or cold: reset the machine instead of jumping.
+    #[arg(long, conflicts_with = "kexec")]
+    pub hard: bool,
+    /// With cold: jump instead of resetting the machine.
+    #[arg(long)]
+    pub kexec: bool,
+    /// Say what would happen to each VM, check everything, and stop there.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// With cold: how long a guest has to shut down, in seconds.
+    #[arg(long, default_value_t = 60)]
+    pub timeout: u64,
+    /// With cold: power off guests that do not shut down in time.
+    #[arg(long)]
+    pub force: bool,
+    /// Print the timeline of the last reboot instead of rebooting.
+    #[arg(long, conflicts_with = "dry_run")]
+    pub report: bool,
+    /// With --report: draw it as a Gantt chart into this file.
+    #[arg(long, value_name = "FILE", requires = "report")]
+    pub svg: Option<PathBuf>,
+}
+
+/// How VMs get over a reboot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MethodArg {
+    /// Frozen in memory.
+    Warm,
+    /// Saved to disk.
+    Saved,
+    /// Shut down and booted.
+    Cold,
+}
+
+impl From<MethodArg> for RebootMethod {
+    fn from(method: MethodArg) -> Self {
+        match method {
+            MethodArg::Warm => Self::Warm,
+            MethodArg::Saved => Self::Saved,
+            MethodArg::Cold => Self::Cold,
+        }
+    }
+}
+
+/// What to do with the store.
+#[derive(Debug, Subcommand)]
+pub enum StoreCommand {
+    /// Make a store of a reserved range; does nothing where there is one.
+    #[command(
+        visible_alias = "format",
+        after_help = "\
+Examples:
+  hebe store init                      # the one devdax device or reserved range
+  hebe store init /dev/dax0.0
+  hebe store init --namespace namespace0.0"
+    )]
+    Init {
+        /// The devdax device, or a plain file for a try.
+        device: Option<PathBuf>,
+        /// The reserved range to make a devdax device of.
+        #[arg(long, conflicts_with = "device")]
+        namespace: Option<String>,
+        /// Give up a store that is there, with every VM in it.
+        #[arg(long)]
+        force: bool,
+    },
+    /// List segments.
+    List,
+    /// Show one segment: whose it is, its state, where its RAM lies.
+    Show {
+        /// A VM's name or a segment's number.
+        segment: String,
+    },
+    /// Scrub and free a segment; what its VM was doing is lost.
+    Drop {
+        /// A VM's name or a segment's number.
+        segment: String,
+        /// Yes, even if a state is committed in it.
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+/// What to do with the host.
+#[derive(Debug, Subcommand)]
+pub enum HostCommand {
+    /// Is this machine ready? The exact remedy for each thing that is not.
+    #[command(after_help = "Example:\n  hebe host check")]
+    Check,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_of_the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn good_lines_are_understood() {
+        let cli =
+            parse("hebe --json reboot --method cold --timeout 5 --append -x").expect("reboot");
+        assert!(cli.json);
+        let Command::Reboot(args) = cli.command else {
+            panic!("not reboot");
+        };
+        assert_eq!((args.method, args.timeout), (MethodArg::Cold, 5));
+        assert_eq!(args.append.as_deref(), Some("-x"));
+        for line in [
+            "hebe run web.toml",
+            "hebe run --name a --kernel /k --net tap0@br0",
+            "hebe resume --all --autostart",
+            "hebe resume web --from file",
+            "hebe list --json",
+            "hebe store init --force",
+            "hebe store format",
+            "hebe reboot --report --svg x.svg",
+            "hebe host check",
+            "hebe completions bash",
+        ] {
+            assert!(parse(line).is_ok(), "{line}");
+        }
+    }
+
+    #[test]
+    fn bad_lines_are_refused() {
+        for line in [
+            "hebe",
+            "hebe start",
+            "hebe start ../x",
+            "hebe resume",
+            "hebe resume web --all",
+            "hebe run",
+            "hebe run --kernel /k",
+            "hebe run --name a --kernel /k --memory lots",
+            "hebe reboot --method lukewarm",
+            "hebe reboot --svg x.svg",
+            "hebe reboot --report --dry-run",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn every_command_explains_itself() {
+        for command in Cli::command().get_subcommands() {
+            assert!(command.get_about().is_some(), "{}", command.get_name());
+        }
+    }
+}

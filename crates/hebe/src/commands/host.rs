@@ -1,0 +1,38 @@
+//! `host check`.
+
+use hebe_host::Host;
+use hebe_host::check::host_check;
+use hebe_host::preflight::{Check, Level};
+use serde::Serialize;
+
+use super::reboot::checks_table;
+use crate::cli::HostCommand;
+use crate::output::{Exit, Outcome, Output};
+
+#[derive(Serialize)]
+struct Answer<'a> {
+    ready: bool,
+    checks: &'a [Check],
+}
+
+/// `hebe host`.
+pub fn host(host: &Host, command: &HostCommand, out: &Output) -> Outcome {
+    let HostCommand::Check = command;
+    let checks = host_check(host);
+    let ready = checks.iter().all(|c| c.level != Level::Fail);
+    let answer = Answer {
+        ready,
+        checks: &checks,
+    };
+    out.answer(&answer, || {
+        let mut text = checks_table(&checks);
+        let remedies = checks
+            .iter()
+            .filter_map(|c| Some((c, c.remedy.as_deref()?)));
+        for (check, remedy) in remedies {
+            text.push_str(&format!("\n{}: {remedy}", check.id));
+        }
+        text
+    });
+    Ok(if ready { Exit::Done } else { Exit::CheckFailed })
+}

@@ -1,0 +1,39 @@
+//! One file per group of commands.
+
+mod console;
+mod host;
+mod reboot;
+mod store;
+mod suspend;
+mod vm;
+
+use hebe_host::Host;
+use hebe_types::Stamp;
+
+use crate::cli::{Cli, Command};
+use crate::output::{Exit, Outcome, Output};
+
+/// Carries out one command. `started` is the instant this process began.
+pub fn run(host: &Host, command: Command, out: &Output, started: Stamp) -> Outcome {
+    match command {
+        Command::Run(args) => vm::run(host, args, out),
+        Command::Start { names } => vm::start(host, &names, out),
+        Command::Stop(args) => vm::stop(host, &args, out),
+        Command::List => vm::list(host, out),
+        Command::Show { name } => vm::show(host, &name, out),
+        Command::Drop { name, yes } => vm::drop_vm(host, &name, yes, out),
+        Command::Console { name } => console::console(host, &name, out),
+        Command::Suspend { names } => suspend::suspend(host, &names, out),
+        Command::Resume(args) => suspend::resume(host, &args, out, started),
+        Command::Reboot(args) => reboot::reboot(host, args, out),
+        Command::Store(command) => store::store(host, command, out),
+        Command::Host(command) => host::host(host, &command, out),
+        Command::Completions { shell } => {
+            use clap::CommandFactory;
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "hebe", &mut script);
+            out.raw(&script);
+            Ok(Exit::Done)
+        }
+    }
+}

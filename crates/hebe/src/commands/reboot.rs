@@ -1,0 +1,215 @@
+//! `reboot`: the verdict, the reboot itself, and its report.
+
+use std::fs;
+
+use hebe_flow::reboot::Fate;
+use hebe_host::Host;
+use hebe_host::preflight::{Check, Level, RebootOptions, Verdict, preflight};
+use hebe_host::reboot::{RebootEnd, complete_report, reboot as run_reboot};
+use hebe_host::timeline::{self, Downtime, Row, Timeline};
+use hebe_host::{gantt, listing};
+use hebe_types::VmName;
+use serde::Serialize;
+
+use crate::cli::RebootArgs;
+use crate::output::{Exit, Failure, Outcome, Output, table};
+
+/// `hebe reboot`.
+pub fn reboot(host: &Host, args: RebootArgs, out: &Output) -> Outcome {
+    if args.report {
+        return report(host, &args, out);
+    }
+    let options = RebootOptions {
+        method: args.method.into(),
+        kernel: args.kernel,
+        initrd: args.initrd,
+        append: args.append,
+        cmdline: args.cmdline,
+        hard: args.hard,
+        kexec: args.kexec,
+        timeout_s: args.timeout,
+        force: args.force,
+    };
+    let (verdict, _) = preflight(host, &options, args.dry_run);
+    if args.dry_run || !verdict.passes() {
+        show_verdict(&verdict, args.dry_run, out);
+        return Ok(if verdict.passes() {
+            Exit::Done
+        } else {
+            Exit::CheckFailed
+        });
+    }
+    out.progress(&verdict_text(&verdict));
+    let say = |text: &str| out.progress(text);
+    match run_reboot(host, &options, &say) {
+        Ok(never) => match never {},
+        Err(end) => Ok(ended(&end, out)),
+    }
+}
+
+#[derive(Serialize)]
+struct VerdictAnswer<'a> {
+    passes: bool,
+    #[serde(flatten)]
+    verdict: &'a Verdict,
+}
+
+fn show_verdict(verdict: &Verdict, dry_run: bool, out: &Output) {
+    let answer = VerdictAnswer {
+        passes: verdict.passes(),
+        verdict,
+    };
+    out.answer(&answer, || verdict_text(verdict));
+    if !verdict.passes() {
+        let text = format!("the reboot is refused: {}", verdict.why_not());
+        out.progress(&text);
+    } else if dry_run {
+        out.progress("everything holds; nothing was changed");
+    }
+}
+
+fn verdict_text(verdict: &Verdict) -> String {
+    let mut text = match &verdict.next {
+        Some(next) => format!(
+            "{} reboot by kexec into {}\n  command line: {}\n",
+            method(verdict),
+            next.kernel.display(),
+            next.cmdline
+        ),
+        None => format!("{} reboot by a reset of the machine\n", method(verdict)),
+    };
+    for vm in &verdict.vms {
+        let mark = match vm.fate {
+            Some(Fate::Keep) => "keep",
+            Some(Fate::Save) => "save",
+            Some(Fate::ShutDown) => "shut down",
+            None => "-",
+        };
+        text.push_str(&format!(
+            "  {:16} {mark:10} {}\n",
+            vm.vm.as_str(),
+            vm.sentence
+        ));
+    }
+    text.push_str(&checks_text(&verdict.checks));
+    text
+}
+
+fn method(verdict: &Verdict) -> &'static str {
+    hebe_host::reboot::method_name(verdict.method)
+}
+
+/// Checks as lines, with the remedy under each that needs one.
+pub fn checks_text(checks: &[Check]) -> String {
+    let mut text = String::new();
+    for check in checks {
+        let mark = match check.level {
+            Level::Ok => "ok  ",
+            Level::Warn => "note",
+            Level::Fail => "FAIL",
+        };
+        text.push_str(&format!("  {mark} {}: {}\n", check.id, check.sentence));
+        if let Some(remedy) = &check.remedy {
+            text.push_str(&format!("       way out: {remedy}\n"));
+        }
+    }
+    text
+}
+
+#[derive(Serialize)]
+#[serde(tag = "result", rename_all = "kebab-case")]
+enum End<'a> {
+    Refused {
+        why: &'a str,
+    },
+    Aborted {
+        why: &'a str,
+        stranded: Vec<Stranded<'a>>,
+        notes: &'a [String],
+    },
+}
+
+#[derive(Serialize)]
+struct Stranded<'a> {
+    vm: &'a VmName,
+    place: &'a str,
+}
+
+fn ended(end: &RebootEnd, out: &Output) -> Exit {
+    match end {
+        RebootEnd::Refused(why) => {
+            out.answer(&End::Refused { why }, String::new);
+            out.progress(&format!("the reboot is refused: {why}"));
+            Exit::CheckFailed
+        }
+        RebootEnd::Aborted {
+            why,
+            stranded,
+            notes,
+        } => {
+            let list = stranded.iter().map(|(vm, place)| Stranded { vm, place });
+            let answer = End::Aborted {
+                why,
+                stranded: list.collect(),
+                notes,
+            };
+            out.answer(&answer, String::new);
+            for note in notes {
+                out.progress(&format!("while undoing: {note}"));
+            }
+            for (vm, place) in stranded {
+                out.progress(&format!("VM '{vm}' does not run; it is {place}"));
+            }
+            if stranded.is_empty() {
+                out.progress(&format!("the reboot was undone and every VM runs: {why}"));
+                Exit::Undone
+            } else {
+                out.progress(&format!("the reboot was undone: {why}"));
+                Exit::Attention
+            }
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    #[serde(flatten)]
+    timeline: &'a Timeline,
+    rows: Vec<Row>,
+    downtime: Vec<Downtime>,
+}
+
+fn report(host: &Host, args: &RebootArgs, out: &Output) -> Outcome {
+    let timeline = complete_report(host)?.ok_or_else(|| {
+        Failure("there is no report: this host has not been rebooted by hebe yet".into())
+    })?;
+    if let Some(path) = &args.svg {
+        fs::write(path, gantt::svg(&timeline)).map_err(|e| {
+            let text = listing::with_cause(&e);
+            Failure(format!("cannot write {}: {text}", path.display()))
+        })?;
+    }
+    let answer = Report {
+        timeline: &timeline,
+        rows: timeline.rows(),
+        downtime: timeline.downtimes(),
+    };
+    out.answer(&answer, || timeline::table(&timeline));
+    Ok(Exit::Done)
+}
+
+/// For `host check`, too.
+pub fn checks_table(checks: &[Check]) -> String {
+    let rows: Vec<Vec<String>> = checks
+        .iter()
+        .map(|c| {
+            let level = match c.level {
+                Level::Ok => "ok",
+                Level::Warn => "note",
+                Level::Fail => "FAIL",
+            };
+            vec![c.id.clone(), level.into(), c.sentence.clone()]
+        })
+        .collect();
+    table(&["CHECK", "", "FOUND"], &rows)
+}

@@ -1,0 +1,179 @@
+//! `store init|list|show|drop`.
+
+use hebe_host::Host;
+use hebe_host::HostError;
+use hebe_host::listing::with_cause;
+use hebe_host::lock::VmLock;
+use hebe_host::store_init::{InitOptions, init};
+use hebe_host::stores::{ExecView, SegmentView, StoreTrouble, StoreView};
+use hebe_types::ByteSize;
+use serde::Serialize;
+
+use crate::cli::StoreCommand;
+use crate::output::{Exit, Failure, Outcome, Output, table};
+
+/// `hebe store`.
+pub fn store(host: &Host, command: StoreCommand, out: &Output) -> Outcome {
+    match command {
+        StoreCommand::Init {
+            device,
+            namespace,
+            force,
+        } => make(
+            host,
+            &InitOptions {
+                device,
+                namespace,
+                force,
+            },
+            out,
+        ),
+        StoreCommand::List => list(host, out),
+        StoreCommand::Show { segment } => show(host, &segment, out),
+        StoreCommand::Drop { segment, yes } => drop_segment(host, &segment, yes, out),
+    }
+}
+
+fn make(host: &Host, options: &InitOptions, out: &Output) -> Outcome {
+    let made = init(host, options)?;
+    out.answer(&made, || {
+        let size = ByteSize(made.capacity);
+        let path = made.path.display();
+        if made.existing {
+            format!("{path} holds a store of {size} already; it was left as it is")
+        } else {
+            format!("{path} holds a new store of {size}")
+        }
+    });
+    Ok(Exit::Done)
+}
+
+fn view(host: &Host) -> Result<StoreView, Failure> {
+    let view = host.store.view().map_err(|e| Failure(with_cause(&e)))?;
+    view.ok_or_else(|| Failure(StoreTrouble::None.to_string()))
+}
+
+fn exec_text(exec: &ExecView) -> String {
+    match exec {
+        ExecView::Empty => "empty".into(),
+        ExecView::Running { pid, .. } => format!("running (process {pid} when it began)"),
+        ExecView::Frozen { state_bytes, .. } => format!("frozen, {state_bytes} bytes of state"),
+        ExecView::Damaged { reason } => format!("damaged: {reason}"),
+    }
+}
+
+fn list(host: &Host, out: &Output) -> Outcome {
+    let store = view(host)?;
+    out.answer(&store, || {
+        let row = |s: &SegmentView| {
+            vec![
+                s.id.to_string(),
+                s.name.as_ref().map_or("-".into(), ToString::to_string),
+                s.memory.to_string(),
+                s.extents.to_string(),
+                exec_text(&s.exec),
+            ]
+        };
+        let rows: Vec<Vec<String>> = store.segments.iter().map(row).collect();
+        format!(
+            "{}: {} MiB, {} MiB free\n{}",
+            store.path.display(),
+            store.capacity.0 >> 20,
+            store.free.0 >> 20,
+            table(&["SEGMENT", "VM", "MEMORY", "EXTENTS", "STATE"], &rows)
+        )
+    });
+    Ok(Exit::Done)
+}
+
+fn find<'a>(store: &'a StoreView, wanted: &str) -> Result<&'a SegmentView, Failure> {
+    let matches = |s: &&SegmentView| {
+        s.id.to_string() == wanted || s.name.as_ref().is_some_and(|n| n.as_str() == wanted)
+    };
+    let mut found = store.segments.iter().filter(matches);
+    match (found.next(), found.next()) {
+        (Some(one), None) => Ok(one),
+        (None, _) => Err(Failure(format!(
+            "there is no segment '{wanted}': `hebe store list` shows those there are"
+        ))),
+        (Some(_), Some(_)) => Err(Failure(format!(
+            "several segments match '{wanted}': use a number of `hebe store list`"
+        ))),
+    }
+}
+
+#[derive(Serialize)]
+struct Show<'a> {
+    #[serde(flatten)]
+    segment: &'a SegmentView,
+    spec: serde_json::Value,
+}
+
+fn show(host: &Host, wanted: &str, out: &Output) -> Outcome {
+    let store = view(host)?;
+    let segment = find(&store, wanted)?;
+    let spec = serde_json::from_str(&segment.spec).unwrap_or_default();
+    let answer = Show { segment, spec };
+    out.answer(&answer, || {
+        let mut text = format!(
+            "segment {}\nVM      {}\nid      {}\nmemory  {}\nstate   {}\n",
+            segment.id,
+            segment.name.as_ref().map_or("-", |n| n.as_str()),
+            segment.vm.map_or("-".into(), |id| id.to_string()),
+            segment.memory,
+            exec_text(&segment.exec)
+        );
+        for range in answer.spec["ram"].as_array().into_iter().flatten() {
+            let number = |v: &serde_json::Value| v.as_u64().unwrap_or_default();
+            let place = &range["place"];
+            text.push_str(&format!(
+                "guest {:#014x}  store {:#014x}  {} MiB\n",
+                number(&range["gpa"]),
+                number(&place["offset"]),
+                number(&place["len"]) >> 20
+            ));
+        }
+        text
+    });
+    Ok(Exit::Done)
+}
+
+#[derive(Serialize)]
+struct Dropped {
+    segment: u32,
+    result: &'static str,
+}
+
+fn drop_segment(host: &Host, wanted: &str, yes: bool, out: &Output) -> Outcome {
+    let store = view(host)?;
+    let segment = find(&store, wanted)?;
+    let precious = matches!(
+        segment.exec,
+        ExecView::Frozen { .. } | ExecView::Damaged { .. }
+    );
+    if precious && !yes {
+        return Err(Failure(format!(
+            "segment {} is {}: say --yes if it is to be lost",
+            segment.id,
+            exec_text(&segment.exec)
+        )));
+    }
+    // Whoever runs in it holds its VM's lock.
+    let _lock = match &segment.name {
+        Some(name) => {
+            let dir = host.layout.vm_dir(name);
+            let taken = VmLock::take(&dir).map_err(HostError::file("lock", &dir))?;
+            Some(taken.ok_or_else(|| HostError::Busy(name.clone()))?)
+        }
+        None => None,
+    };
+    host.store
+        .drop_segment(segment.id)
+        .map_err(|e| Failure(with_cause(&e)))?;
+    let answer = Dropped {
+        segment: segment.id.0,
+        result: "dropped",
+    };
+    out.answer(&answer, || format!("segment {} is free again", segment.id));
+    Ok(Exit::Done)
+}

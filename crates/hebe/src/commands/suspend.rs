@@ -1,0 +1,106 @@
+//! `suspend` and `resume`.
+
+use std::collections::BTreeMap;
+
+use hebe_api::FreezeReport;
+use hebe_host::Host;
+use hebe_host::ops::{self, ResumeFrom, ResumeOptions};
+use hebe_host::resume_all::{Resumed, resume_all};
+use hebe_types::{Stamp, VmName};
+use serde::Serialize;
+
+use super::vm::each;
+use crate::cli::{FromArg, ResumeArgs};
+use crate::output::{Exit, Failure, Outcome, Output};
+
+#[derive(Serialize)]
+struct Suspended<'a> {
+    name: &'a VmName,
+    result: &'static str,
+    freeze: &'a FreezeReport,
+}
+
+/// `hebe suspend`.
+pub fn suspend(host: &Host, names: &[VmName], out: &Output) -> Outcome {
+    each(names, out, |name| {
+        let report = ops::suspend(host, name)?;
+        let answer = Suspended {
+            name,
+            result: "frozen",
+            freeze: &report,
+        };
+        out.answer(&answer, || {
+            let took_ns = report
+                .committed
+                .realtime_ns
+                .saturating_sub(report.asked.realtime_ns);
+            format!(
+                "{name}: frozen in {:.1} ms, {} bytes of state",
+                took_ns as f64 / 1e6,
+                report.state_bytes
+            )
+        });
+        Ok(())
+    })
+}
+
+#[derive(Serialize)]
+struct ResumedOne<'a> {
+    name: &'a VmName,
+    result: &'static str,
+}
+
+/// `hebe resume`.
+pub fn resume(host: &Host, args: &ResumeArgs, out: &Output, started: Stamp) -> Outcome {
+    let Some(name) = &args.name else {
+        return all(host, args.autostart, out, started);
+    };
+    let options = ResumeOptions {
+        from: args.from.map(|from| match from {
+            FromArg::Memory => ResumeFrom::Memory,
+            FromArg::File => ResumeFrom::File,
+        }),
+        again: args.again,
+    };
+    ops::resume(host, name, options)?;
+    let answer = ResumedOne {
+        name,
+        result: "running",
+    };
+    out.answer(&answer, || format!("{name}: running"));
+    Ok(Exit::Done)
+}
+
+fn all(host: &Host, autostart: bool, out: &Output, started: Stamp) -> Outcome {
+    let result = resume_all(host, started, autostart);
+    out.answer(&result, || sentences(&result.vms));
+    if let Some(trouble) = &result.store_trouble {
+        return Err(Failure(format!(
+            "no VM was resumed from the store, and nothing in it was changed: {trouble}"
+        )));
+    }
+    if result.vms.values().any(Resumed::is_trouble) {
+        return Ok(Exit::Attention);
+    }
+    Ok(Exit::Done)
+}
+
+fn sentences(vms: &BTreeMap<VmName, Resumed>) -> String {
+    let sentence = |(name, result): (&VmName, &Resumed)| {
+        let text = match result {
+            Resumed::Already => "up already".to_owned(),
+            Resumed::Resumed => "resumed from memory".to_owned(),
+            Resumed::Restored => "restored from its file".to_owned(),
+            Resumed::Booted => "booted".to_owned(),
+            Resumed::Cleaned => "nothing ever ran in its segment, which is free again".to_owned(),
+            Resumed::Left { reason } => format!("left as it is: {reason}"),
+            Resumed::Lost { reason } => format!("lost: {reason}"),
+            Resumed::Failed { reason } => format!("failed: {reason}"),
+        };
+        format!("{name}: {text}\n")
+    };
+    if vms.is_empty() {
+        return "there is no VM to resume\n".to_owned();
+    }
+    vms.iter().map(sentence).collect()
+}

@@ -1,0 +1,233 @@
+//! `run`, `start`, `stop`, `list`, `show`, `drop`.
+
+use std::time::Duration;
+
+use hebe_host::definitions;
+use hebe_host::listing::{self, VmRow};
+use hebe_host::ops::{self, StopOptions};
+use hebe_host::{Host, HostError};
+use hebe_types::{ConsoleConfig, DiskConfig, NetConfig, StoreKind, VmConfig, VmName};
+use serde::Serialize;
+
+use crate::cli::{RunArgs, StopArgs, StoreArg};
+use crate::output::{Exit, Failure, Outcome, Output, table};
+
+#[derive(Serialize)]
+struct Done<'a> {
+    name: &'a VmName,
+    result: &'static str,
+}
+
+fn done(out: &Output, name: &VmName, result: &'static str) {
+    out.answer(&Done { name, result }, || format!("{name}: {result}"));
+}
+
+/// `hebe run`.
+pub fn run(host: &Host, args: RunArgs, out: &Output) -> Outcome {
+    let config = match &args.file {
+        Some(path) => definitions::read(path).map_err(HostError::from)?,
+        None => from_flags(args)?,
+    };
+    ops::run(host, &config)?;
+    done(out, &config.name, "running");
+    Ok(Exit::Done)
+}
+
+fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
+    let missing = |flag: &str| Failure(format!("give --{flag}, or a definition file"));
+    let disk = |path| DiskConfig {
+        path,
+        readonly: false,
+    };
+    let net = |text: String| {
+        let (tap, bridge) = match text.split_once('@') {
+            Some((tap, bridge)) => (tap.to_owned(), Some(bridge.to_owned())),
+            None => (text, None),
+        };
+        NetConfig {
+            tap,
+            bridge,
+            mac: None,
+        }
+    };
+    Ok(VmConfig {
+        name: args.name.ok_or_else(|| missing("name"))?,
+        memory: args.memory,
+        vcpus: args.vcpus,
+        store: match args.store {
+            StoreArg::Auto => StoreKind::Auto,
+            StoreArg::Devdax => StoreKind::Devdax,
+            StoreArg::Memfd => StoreKind::Memfd,
+        },
+        hugepages: false,
+        kernel: args.kernel.ok_or_else(|| missing("kernel"))?,
+        initrd: args.initrd,
+        cmdline: args.cmdline,
+        autostart: false,
+        console: ConsoleConfig::default(),
+        disks: args.disk.into_iter().map(disk).collect(),
+        nets: args.net.into_iter().map(net).collect(),
+    })
+}
+
+/// `hebe start`.
+pub fn start(host: &Host, names: &[VmName], out: &Output) -> Outcome {
+    each(names, out, |name| {
+        ops::start(host, name)?;
+        done(out, name, "running");
+        Ok(())
+    })
+}
+
+/// `hebe stop`.
+pub fn stop(host: &Host, args: &StopArgs, out: &Output) -> Outcome {
+    let options = StopOptions {
+        timeout: Duration::from_secs(args.timeout),
+        force: args.force,
+    };
+    each(&args.names, out, |name| {
+        ops::stop(host, name, options)?;
+        done(out, name, "stopped");
+        Ok(())
+    })
+}
+
+/// Carries out an order for each VM; one that fails does not keep the others
+/// from it.
+pub fn each(
+    names: &[VmName],
+    out: &Output,
+    order: impl Fn(&VmName) -> Result<(), HostError>,
+) -> Outcome {
+    let mut exit = Exit::Done;
+    for name in names {
+        if let Err(error) = order(name) {
+            out.failure(&error.into());
+            exit = Exit::Failed;
+        }
+    }
+    Ok(exit)
+}
+
+#[derive(Serialize)]
+struct List<'a> {
+    vms: Vec<&'a VmRow>,
+    store_trouble: Option<&'a str>,
+}
+
+/// `hebe list`.
+pub fn list(host: &Host, out: &Output) -> Outcome {
+    let survey = listing::survey(host);
+    let answer = List {
+        vms: survey.rows.values().collect(),
+        store_trouble: survey.store_trouble.as_deref(),
+    };
+    out.answer(&answer, || {
+        let rows: Vec<Vec<String>> = survey.rows.values().map(list_row).collect();
+        table(&["NAME", "STATE", "MEMORY", "STORE", "PID", ""], &rows)
+    });
+    if let Some(trouble) = &survey.store_trouble {
+        out.progress(trouble);
+        return Ok(Exit::Attention);
+    }
+    Ok(Exit::Done)
+}
+
+fn list_row(row: &VmRow) -> Vec<String> {
+    vec![
+        row.name.to_string(),
+        row.state.as_str().to_owned(),
+        row.memory.map_or("-".into(), |m| m.to_string()),
+        row.store.unwrap_or("-").to_owned(),
+        row.pid.map_or("-".into(), |p| p.to_string()),
+        row.detail.clone().unwrap_or_default(),
+    ]
+}
+
+#[derive(Serialize)]
+struct Show<'a> {
+    #[serde(flatten)]
+    vm: &'a VmRow,
+    definition: Option<&'a VmConfig>,
+    definition_error: Option<String>,
+    console_log: std::path::PathBuf,
+    log: std::path::PathBuf,
+}
+
+/// `hebe show`.
+pub fn show(host: &Host, name: &VmName, out: &Output) -> Outcome {
+    let survey = listing::survey(host);
+    let row = survey.row(host, name)?;
+    let definition = survey.definitions.get(name);
+    let dir = host.layout.vm_dir(name);
+    let answer = Show {
+        vm: row,
+        definition: definition.and_then(|d| d.as_ref().ok()),
+        definition_error: definition.and_then(|d| d.as_ref().err().map(ToString::to_string)),
+        console_log: dir.join("console.log"),
+        log: dir.join("log"),
+    };
+    out.answer(&answer, || show_text(&answer));
+    Ok(Exit::Done)
+}
+
+fn show_text(show: &Show) -> String {
+    let row = show.vm;
+    let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".into());
+    let mut lines = vec![
+        ("name", row.name.to_string()),
+        ("state", row.state.as_str().to_owned()),
+        ("detail", or_dash(row.detail.clone())),
+        ("id", or_dash(row.id.clone())),
+        ("memory", or_dash(row.memory.map(|m| m.to_string()))),
+        ("store", or_dash(row.store.map(str::to_owned))),
+        ("segment", or_dash(row.segment.map(|s| s.to_string()))),
+        ("VMM process", or_dash(row.pid.map(|p| p.to_string()))),
+    ];
+    if let Some(status) = &row.status {
+        let meter = &status.ram_meter;
+        lines.push(("VMM release", status.version.clone()));
+        lines.push(("resumes", status.resumes.to_string()));
+        lines.push((
+            "guest RAM touched",
+            format!(
+                "{} B in rings, {} B of data",
+                meter.ring_bytes, meter.data_bytes
+            ),
+        ));
+    }
+    if let Some(config) = show.definition {
+        lines.push(("vCPUs", config.vcpus.to_string()));
+        lines.push(("kernel", config.kernel.display().to_string()));
+        lines.push(("command line", config.cmdline.clone()));
+        for disk in &config.disks {
+            lines.push(("disk", disk.path.display().to_string()));
+        }
+        for net in &config.nets {
+            lines.push(("tap", net.tap.clone()));
+        }
+    }
+    lines.push(("definition", or_dash(show.definition_error.clone())));
+    lines.push(("console log", show.console_log.display().to_string()));
+    lines.push(("VMM log", show.log.display().to_string()));
+    lines.retain(|(key, value)| !(matches!(*key, "definition" | "detail") && value == "-"));
+    lines
+        .into_iter()
+        .map(|(key, value)| format!("{key:18} {value}\n"))
+        .collect()
+}
+
+/// `hebe drop`.
+pub fn drop_vm(host: &Host, name: &VmName, yes: bool, out: &Output) -> Outcome {
+    let survey = listing::survey(host);
+    let row = survey.row(host, name)?;
+    if row.life.is_precious() && !yes {
+        return Err(Failure(format!(
+            "VM '{name}' is {} and would be lost: say `hebe drop {name} --yes` if you mean it",
+            row.state.as_str()
+        )));
+    }
+    ops::drop_vm(host, name)?;
+    done(out, name, "dropped");
+    Ok(Exit::Done)
+}

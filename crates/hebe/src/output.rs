@@ -1,0 +1,145 @@
+//! What people and programs get to read.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use hebe_host::HostError;
+use hebe_host::listing::with_cause;
+use serde::Serialize;
+
+/// How a command ended. The numbers are part of the interface; `hebe --help`
+/// lists them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// Done.
+    Done,
+    /// Failed.
+    Failed,
+    /// A check does not hold; nothing was touched.
+    CheckFailed,
+    /// A reboot was undone and every VM runs.
+    Undone,
+    /// Some VM needs attention.
+    Attention,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(match exit {
+            Exit::Done => 0,
+            Exit::Failed => 1,
+            Exit::CheckFailed => 3,
+            Exit::Undone => 4,
+            Exit::Attention => 5,
+        })
+    }
+}
+
+/// One clear sentence.
+#[derive(Debug)]
+pub struct Failure(pub String);
+
+impl From<HostError> for Failure {
+    fn from(error: HostError) -> Self {
+        Self(with_cause(&error))
+    }
+}
+
+impl From<String> for Failure {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+/// What a command gives back.
+pub type Outcome = Result<Exit, Failure>;
+
+/// Writes answers as text or as JSON. Writing never stops a command half-way:
+/// a reader that went away is no reason to leave VMs in between.
+#[derive(Clone, Copy, Debug)]
+pub struct Output {
+    json: bool,
+}
+
+impl Output {
+    /// Text, or JSON.
+    pub fn new(json: bool) -> Self {
+        Self { json }
+    }
+
+    /// The one answer of a command: `value` as JSON, or `text`.
+    pub fn answer(&self, value: &impl Serialize, text: impl FnOnce() -> String) {
+        let mut answer = if self.json {
+            serde_json::to_string_pretty(value).unwrap_or_default()
+        } else {
+            text()
+        };
+        if !answer.is_empty() && !answer.ends_with('\n') {
+            answer.push('\n');
+        }
+        let _ = io::stdout().lock().write_all(answer.as_bytes());
+    }
+
+    /// Raw bytes to stdout.
+    pub fn raw(&self, bytes: &[u8]) {
+        let _ = io::stdout().lock().write_all(bytes);
+    }
+
+    /// A step of something that takes long; to stderr, so that stdout holds
+    /// the answer only.
+    pub fn progress(&self, text: &str) {
+        let _ = writeln!(io::stderr().lock(), "hebe: {text}");
+    }
+
+    /// Why a command failed.
+    pub fn failure(&self, failure: &Failure) {
+        if self.json {
+            #[derive(Serialize)]
+            struct Error<'a> {
+                error: &'a str,
+            }
+            self.answer(&Error { error: &failure.0 }, String::new);
+        }
+        self.progress(&failure.0);
+    }
+}
+
+/// A table with aligned columns and a heading.
+pub fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
+    let mut widths: Vec<usize> = heading.iter().map(|h| h.chars().count()).collect();
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut text = String::new();
+    let heading: Vec<String> = heading.iter().map(|h| (*h).to_owned()).collect();
+    for row in std::iter::once(&heading).chain(rows) {
+        let cells: Vec<String> = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, &width)| format!("{cell:width$}"))
+            .collect();
+        text.push_str(cells.join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_aligned() {
+        let rows = [
+            vec!["web".to_owned(), "running".to_owned()],
+            vec!["database".to_owned(), "frozen".to_owned()],
+        ];
+        let text = table(&["NAME", "STATE"], &rows);
+        assert_eq!(
+            text,
+            "NAME      STATE\nweb       running\ndatabase  frozen\n"
+        );
+    }
+}
