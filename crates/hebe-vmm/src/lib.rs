@@ -29,4 +29,4 @@ mod vm;
 
 pub use log::log_error;
 pub use run::{Outcome, run};
-pub use vm::{Vm, VmError};
+pub use vm::{Event, Identity, Vm, VmError};

@@ -154,8 +154,11 @@ long_mode:
     wrmsr
     movl $0x836, %ecx
     wrmsr
-    movl $1, %eax
-    movq %rax, %cr8
+    # A task priority, set by MSR: QEMU 10 aborts when a nested guest writes
+    # CR8 while an interrupt is pending.
+    movl $0x10, %eax
+    movl $0x808, %ecx
+    wrmsr
     movq $2, %gs:{STAGE}
     lock incq {SHARED} + {SH_ONLINE}
     testl %r12d, %r12d

@@ -435,10 +435,11 @@ check_rest:
     movq %gs:{CR4}, %rcx
     movl $4, %r8d
     CHECK {E_CONTROL}
-    movq %cr8, %rax
-    movl $1, %ecx
-    movl $8, %r8d
-    CHECK {E_CONTROL}
+    movl $0x808, %ecx                   # task priority
+    movl %ecx, %r8d
+    rdmsr
+    movl $0x10, %ecx
+    CHECK {E_MSR}
     ret
 
 # ---- interrupts to others, serial output ----
