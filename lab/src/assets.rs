@@ -168,23 +168,24 @@ pub struct Assets {
 }
 
 impl Assets {
-    /// Opens the cache; waits if another run holds it.
-    pub fn open(overrides: Overrides, progress: &dyn Progress) -> Result<Self> {
+    /// Opens the cache.
+    pub fn open(overrides: Overrides) -> Result<Self> {
         Ok(Self {
-            cache: Cache::open(progress)?,
+            cache: Cache::open()?,
             overrides,
             distribution: Distribution::detect()?,
         })
     }
 
-    /// The cache's folder.
-    pub fn cache_root(&self) -> &Path {
-        self.cache.root()
-    }
-
-    /// A folder in the cache that `fill` completes once.
-    pub fn cached(&self, name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
-        self.cache.filled(name, fill)
+    /// A folder in the cache that `fill` makes where `good` finds none.
+    pub fn cached(
+        &self,
+        name: &str,
+        progress: &dyn Progress,
+        good: impl Fn(&Path) -> bool,
+        fill: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<PathBuf> {
+        self.cache.filled(name, progress, good, fill)
     }
 
     fn needs_debian(&self, option: &str) -> Result<()> {
@@ -224,25 +225,13 @@ impl Assets {
             return Ok(qemu);
         }
         self.needs_debian("--qemu")?;
-        let cached = self.cache.root().join("qemu");
-        if cached.exists() {
-            // The cached one leans on the system's libraries, which may have
-            // changed since.
-            if let Ok(qemu) = unpacked_qemu(&cached).probe() {
-                return Ok(qemu);
-            }
-            fs::remove_dir_all(&cached).context("cannot remove the cached QEMU")?;
-        }
+        // The cached one leans on the system's libraries, which may have
+        // changed since it was fetched.
+        let runs = |dir: &Path| unpacked_qemu(dir).probe().is_ok();
         let dir = self
             .cache
-            .filled("qemu", |dir| self.fetch_qemu(dir, progress))?;
-        let qemu = unpacked_qemu(&dir).probe()?;
-        progress.note(&format!(
-            "QEMU {} is unpacked in {}",
-            qemu.major,
-            dir.display()
-        ));
-        Ok(qemu)
+            .filled("qemu", progress, runs, |dir| self.fetch_qemu(dir, progress))?;
+        unpacked_qemu(&dir).probe()
     }
 
     fn fetch_qemu(&self, dir: &Path, progress: &dyn Progress) -> Result<()> {
@@ -273,13 +262,18 @@ impl Assets {
         if !self.distribution.is_debian() {
             return Ok(apt::find_program("busybox"));
         }
-        let dir = self.cache.filled("busybox", |dir| {
-            let codename = self.distribution.codename.as_str();
-            let apt = self.apt(codename, &[codename], false, None, progress)?;
-            progress.step("downloading busybox");
-            let debs = apt.download(&["busybox-static".to_owned()], &dir.join("debs"))?;
-            apt::unpack(&debs, dir)
-        })?;
+        let dir = self.cache.filled(
+            "busybox",
+            progress,
+            |_| true,
+            |dir| {
+                let codename = self.distribution.codename.as_str();
+                let apt = self.apt(codename, &[codename], false, None, progress)?;
+                progress.step("downloading busybox");
+                let debs = apt.download(&["busybox-static".to_owned()], &dir.join("debs"))?;
+                apt::unpack(&debs, dir)
+            },
+        )?;
         let places = ["bin/busybox", "usr/bin/busybox"].map(|p| dir.join(p));
         Ok(places.into_iter().find(|p| p.is_file()))
     }
@@ -301,9 +295,12 @@ impl Assets {
         if !self.cache.root().join(&folder).exists() {
             self.needs_debian("--kernel and --modules")?;
         }
-        let dir = self.cache.filled(&folder, |dir| {
-            self.fetch_kernel(dir, suite, package, progress)
-        })?;
+        let dir = self.cache.filled(
+            &folder,
+            progress,
+            |_| true,
+            |dir| self.fetch_kernel(dir, suite, package, progress),
+        )?;
         cached_kernel(name, &dir)
     }
 

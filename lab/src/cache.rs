@@ -8,15 +8,15 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::progress::Progress;
 
-/// A folder that is ours alone while this value lives.
+/// The cache's folder. What is in it is complete: an entry is filled under
+/// another name, by one process at a time, and renamed when done.
 pub struct Cache {
     root: PathBuf,
-    _lock: File,
 }
 
 impl Cache {
-    /// Opens the cache and waits until no other run uses it.
-    pub fn open(progress: &dyn Progress) -> Result<Self> {
+    /// Opens the cache; its folder is created.
+    pub fn open() -> Result<Self> {
         let root = default_root()?;
         fs::create_dir_all(&root).with_context(|| {
             format!(
@@ -24,7 +24,17 @@ impl Cache {
                 root.display()
             )
         })?;
-        let path = root.join("lock");
+        Ok(Self { root })
+    }
+
+    /// The cache's folder.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Holds the cache against other runs until the returned file is dropped.
+    fn lock(&self, progress: &dyn Progress) -> Result<File> {
+        let path = self.root.join("lock");
         let lock = File::options()
             .create(true)
             .truncate(false)
@@ -35,31 +45,43 @@ impl Cache {
             progress.step("waiting for another run that fills the same cache");
             flock(&lock, FlockOperation::LockExclusive).context("cannot lock the cache")?;
         }
-        Ok(Self { root, _lock: lock })
+        Ok(lock)
     }
 
-    /// The cache's folder.
-    pub fn root(&self) -> &Path {
-        &self.root
-    }
-
-    /// A folder that is complete or absent: filled by `fill` under another
-    /// name and renamed when done.
-    pub fn filled(&self, name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    /// The entry `name`; `fill` makes it when it is not there, or when `good`
+    /// does not like what is there.
+    pub fn filled(
+        &self,
+        name: &str,
+        progress: &dyn Progress,
+        good: impl Fn(&Path) -> bool,
+        fill: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<PathBuf> {
         let done = self.root.join(name);
-        if done.exists() {
+        if done.exists() && good(&done) {
             return Ok(done);
+        }
+        let _held = self.lock(progress)?;
+        // Another run may have filled it while this one waited.
+        if done.exists() {
+            if good(&done) {
+                return Ok(done);
+            }
+            remove(&done)?;
         }
         let part = self.root.join(format!("{name}.part"));
         if part.exists() {
-            fs::remove_dir_all(&part)
-                .with_context(|| format!("cannot remove {}", part.display()))?;
+            remove(&part)?;
         }
         fs::create_dir_all(&part).with_context(|| format!("cannot create {}", part.display()))?;
         fill(&part)?;
         fs::rename(&part, &done).with_context(|| format!("cannot complete {}", done.display()))?;
         Ok(done)
     }
+}
+
+fn remove(folder: &Path) -> Result<()> {
+    fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))
 }
 
 /// `HEBE_CACHE`, else `hebe` in `XDG_CACHE_HOME`, else in `~/.cache`.
@@ -80,5 +102,32 @@ pub fn default_root() -> Result<PathBuf> {
         None => {
             bail!("neither HEBE_CACHE nor HOME is set; set HEBE_CACHE to a folder for downloads")
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::progress::Silent;
+
+    #[test]
+    fn an_entry_is_complete_or_absent() {
+        let folder = tempfile::tempdir().expect("folder");
+        let cache = Cache {
+            root: folder.path().to_owned(),
+        };
+        let any = |_: &Path| true;
+        let failing = cache.filled("a", &Silent, any, |_| bail!("no network"));
+        assert!(failing.is_err() && !folder.path().join("a").exists());
+        let write = |text: &'static str| {
+            move |dir: &Path| fs::write(dir.join("f"), text).map_err(Into::into)
+        };
+        let done = cache.filled("a", &Silent, any, write("1")).expect("filled");
+        cache.filled("a", &Silent, any, write("2")).expect("kept");
+        assert_eq!(fs::read_to_string(done.join("f")).expect("f"), "1");
+        cache
+            .filled("a", &Silent, |_| false, write("3"))
+            .expect("replaced");
+        assert_eq!(fs::read_to_string(done.join("f")).expect("f"), "3");
     }
 }

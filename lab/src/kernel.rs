@@ -62,14 +62,13 @@ const TOOLS: [Tool; 9] = [
 /// The kernel of [`FRAGMENT`]: cached, or built now (about 12 minutes on two
 /// processors). A changed fragment is built anew.
 pub fn build(assets: &Assets, jobs: u32, progress: &dyn Progress) -> Result<Kernel> {
+    let same = |dir: &Path| {
+        fs::read_to_string(dir.join("fragment")).is_ok_and(|built_from| built_from == FRAGMENT)
+    };
     let name = format!("kernel-{}", KernelName::Lab);
-    let done = assets.cache_root().join(&name);
-    if done.exists() && fs::read_to_string(done.join("fragment")).ok().as_deref() != Some(FRAGMENT)
-    {
-        progress.note("the kernel fragment has changed: building again");
-        fs::remove_dir_all(&done).context("cannot remove the old kernel")?;
-    }
-    assets.cached(&name, |dir| build_in(assets, dir, jobs, progress))?;
+    assets.cached(&name, progress, same, |dir| {
+        build_in(assets, dir, jobs, progress)
+    })?;
     assets.kernel(KernelName::Lab, progress)
 }
 

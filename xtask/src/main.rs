@@ -67,7 +67,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         kernel: cli.overrides.kernel,
         modules: cli.overrides.modules,
     };
-    let assets = || Assets::open(overrides, &progress);
+    let assets = || Assets::open(overrides);
     match cli.command {
         Command::Setup(args) => setup::run(&assets()?, &args, &progress),
         Command::Lab(args) => match args.attach {

@@ -29,7 +29,7 @@ const LICENCES: [&str; 14] = [
     "NCSA",
 ];
 /// Layer of each member; a member depends on lower layers or its own only.
-const LAYERS: [(&str, u32); 19] = [
+const LAYERS: [(&str, u32); 20] = [
     ("hebe-types", 0),
     ("hebe-state", 0),
     ("hebe-flow", 0),
@@ -46,6 +46,7 @@ const LAYERS: [(&str, u32); 19] = [
     ("hebe-migrate", 3),
     ("hebe-host", 3),
     ("hebe", 4),
+    ("suspend-loop", 5),
     ("lab-guest", 5),
     ("lab", 6),
     ("xtask", 7),
