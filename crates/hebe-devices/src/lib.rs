@@ -16,6 +16,8 @@
 //! it, and nothing else.
 
 mod announce;
+#[doc(hidden)]
+pub mod fuzzing;
 mod hub;
 mod msix;
 mod pci;

@@ -176,7 +176,7 @@ impl StateWriter {
         self.add_raw(S::KIND as u32, S::VERSION, instance, &payload);
     }
 
-    fn add_raw(&mut self, kind: u32, version: u32, instance: u32, payload: &[u8]) {
+    pub(crate) fn add_raw(&mut self, kind: u32, version: u32, instance: u32, payload: &[u8]) {
         let mut header = Vec::with_capacity(SECTION_HEADER_LEN);
         for word in [kind, version, instance, crc32fast::hash(payload)] {
             header.extend_from_slice(&word.to_le_bytes());

@@ -8,6 +8,8 @@
 //! change of a struct is a new version, never an edit.
 
 mod container;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod v1;
 
 pub use container::{Section, SectionKind, StateError, StateReader, StateWriter};

@@ -25,3 +25,11 @@ mod worker;
 pub use device::Counters;
 pub use kind::DeviceKind;
 pub use transport::{BAR_SIZE, DeviceError, VirtioPci};
+
+/// Parts that [`crate::fuzzing`] drives one by one.
+pub(crate) mod fuzzed {
+    pub(crate) use super::device::{Device, Queues};
+    pub(crate) use super::queue::VirtQueue;
+    pub(crate) use super::ram::{Meter, MeteredRam};
+    pub(crate) use super::shared::{Config, Shared};
+}
