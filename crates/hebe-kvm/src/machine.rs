@@ -51,6 +51,9 @@ pub enum MachineError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// KVM refuses the interrupt routing table.
+    #[error("KVM refuses the interrupt routing table")]
+    Routing(#[source] io::Error),
     /// A saved structure does not fit.
     #[error(transparent)]
     WrongLength(#[from] WrongLength),
@@ -103,7 +106,7 @@ impl Machine {
             .map_err(kvm("create interrupt controllers"))?;
         let xsave_len = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         Ok(Self {
-            router: Arc::new(Router::new(vm.clone())),
+            router: Arc::new(Router::new(vm.clone()).map_err(MachineError::Routing)?),
             vm,
             supported,
             tsc_deadline: kvm_fd.check_extension(Cap::TscDeadlineTimer),

@@ -1,16 +1,17 @@
 //! GSI routing: which interrupt an irqfd raises.
 //!
 //! KVM takes the whole table at each change, so one owner keeps it: the
-//! [`Router`]. GSI 0 to 23 go to the IOAPIC pins (0 to 15 to the PICs too);
-//! MSI vectors get the numbers above.
+//! [`Router`]. GSI 0 to 23 go to the IOAPIC pins, MSI vectors get the numbers
+//! above. Nothing goes to the PICs: a hardware-reduced guest never sets them
+//! up, and a PIC left as it comes would deliver IRQ 4 as vector 4.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry,
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KvmIrqRouting,
+    kvm_irq_routing_entry,
 };
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
@@ -42,15 +43,23 @@ struct Table {
 }
 
 impl Router {
-    pub(crate) fn new(vm: Arc<VmFd>) -> Self {
+    pub(crate) fn new(vm: Arc<VmFd>) -> io::Result<Self> {
         let table = Table {
             next_gsi: IOAPIC_PINS,
             msi: BTreeMap::new(),
         };
-        Self {
+        let router = Self {
             vm,
             table: Mutex::new(table),
-        }
+        };
+        router.write(&BTreeMap::new())?;
+        Ok(router)
+    }
+
+    fn write(&self, msi: &BTreeMap<u32, MsiRoute>) -> io::Result<()> {
+        let routing = KvmIrqRouting::from_entries(&entries(msi))
+            .map_err(|_| io::Error::other("the routing table is too long"))?;
+        Ok(self.vm.set_gsi_routing(&routing)?)
     }
 
     /// A GSI with an irqfd: writing to `trigger` raises it. It raises nothing
@@ -82,22 +91,14 @@ impl Router {
         if before == route {
             return Ok(());
         }
-        let entries = entries(&table.msi);
-        let routing = KvmIrqRouting::from_entries(&entries)
-            .map_err(|_| io::Error::other("the routing table is too long"))?;
-        Ok(self.vm.set_gsi_routing(&routing)?)
+        self.write(&table.msi)
     }
 }
 
 fn entries(msi: &BTreeMap<u32, MsiRoute>) -> Vec<kvm_irq_routing_entry> {
     let mut entries = Vec::with_capacity(64 + msi.len());
     for gsi in 0..IOAPIC_PINS {
-        if gsi < 8 {
-            entries.push(pin(gsi, KVM_IRQCHIP_PIC_MASTER, gsi));
-        } else if gsi < 16 {
-            entries.push(pin(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8));
-        }
-        entries.push(pin(gsi, KVM_IRQCHIP_IOAPIC, gsi));
+        entries.push(pin(gsi));
     }
     for (&gsi, route) in msi {
         let mut entry = kvm_irq_routing_entry {
@@ -113,13 +114,13 @@ fn entries(msi: &BTreeMap<u32, MsiRoute>) -> Vec<kvm_irq_routing_entry> {
     entries
 }
 
-fn pin(gsi: u32, chip: u32, pin: u32) -> kvm_irq_routing_entry {
+fn pin(gsi: u32) -> kvm_irq_routing_entry {
     let mut entry = kvm_irq_routing_entry {
         gsi,
         type_: KVM_IRQ_ROUTING_IRQCHIP,
         ..Default::default()
     };
-    entry.u.irqchip.irqchip = chip;
-    entry.u.irqchip.pin = pin;
+    entry.u.irqchip.irqchip = KVM_IRQCHIP_IOAPIC;
+    entry.u.irqchip.pin = gsi;
     entry
 }

@@ -215,7 +215,7 @@ fn kinds(identity: &Identity, hub: &Arc<ConsoleHub>) -> Result<Vec<(u8, DeviceKi
 }
 
 /// A mapped range, as the snapshot file reads it.
-pub(crate) fn ram_view(mapped: &hebe_store::MappedRam) -> hebe_snapshot::RamView {
+pub(crate) fn ram_view(mapped: &hebe_store::MappedRam) -> hebe_snapshot::RamView<'_> {
     // SAFETY: the segment outlives every use of the view, which does not
     // leave `Vm`; vCPUs and devices are stopped, so that nobody writes.
     unsafe { hebe_snapshot::RamView::new(mapped.gpa, mapped.host, mapped.len) }

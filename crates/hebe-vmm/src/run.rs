@@ -144,7 +144,7 @@ fn restore_ram(args: &Args, path: &Path) -> anyhow::Result<(Arc<Segment>, Vec<u8
         let total = saved.ram_ranges().iter().map(|r| r.len).sum();
         Segment::new_memfd(args.vm_id, &args.name, hebe_types::ByteSize(total), false)?
     };
-    let views: Vec<_> = segment
+    let mut views: Vec<_> = segment
         .ram()
         .iter()
         .map(|m| {
@@ -153,8 +153,8 @@ fn restore_ram(args: &Args, path: &Path) -> anyhow::Result<(Arc<Segment>, Vec<u8
             unsafe { hebe_snapshot::RamViewMut::new(m.gpa, m.host, m.len) }
         })
         .collect();
-    saved.load_into(&views)?;
-    let state = saved.state()?;
+    saved.load_into(&mut views)?;
+    let state = saved.state().to_vec();
     Ok((Arc::new(segment), state))
 }
 
