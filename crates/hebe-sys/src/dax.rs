@@ -264,6 +264,7 @@ impl Pmem<'_> {
     }
 
     fn create(&mut self, options: &CreateOptions, uuid: &str) -> Result<Created, DaxError> {
+        self.settle()?;
         let Some(namespace) = self.choose(options)? else {
             let all = list(&self.roots.sys, &self.roots.dev)?;
             return all
@@ -292,6 +293,18 @@ impl Pmem<'_> {
                 Err(e)
             }
         }
+    }
+
+    /// Waits until the kernel has probed its ranges: a device that is about to
+    /// appear by itself must not be made a second time.
+    fn settle(&self) -> Result<(), DaxError> {
+        for bus in names(&self.nd("devices"))? {
+            if bus.starts_with("ndbus") {
+                // Reading it takes until asynchronous probing is over.
+                read_text(&self.nd(&format!("devices/{bus}/wait_probe")))?;
+            }
+        }
+        Ok(())
     }
 
     /// The namespace meant; `None` if a device is there and none was named.

@@ -21,6 +21,9 @@ fn fake() -> Fake {
         dev: dir.path().join("dev"),
     };
     fs::create_dir_all(&roots.dev).expect("dev");
+    let bus = roots.sys.join("bus/nd/devices/ndbus0");
+    fs::create_dir_all(&bus).expect("bus");
+    fs::write(bus.join("wait_probe"), "1\n").expect("probe");
     for driver in ["nd_pmem", "dax_pmem"] {
         fs::create_dir_all(roots.sys.join("bus/nd/drivers").join(driver)).expect("driver");
     }
