@@ -384,7 +384,11 @@ impl Vcpu {
         let regs = self.fd.get_regs().map_err(kvm("read the registers"))?;
         let sregs = self.fd.get_sregs().map_err(kvm("read the segments"))?;
         let xsave = self.read_xsave()?;
-        let xcrs = self.fd.get_xcrs().map(|x| to_bytes(&x)).unwrap_or_default();
+        // A host without XSAVE answers with no register, and refuses to set none.
+        let xcrs = match self.fd.get_xcrs() {
+            Ok(xcrs) if xcrs.nr_xcrs > 0 => to_bytes(&xcrs),
+            _ => Vec::new(),
+        };
         let debug_regs = self
             .fd
             .get_debug_regs()
