@@ -196,7 +196,10 @@ impl Rig {
                 return Ok(());
             }
             if Instant::now() > until {
-                bail!("the VM left something behind: {left:?}, before it {:?}", self.idle);
+                bail!(
+                    "the VM left something behind: {left:?}, before it {:?}",
+                    self.idle
+                );
             }
             std::thread::sleep(Duration::from_millis(1));
         }
