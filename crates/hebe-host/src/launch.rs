@@ -42,12 +42,23 @@ pub struct ExitRecord {
     /// More, where there is more.
     #[serde(default)]
     pub message: Option<String>,
+    /// Whether a vCPU ever entered the guest, where the VMM says so.
+    #[serde(default)]
+    pub ran: Option<bool>,
 }
 
 impl ExitRecord {
     /// The record in a VM's directory, if there is a readable one.
     pub fn read(dir: &Path) -> Option<Self> {
         files::read_json(&dir.join("exit.json")).ok().flatten()
+    }
+
+    /// The message, or the reason where there is none.
+    pub fn words(&self) -> &str {
+        match &self.message {
+            Some(message) if !message.is_empty() => message,
+            _ => &self.reason,
+        }
     }
 
     /// The guest ended by its own will or by order: nothing of it is left to
@@ -301,7 +312,7 @@ fn wait_until_up(
 /// Why a VMM ended: its own record if there is one, else the end of its log.
 pub fn last_words(dir: &Path, status: Option<ExitStatus>) -> String {
     if let Some(record) = ExitRecord::read(dir) {
-        return record.message.unwrap_or(record.reason);
+        return record.words().to_owned();
     }
     let lines = files::tail(&dir.join("log"), 3);
     match (lines.is_empty(), status) {

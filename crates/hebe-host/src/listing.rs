@@ -304,10 +304,7 @@ fn at_rest(
         || (was_up && segment.is_none());
     match (ran, exit) {
         (_, Some(record)) if record.is_clean_end() => {
-            let text = match record.message {
-                Some(message) => format!("{}: {message}", record.reason),
-                None => record.reason,
-            };
+            let text = record.words().to_owned();
             (VmState::Stopped, Life::Absent, Some(text))
         }
         (true, Some(_)) => (VmState::Crashed, Life::Crashed, Some(last_words(dir, None))),

@@ -7,7 +7,7 @@ use std::io;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use hebe_api::{FreezeReport, Request, VmStatus};
+use hebe_api::{ClientError, FreezeReport, Request, VmStatus};
 use hebe_flow::life::{Life, Order};
 use hebe_types::{ByteSize, StoreKind, VmConfig, VmId, VmName};
 
@@ -182,7 +182,8 @@ pub fn power_off(host: &Host, row: &VmRow, options: StopOptions) -> Result<(), H
     }
     if !options.timeout.is_zero() {
         match vmm::order(&socket, &Request::PowerButton, vmm::STATUS_WAIT) {
-            Ok(()) => {
+            // A guest may be off before the answer is out.
+            Ok(()) | Err(ClientError::Broken(_)) => {
                 if ended_within(host, name, options.timeout) {
                     return Ok(());
                 }
@@ -451,7 +452,7 @@ fn undo_restore(
             }
         }
         Memory::Memfd => ExitRecord::read(&host.layout.vm_dir(name))
-            .is_some_and(|record| record.reason == "error"),
+            .is_some_and(|record| record.ran == Some(false)),
     };
     if never_ran && paths.restoring.exists() {
         files::rename_durably(&paths.restoring, &paths.complete)

@@ -400,13 +400,15 @@ impl Trouble {
 
 impl From<HostError> for Trouble {
     fn from(error: HostError) -> Self {
-        let certain = match &error {
-            HostError::Vmm { source, .. } => vmm::is_refusal(source),
-            _ => false,
-        };
-        Self {
-            why: with_cause(&error),
-            certain,
+        match &error {
+            HostError::Vmm { source, .. } => Self {
+                certain: vmm::is_refusal(source),
+                why: with_cause(source),
+            },
+            _ => Self {
+                certain: false,
+                why: with_cause(&error),
+            },
         }
     }
 }

@@ -1,0 +1,276 @@
+//! A VMM without a guest.
+//!
+//! What it does wrong is told by words in `ROOT/fake/NAME`; what it does is
+//! noted, one line each, in `ROOT/fake/events`.
+
+use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{self, ExitCode};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use hebe_api::{
+    FreezeReport, RamMeter, Request, Response, ResumeReport, SaveReport, VmStatus, VmmState,
+    read_frame, write_frame,
+};
+use hebe_store::Segment;
+use hebe_sys::clock::stamp_now;
+use hebe_types::{VmId, VmName};
+
+struct Fake {
+    name: VmName,
+    id: VmId,
+    dir: PathBuf,
+    root: PathBuf,
+    segment: Option<Segment>,
+    state: VmmState,
+    resume: Option<ResumeReport>,
+}
+
+/// Runs one; returns its exit status.
+pub fn run(arguments: &[String]) -> ExitCode {
+    let mut options: BTreeMap<&str, &str> = BTreeMap::new();
+    let mut it = arguments.iter().peekable();
+    while let Some(flag) = it.next() {
+        let value = it.next_if(|v| !v.starts_with("--"));
+        options.insert(flag, value.map_or("", String::as_str));
+    }
+    let dir = PathBuf::from(options["--run-dir"]);
+    match start(&options, dir.clone()) {
+        Ok(fake) => fake.serve(),
+        Err(message) => {
+            end(&dir, "error", &message);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn end(dir: &Path, reason: &str, message: &str) {
+    let ran = reason != "error";
+    let record = serde_json::json!({"reason": reason, "message": message, "ran": ran});
+    fs::write(dir.join("exit.json"), record.to_string()).expect("exit.json");
+}
+
+fn take_fd(text: &str) -> OwnedFd {
+    let number = text.parse().expect("a descriptor");
+    // SAFETY: the host passed this descriptor for this process alone, and it
+    // is taken once.
+    unsafe { OwnedFd::from_raw_fd(number) }
+}
+
+fn start(options: &BTreeMap<&str, &str>, dir: PathBuf) -> Result<Fake, String> {
+    // Kept to the end of the process.
+    std::mem::forget(take_fd(options["--lock-fd"]));
+    let root = dir
+        .ancestors()
+        .nth(3)
+        .expect("root/run/vms/NAME")
+        .to_owned();
+    let segment = match options.get("--segment-fd") {
+        Some(fd) => {
+            let spec = serde_json::from_str(options["--segment"]).expect("a SegmentSpec");
+            Some(Segment::map(take_fd(fd), &spec).map_err(|e| e.to_string())?)
+        }
+        None => {
+            assert!(options.contains_key("--memfd"));
+            None
+        }
+    };
+    let id = hebe_sys::proc::parse_uuid(options["--vm-id"]).expect("an id");
+    let mut fake = Fake {
+        name: options["--name"].parse().expect("a name"),
+        id: VmId(id),
+        dir,
+        root,
+        segment,
+        state: VmmState::Running,
+        resume: None,
+    };
+    let process_started = stamp_now();
+    if fake.told("fail-start") {
+        return Err("the tap is taken".into());
+    }
+    if fake.told("hang-start") {
+        thread::sleep(Duration::from_secs(600));
+    }
+    if options.contains_key("--resume") {
+        let segment = fake.segment.as_ref().expect("a segment");
+        let state = segment.exec().load().map_err(|e| e.to_string())?;
+        assert_eq!(state, fake.name.as_str().as_bytes());
+    }
+    if let Some(file) = options.get("--restore") {
+        let state = fs::read(file).map_err(|e| e.to_string())?;
+        assert_eq!(state, fake.name.as_str().as_bytes());
+    }
+    if !options.contains_key("--config") {
+        let now = stamp_now();
+        fake.resume = Some(ResumeReport {
+            process_started,
+            state_read: now,
+            constructed: now,
+            running: now,
+            ram_touched: RamMeter::default(),
+        });
+    }
+    if fake.told("fail-late") {
+        return Err("the disk went away".into());
+    }
+    fake.run_guest();
+    Ok(fake)
+}
+
+impl Fake {
+    fn told(&self, word: &str) -> bool {
+        let path = self.root.join("fake").join(self.name.as_str());
+        fs::read_to_string(path).is_ok_and(|text| text.split_whitespace().any(|w| w == word))
+    }
+
+    fn event(&self, what: &str) {
+        let path = self.root.join("fake/events");
+        let mut file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(path)
+            .expect("events");
+        // One write, so that lines of several VMMs do not mix.
+        file.write_all(format!("{} {what}\n", self.name).as_bytes())
+            .expect("write");
+    }
+
+    fn run_guest(&mut self) {
+        if let Some(segment) = &self.segment {
+            let boot = hebe_sys::proc::boot_id().expect("boot id");
+            let marked = segment.exec().mark_running(boot, process::id());
+            marked.expect("mark");
+        }
+        self.event("runs");
+        self.state = VmmState::Running;
+    }
+
+    fn serve(self) -> ExitCode {
+        let listener = UnixListener::bind(self.dir.join("vmm.sock")).expect("bind");
+        let fake = Arc::new(Mutex::new(self));
+        for stream in listener.incoming().flatten() {
+            let fake = Arc::clone(&fake);
+            thread::spawn(move || converse(stream, &fake));
+        }
+        ExitCode::SUCCESS
+    }
+
+    fn answer(&mut self, request: &Request) -> Response {
+        let failed = |message: &str| Response::Failed {
+            message: message.into(),
+        };
+        match request {
+            Request::Status => Response::Status(self.status()),
+            Request::Freeze => self.freeze(),
+            Request::Thaw if self.state == VmmState::Frozen => {
+                if self.told("refuse-thaw") {
+                    return failed("a device does not start");
+                }
+                self.run_guest();
+                Response::Done
+            }
+            Request::Pause => {
+                self.state = VmmState::Paused;
+                Response::Done
+            }
+            Request::Unpause => {
+                self.run_guest();
+                Response::Done
+            }
+            Request::Save { path } => self.save(path),
+            Request::PowerButton if self.told("ignore-button") => Response::Done,
+            Request::PowerButton => self.leave("power-off"),
+            Request::Quit => match self.state {
+                VmmState::Frozen => self.leave("frozen"),
+                VmmState::Saved => self.leave("saved"),
+                _ => self.leave("quit"),
+            },
+            _ => failed("not now"),
+        }
+    }
+
+    fn leave(&self, reason: &str) -> ! {
+        end(&self.dir, reason, "");
+        self.event(reason);
+        process::exit(0)
+    }
+
+    fn status(&self) -> VmStatus {
+        VmStatus {
+            name: self.name.clone(),
+            id: self.id,
+            state: self.state,
+            pid: process::id(),
+            version: "fake".into(),
+            resumes: u32::from(self.resume.is_some()),
+            stopped_devices: Vec::new(),
+            ram_meter: RamMeter::default(),
+            first_tx: self.resume.as_ref().map(|r| r.running),
+            resume: self.resume.clone(),
+        }
+    }
+
+    fn freeze(&mut self) -> Response {
+        if self.told("refuse-freeze") {
+            return Response::Failed {
+                message: "a disk request hangs".into(),
+            };
+        }
+        if self.told("die-before-commit") {
+            process::abort();
+        }
+        let asked = stamp_now();
+        let segment = self.segment.as_ref().expect("only VMs in a store freeze");
+        let state = self.name.as_str().as_bytes();
+        segment.exec().commit_frozen(state).expect("commit");
+        self.event("frozen");
+        self.state = VmmState::Frozen;
+        if self.told("die-after-commit") {
+            process::abort();
+        }
+        Response::Frozen(FreezeReport {
+            asked,
+            vcpus_stopped: asked,
+            devices_drained: asked,
+            saved: asked,
+            committed: stamp_now(),
+            state_bytes: state.len() as u64,
+            ram_touched: RamMeter::default(),
+        })
+    }
+
+    fn save(&mut self, path: &Path) -> Response {
+        if self.told("refuse-save") {
+            return Response::Failed {
+                message: "the disk is full".into(),
+            };
+        }
+        assert!(!path.exists(), "a saved file is new");
+        let asked = stamp_now();
+        fs::write(path, self.name.as_str()).expect("write");
+        self.event("saved-to-file");
+        self.state = VmmState::Saved;
+        Response::Saved(SaveReport {
+            asked,
+            vcpus_stopped: asked,
+            durable: stamp_now(),
+            bytes_written: 3,
+        })
+    }
+}
+
+fn converse(mut stream: UnixStream, fake: &Mutex<Fake>) {
+    while let Ok(Some(request)) = read_frame::<Request>(&mut stream) {
+        let response = fake.lock().expect("lock").answer(&request);
+        if write_frame(&mut stream, &response).is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! One VM: start, list, suspend, resume, stop; and everything that goes wrong.
+
+use std::fs;
+use std::time::Duration;
+
+use hebe_host::listing::{self, VmState};
+use hebe_host::ops::{self, ResumeFrom, ResumeOptions, StopOptions};
+use hebe_host::resume_all::{Resumed, resume_all};
+use hebe_host::saved::SavedPaths;
+use hebe_sys::clock::stamp_now;
+
+use crate::world::{World, name};
+
+pub const CASES: &[crate::Case] = &[
+    ("a_vm_lives_from_start_to_stop", lives),
+    ("a_vm_that_fails_to_start_leaves_nothing", fails_to_start),
+    ("refused_orders_name_a_way_out", refused_orders),
+    ("a_killed_vmm_is_a_crash_and_start_boots_anew", killed),
+    ("a_resume_that_fails_leaves_the_vm_frozen", resume_fails),
+    (
+        "a_vmm_that_died_after_its_commit_left_a_frozen_vm",
+        died_after_commit,
+    ),
+    ("a_guest_that_ignores_the_button", ignores_button),
+    ("a_guest_that_powers_itself_off_is_stopped", powers_off),
+    ("a_transient_vm_is_remembered_until_it_stops", transient),
+    ("two_states_need_a_choice", two_states),
+    (
+        "a_memfd_vm_runs_without_a_store_and_cannot_be_suspended",
+        memfd,
+    ),
+    ("vms_held_by_a_killed_manager_are_thawed", held),
+    ("a_full_store_is_one_sentence", full_store),
+];
+
+fn force() -> StopOptions {
+    StopOptions {
+        timeout: Duration::ZERO,
+        force: true,
+    }
+}
+
+fn lives() {
+    let world = World::new();
+    world.define("web", "");
+    assert_eq!(world.state("web"), VmState::Stopped);
+    let status = ops::start(&world.host, &name("web")).expect("starts");
+    assert_eq!(world.state("web"), VmState::Running);
+    let instance = world.instance("web").expect("instance");
+    assert_eq!(instance.vm, status.id);
+    let report = ops::suspend(&world.host, &name("web")).expect("suspends");
+    assert_eq!(report.state_bytes, 3);
+    assert_eq!(world.state("web"), VmState::Frozen);
+    let back = ops::resume(&world.host, &name("web"), ResumeOptions::default()).expect("resumes");
+    assert_eq!(back.id, status.id, "the same VM");
+    assert_eq!(world.state("web"), VmState::Running);
+    let options = StopOptions {
+        timeout: Duration::from_secs(5),
+        force: false,
+    };
+    ops::stop(&world.host, &name("web"), options).expect("stops");
+    assert_eq!(world.state("web"), VmState::Stopped);
+    assert_eq!(world.segments(), 0);
+    assert!(!world.dir("web").exists());
+    let events = world.events();
+    let expected = [
+        "web runs",
+        "web frozen",
+        "web frozen",
+        "web runs",
+        "web power-off",
+    ];
+    assert_eq!(events, expected);
+}
+
+fn fails_to_start() {
+    let world = World::new();
+    world.define("web", "");
+    world.tell("web", "fail-start");
+    let error = ops::start(&world.host, &name("web")).expect_err("fails");
+    assert!(error.to_string().contains("the tap is taken"), "{error}");
+    assert_eq!(world.segments(), 0, "the segment is free again");
+    assert!(!world.dir("web").exists());
+    assert_eq!(world.state("web"), VmState::Stopped);
+    let mut host = world.host.clone();
+    host.layout.vmm = "/no/such/hebe-vmm".into();
+    let error = ops::start(&host, &name("web")).expect_err("no program");
+    assert!(error.to_string().contains("HEBE_VMM"), "{error}");
+    assert_eq!(world.segments(), 0);
+}
+
+fn refused_orders() {
+    let world = World::new();
+    world.start(&["web"]);
+    let twice = ops::start(&world.host, &name("web")).expect_err("runs");
+    assert!(twice.to_string().contains("runs already"), "{twice}");
+    let drop = ops::drop_vm(&world.host, &name("web")).expect_err("runs");
+    assert!(drop.to_string().contains("hebe stop"), "{drop}");
+    ops::suspend(&world.host, &name("web")).expect("suspends");
+    let start = ops::start(&world.host, &name("web")).expect_err("frozen");
+    assert!(start.to_string().contains("hebe resume"), "{start}");
+    let stop = ops::stop(&world.host, &name("web"), force()).expect_err("frozen");
+    assert!(stop.to_string().contains("hebe resume"), "{stop}");
+    let nobody = ops::start(&world.host, &name("nobody")).expect_err("unknown");
+    assert!(nobody.to_string().contains("nobody.toml"), "{nobody}");
+    ops::drop_vm(&world.host, &name("web")).expect("given up");
+    assert_eq!(world.segments(), 0);
+}
+
+fn killed() {
+    let world = World::new();
+    world.start(&["web"]);
+    world.kill("web");
+    assert_eq!(world.state("web"), VmState::Crashed);
+    assert_eq!(world.segments(), 1, "nothing is freed without an order");
+    let resume = ops::resume(&world.host, &name("web"), ResumeOptions::default());
+    let text = resume.expect_err("no state").to_string();
+    assert!(text.contains("hebe start"), "{text}");
+    ops::start(&world.host, &name("web")).expect("boots anew");
+    assert_eq!(world.state("web"), VmState::Running);
+    assert_eq!(world.segments(), 1);
+}
+
+fn resume_fails() {
+    let world = World::new();
+    world.start(&["web"]);
+    ops::suspend(&world.host, &name("web")).expect("suspends");
+    for word in ["fail-start", "fail-late"] {
+        world.tell("web", word);
+        let error = ops::resume(&world.host, &name("web"), ResumeOptions::default());
+        assert!(error.is_err());
+        assert_eq!(world.state("web"), VmState::Frozen, "{word}");
+    }
+    world.tell("web", "");
+    ops::resume(&world.host, &name("web"), ResumeOptions::default()).expect("now");
+    assert_eq!(world.state("web"), VmState::Running);
+}
+
+fn died_after_commit() {
+    let world = World::new();
+    world.start(&["web"]);
+    world.tell("web", "die-after-commit");
+    assert!(ops::suspend(&world.host, &name("web")).is_err());
+    assert_eq!(world.state("web"), VmState::Frozen);
+    world.tell("web", "");
+    ops::resume(&world.host, &name("web"), ResumeOptions::default()).expect("resumes");
+    world.tell("web", "die-before-commit");
+    assert!(ops::suspend(&world.host, &name("web")).is_err());
+    assert_eq!(world.state("web"), VmState::Crashed);
+}
+
+fn ignores_button() {
+    let world = World::new();
+    world.start(&["web"]);
+    world.tell("web", "ignore-button");
+    let patient = StopOptions {
+        timeout: Duration::from_millis(100),
+        force: false,
+    };
+    let error = ops::stop(&world.host, &name("web"), patient).expect_err("still there");
+    assert!(error.to_string().contains("--force"), "{error}");
+    assert_eq!(world.state("web"), VmState::Running);
+    ops::stop(&world.host, &name("web"), force()).expect("by force");
+    assert_eq!(world.segments(), 0);
+}
+
+fn powers_off() {
+    let world = World::new();
+    world.start(&["web"]);
+    let socket = world.host.layout.socket(&name("web"));
+    let _ = hebe_host::vmm::order(
+        &socket,
+        &hebe_api::Request::PowerButton,
+        Duration::from_secs(5),
+    );
+    assert!(ops::ended_within(
+        &world.host,
+        &name("web"),
+        Duration::from_secs(5)
+    ));
+    assert_eq!(world.state("web"), VmState::Stopped);
+    let reaped = ops::reap(&world.host).expect("reap");
+    assert_eq!(reaped, [name("web")]);
+    assert_eq!(world.segments(), 0);
+}
+
+fn transient() {
+    let world = World::new();
+    world.define("web", "");
+    let path = hebe_host::definitions::expected_path(&world.host.layout, &name("web"));
+    let config = hebe_host::definitions::read(&path).expect("read");
+    fs::remove_file(path).expect("remove");
+    ops::run(&world.host, &config).expect("runs");
+    let kept = hebe_host::definitions::find(&world.host.layout, &name("web"));
+    assert!(kept.is_some());
+    ops::stop(&world.host, &name("web"), force()).expect("stops");
+    assert!(listing::survey(&world.host).rows.is_empty());
+    world.tell("web", "fail-start");
+    assert!(ops::run(&world.host, &config).is_err());
+    assert!(listing::survey(&world.host).rows.is_empty(), "nothing left");
+}
+
+fn two_states() {
+    let world = World::new();
+    world.start(&["web"]);
+    let vm = world.instance("web").expect("instance").vm;
+    ops::suspend(&world.host, &name("web")).expect("suspends");
+    let paths = SavedPaths::new(&world.host.layout, &name("web"));
+    let info = hebe_host::saved::SavedInfo {
+        vm,
+        memory: hebe_types::ByteSize::mib(4),
+        in_store: true,
+    };
+    paths.prepare(&info).expect("prepare");
+    fs::write(&paths.complete, "web").expect("a file from somewhere");
+    let error = ops::resume(&world.host, &name("web"), ResumeOptions::default());
+    let text = error.expect_err("two states").to_string();
+    assert!(text.contains("--from"), "{text}");
+    let all = resume_all(&world.host, stamp_now(), false);
+    let left = &all.vms[&name("web")];
+    assert!(matches!(left, Resumed::Left { .. }), "{left:?}");
+    let options = ResumeOptions {
+        from: Some(ResumeFrom::File),
+        again: false,
+    };
+    ops::resume(&world.host, &name("web"), options).expect("from the file");
+    assert_eq!(world.state("web"), VmState::Running);
+    assert!(!paths.complete.exists() && !paths.restoring.exists());
+    assert_eq!(world.segments(), 1);
+}
+
+fn memfd() {
+    let world = World::without_store();
+    world.start(&["web"]);
+    assert_eq!(world.state("web"), VmState::Running);
+    let error = ops::suspend(&world.host, &name("web")).expect_err("memfd");
+    assert!(error.to_string().contains("devdax"), "{error}");
+    world.define("db", "store = \"devdax\"");
+    let error = ops::start(&world.host, &name("db")).expect_err("no store");
+    assert!(error.to_string().contains("memmap="), "{error}");
+    assert!(!world.dir("db").exists());
+}
+
+fn held() {
+    let world = World::new();
+    world.start(&["web"]);
+    let socket = world.host.layout.socket(&name("web"));
+    hebe_host::vmm::freeze(&socket, Duration::from_secs(5)).expect("freezes");
+    // The manager was killed here, before it told the VMM to end.
+    assert_eq!(world.state("web"), VmState::Frozen);
+    let all = resume_all(&world.host, stamp_now(), false);
+    assert_eq!(all.vms[&name("web")], Resumed::Already);
+    assert_eq!(world.state("web"), VmState::Running);
+}
+
+fn full_store() {
+    let world = World::new();
+    world.define("big", "");
+    let path = hebe_host::definitions::expected_path(&world.host.layout, &name("big"));
+    let text = fs::read_to_string(&path).expect("read");
+    fs::write(&path, text.replace("4MiB", "1GiB")).expect("write");
+    let error = ops::start(&world.host, &name("big")).expect_err("full");
+    assert!(error.to_string().contains("free"), "{error}");
+    assert_eq!(world.segments(), 0);
+    assert!(!world.dir("big").exists());
+}

@@ -1,0 +1,48 @@
+//! The host's orders from end to end, with real processes, real locks and a
+//! real store in a plain file. Two things stand in: the machine (so that
+//! leaving the kernel is an event in a list) and the VMM: this very program,
+//! started with a VMM's arguments, speaks the control protocol and commits
+//! states, and has no guest.
+
+mod fake_vmm;
+mod life;
+mod reboots;
+mod verdicts;
+mod world;
+
+use std::panic::{self, AssertUnwindSafe};
+use std::process::ExitCode;
+
+type Case = (&'static str, fn());
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments.iter().any(|a| a == "--lock-fd") {
+        return fake_vmm::run(&arguments);
+    }
+    let filter = arguments.iter().find(|a| !a.starts_with('-'));
+    let wanted = |name: &str| filter.is_none_or(|f| name.contains(f.as_str()));
+    let cases: Vec<Case> = [life::CASES, reboots::CASES, verdicts::CASES]
+        .concat()
+        .into_iter()
+        .filter(|(name, _)| wanted(name))
+        .collect();
+    if arguments.iter().any(|a| a == "--list") {
+        for (name, _) in &cases {
+            println!("{name}: test");
+        }
+        return ExitCode::SUCCESS;
+    }
+    let mut failed = 0;
+    for (name, case) in &cases {
+        let ok = panic::catch_unwind(AssertUnwindSafe(case)).is_ok();
+        println!("test {name} ... {}", if ok { "ok" } else { "FAILED" });
+        failed += usize::from(!ok);
+    }
+    println!("{} passed, {failed} failed", cases.len() - failed);
+    if failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}

@@ -1,0 +1,347 @@
+//! All VMs: reboots that work, reboots that are undone, and stops of the
+//! machine in between.
+
+use std::fs;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use hebe_host::listing::VmState;
+use hebe_host::ops;
+use hebe_host::reboot::{RebootEnd, complete_report, reboot};
+use hebe_host::resume_all::{Resumed, resume_all};
+use hebe_host::saved::{Pending, SavedPaths};
+use hebe_host::timeline::{EventKind, Side};
+use hebe_sys::clock::stamp_now;
+use hebe_types::RebootMethod;
+
+use crate::world::{World, name};
+
+pub const CASES: &[crate::Case] = &[
+    (
+        "a_warm_reboot_brings_every_vm_back_and_leaves_a_report",
+        warm,
+    ),
+    ("a_saved_reboot_brings_every_vm_back_from_its_file", saved),
+    ("a_cold_reboot_boots_what_it_shut_down", cold),
+    ("a_jump_that_fails_thaws_every_vm", jump_fails),
+    (
+        "a_vm_that_cannot_freeze_brings_the_others_back",
+        cannot_freeze,
+    ),
+    ("a_vmm_that_dies_while_it_freezes", dies_freezing),
+    (
+        "a_vm_that_cannot_be_saved_brings_the_others_back",
+        cannot_save,
+    ),
+    ("a_kernel_that_does_not_load_touches_nothing", load_fails),
+    ("services_that_do_not_stop_are_started_again", services_fail),
+    ("a_failed_cold_reboot_boots_the_vms_again", cold_fails),
+    ("a_failed_thaw_leaves_the_vm_listed", thaw_fails),
+    ("a_stop_of_the_machine_while_vms_run", stop_while_running),
+    (
+        "a_stop_of_the_machine_during_a_restore",
+        stop_while_restoring,
+    ),
+    (
+        "a_stop_of_the_machine_before_a_vm_ever_ran",
+        stop_before_first_run,
+    ),
+    ("damage_costs_one_vm", damage),
+];
+
+fn silent(_: &str) {}
+
+fn abort(world: &World, method: RebootMethod) -> (String, Vec<String>, Vec<String>) {
+    match reboot(&world.host, &world.options(method), &silent) {
+        Err(RebootEnd::Aborted {
+            why,
+            stranded,
+            notes,
+        }) => {
+            let stranded = stranded.iter().map(|(n, _)| n.to_string()).collect();
+            (why, stranded, notes)
+        }
+        other => panic!("not aborted: {other:?}"),
+    }
+}
+
+fn warm() {
+    let world = World::new();
+    world.start(&["db", "web"]);
+    let before = world.instance("web").expect("instance").vm;
+    world.forget_events();
+    world.reboot(RebootMethod::Warm);
+    let stop = world.at("host run stop a");
+    for event in ["db frozen", "web frozen"] {
+        assert!(stop < world.at(event), "services stop first (R-22)");
+        assert!(world.at(event) < world.at("host leave Kexec"));
+    }
+    assert!(world.at("host load") < stop, "the load comes while VMs run");
+    let last_sync = world.events().iter().rposition(|e| e == "host sync");
+    assert!(last_sync > Some(world.at("web frozen")), "last writes");
+    for vm in ["db", "web"] {
+        assert_eq!(world.state(vm), VmState::Frozen);
+    }
+    let all = resume_all(&world.host, stamp_now(), false);
+    assert_eq!(all.store_trouble, None);
+    assert!(all.vms.values().all(|r| *r == Resumed::Resumed), "{all:?}");
+    assert_eq!(world.instance("web").expect("instance").vm, before);
+    let report = complete_report(&world.host).expect("io").expect("a report");
+    assert_eq!(report.before.release, "6.1");
+    assert_eq!(report.after.as_ref().expect("after").release, "6.2");
+    let web = name("web");
+    for (side, vm, kind) in [
+        (Side::Before, None, EventKind::ServicesStopped),
+        (Side::Before, Some(&web), EventKind::Committed),
+        (Side::Before, None, EventKind::Jump),
+        (Side::After, None, EventKind::UserSpace),
+        (Side::After, None, EventKind::StoreFound),
+        (Side::After, Some(&web), EventKind::Running),
+        (Side::After, Some(&web), EventKind::FirstReply),
+    ] {
+        assert!(report.at(side, vm, kind).is_some(), "{side:?} {kind:?}");
+    }
+    let downtimes = report.downtimes();
+    assert_eq!(downtimes.len(), 2);
+    assert!(
+        downtimes
+            .iter()
+            .all(|d| d.stopped_ms.is_some_and(|ms| ms > 0.0))
+    );
+    let again = resume_all(&world.host, stamp_now(), false);
+    assert!(again.vms.values().all(|r| *r == Resumed::Already));
+}
+
+fn saved() {
+    let world = World::new();
+    world.start(&["db", "web"]);
+    world.forget_events();
+    world.reboot(RebootMethod::Saved);
+    assert_eq!(world.state("web"), VmState::Saved);
+    let all = resume_all(&world.host, stamp_now(), false);
+    assert!(all.vms.values().all(|r| *r == Resumed::Restored), "{all:?}");
+    for vm in ["db", "web"] {
+        let paths = SavedPaths::new(&world.host.layout, &name(vm));
+        assert_eq!(paths.fact(), None, "the file is used up");
+        assert_eq!(world.state(vm), VmState::Running);
+    }
+    assert_eq!(world.segments(), 2, "the stale segments are gone");
+    // What ran since is never taken back to the file.
+    world.next_boot();
+    let all = resume_all(&world.host, stamp_now(), false);
+    let lost = &all.vms[&name("web")];
+    assert!(matches!(lost, Resumed::Lost { .. }), "{lost:?}");
+}
+
+fn cold() {
+    let world = World::new();
+    world.start(&["db", "web"]);
+    world.tell("web", "ignore-button");
+    let (why, stranded, _) = abort(&world, RebootMethod::Cold);
+    assert!(why.contains("did not power off"), "{why}");
+    assert!(stranded.is_empty());
+    assert_eq!(world.state("db"), VmState::Running, "booted again");
+    world.tell("web", "");
+    world.reboot(RebootMethod::Cold);
+    let pending = Pending::read(&world.host.layout).expect("read");
+    assert_eq!(pending.vms.len(), 2);
+    let all = resume_all(&world.host, stamp_now(), false);
+    assert!(all.vms.values().all(|r| *r == Resumed::Booted), "{all:?}");
+    assert_eq!(world.segments(), 2);
+    let pending = Pending::read(&world.host.layout).expect("read");
+    assert!(pending.vms.is_empty());
+}
+
+fn jump_fails() {
+    let world = World::new();
+    world.start(&["db", "web"]);
+    let before = world.instance("web").expect("instance").vm;
+    let (why, stranded, notes) = abort(&world, RebootMethod::Warm);
+    assert!(why.contains("reboot"), "{why}");
+    assert!(
+        stranded.is_empty() && notes.is_empty(),
+        "{stranded:?} {notes:?}"
+    );
+    for vm in ["db", "web"] {
+        assert_eq!(world.state(vm), VmState::Running);
+    }
+    assert_eq!(world.instance("web").expect("instance").vm, before);
+    assert!(world.at("host leave Kexec") < world.at("host run start a"));
+    world.at("host unload");
+    // The store has no manager any more: others can work.
+    world.start(&["third"]);
+}
+
+fn cannot_freeze() {
+    let world = World::new();
+    world.start(&["db", "mail", "web"]);
+    world.tell("mail", "refuse-freeze");
+    let (why, stranded, _) = abort(&world, RebootMethod::Warm);
+    assert_eq!(why, "mail: a disk request hangs");
+    assert!(stranded.is_empty());
+    for vm in ["db", "mail", "web"] {
+        assert_eq!(world.state(vm), VmState::Running);
+    }
+    let left = world.events().iter().any(|e| e.starts_with("host leave"));
+    assert!(!left, "the machine did not leave");
+}
+
+fn dies_freezing() {
+    let world = World::new();
+    world.start(&["db", "web"]);
+    world.tell("db", "die-after-commit");
+    world.tell("web", "die-before-commit");
+    let (_, stranded, _) = abort(&world, RebootMethod::Warm);
+    assert_eq!(stranded, ["web"], "it has no state");
+    assert_eq!(world.state("web"), VmState::Crashed);
+    assert_eq!(world.state("db"), VmState::Running, "resumed by a new VMM");
+}
+
+fn cannot_save() {
+    let world = World::new();
+    world.start(&["db", "web"]);
+    world.tell("db", "refuse-save");
+    let (why, stranded, _) = abort(&world, RebootMethod::Saved);
+    assert!(why.contains("disk is full"), "{why}");
+    assert!(stranded.is_empty());
+    for vm in ["db", "web"] {
+        assert_eq!(world.state(vm), VmState::Running);
+        let paths = SavedPaths::new(&world.host.layout, &name(vm));
+        assert_eq!(paths.fact(), None, "no file is older than its disk");
+    }
+}
+
+fn load_fails() {
+    let world = World::new();
+    world.start(&["web"]);
+    world.forget_events();
+    world.machine.refuse_load.store(true, Ordering::Relaxed);
+    let (why, stranded, _) = abort(&world, RebootMethod::Warm);
+    assert!(why.contains("load"), "{why}");
+    assert!(stranded.is_empty());
+    assert_eq!(world.events(), ["host unload"]);
+}
+
+fn services_fail() {
+    let world = World::new();
+    world.start(&["web"]);
+    world.forget_events();
+    world.machine.refuse_services.store(true, Ordering::Relaxed);
+    let (why, _, _) = abort(&world, RebootMethod::Warm);
+    assert!(why.contains("stop a"), "{why}");
+    let expected = [
+        "host load",
+        "host run stop a",
+        "host run start a",
+        "host unload",
+    ];
+    assert_eq!(world.events(), expected);
+}
+
+fn cold_fails() {
+    let world = World::new();
+    world.start(&["web"]);
+    let (_, stranded, _) = abort(&world, RebootMethod::Cold);
+    assert!(stranded.is_empty());
+    assert_eq!(world.state("web"), VmState::Running);
+    let pending = Pending::read(&world.host.layout).expect("read");
+    assert!(pending.vms.is_empty(), "the next boot is told nothing");
+}
+
+fn thaw_fails() {
+    let world = World::new();
+    world.start(&["db", "web"]);
+    world.tell("web", "refuse-thaw");
+    let (_, stranded, _) = abort(&world, RebootMethod::Warm);
+    assert_eq!(stranded, ["web"]);
+    assert_eq!(world.state("web"), VmState::Frozen);
+    assert_eq!(world.state("db"), VmState::Running);
+    world.tell("web", "");
+    resume_all(&world.host, stamp_now(), false);
+    assert_eq!(world.state("web"), VmState::Running);
+}
+
+fn stop_while_running() {
+    let world = World::new();
+    world.start(&["web"]);
+    world.define("auto", "autostart = true");
+    ops::start(&world.host, &name("auto")).expect("starts");
+    world.next_boot();
+    assert_eq!(world.state("web"), VmState::Crashed);
+    let all = resume_all(&world.host, stamp_now(), true);
+    let web = &all.vms[&name("web")];
+    assert!(matches!(web, Resumed::Lost { reason } if reason.contains("hebe start")));
+    assert_eq!(all.vms[&name("auto")], Resumed::Booted);
+    assert_eq!(world.segments(), 2, "nothing is freed without an order");
+}
+
+fn stop_while_restoring() {
+    let world = World::new();
+    world.start(&["web"]);
+    world.reboot(RebootMethod::Saved);
+    let paths = SavedPaths::new(&world.host.layout, &name("web"));
+    // Stopped after the file was withdrawn and before the VM ran.
+    world.tell("web", "fail-late");
+    let all = resume_all(&world.host, stamp_now(), false);
+    assert!(matches!(all.vms[&name("web")], Resumed::Failed { .. }));
+    assert!(
+        paths.complete.exists(),
+        "it never ran: the file counts again"
+    );
+    fs::rename(&paths.complete, &paths.restoring).expect("rename");
+    world.tell("web", "");
+    let info = paths.read_info().expect("info");
+    let store = &world.host.store;
+    store
+        .create(info.vm, &name("web"), info.memory)
+        .expect("a segment in which nothing ran");
+    let all = resume_all(&world.host, stamp_now(), false);
+    assert_eq!(all.vms[&name("web")], Resumed::Restored);
+    assert_eq!(world.segments(), 1);
+}
+
+fn stop_before_first_run() {
+    let world = World::new();
+    let store = &world.host.store;
+    store
+        .create(
+            hebe_types::VmId([9; 16]),
+            &name("web"),
+            hebe_types::ByteSize::mib(4),
+        )
+        .expect("created, and the machine stopped");
+    let all = resume_all(&world.host, stamp_now(), false);
+    assert_eq!(all.vms[&name("web")], Resumed::Cleaned);
+    assert_eq!(world.segments(), 0);
+}
+
+fn damage() {
+    use std::os::unix::fs::FileExt;
+    let world = World::new();
+    world.start(&["db", "web"]);
+    ops::suspend(&world.host, &name("db")).expect("suspends");
+    ops::suspend(&world.host, &name("web")).expect("suspends");
+    let view = world.host.store.view().expect("view").expect("store");
+    let spec = &view.segment_of(&name("db")).expect("segment").spec;
+    let spec: hebe_store::SegmentSpec = serde_json::from_str(spec).expect("spec");
+    let store = fs::OpenOptions::new()
+        .write(true)
+        .open(world.root.path().join("store"))
+        .expect("open");
+    let noise = vec![0xa5u8; spec.exec.len as usize];
+    store
+        .write_all_at(&noise, spec.exec.offset)
+        .expect("damage");
+    assert_eq!(world.state("db"), VmState::Damaged);
+    let all = resume_all(&world.host, stamp_now(), false);
+    assert_eq!(all.vms[&name("web")], Resumed::Resumed);
+    let db = &all.vms[&name("db")];
+    assert!(
+        matches!(db, Resumed::Left { reason } if reason.contains("hebe drop")),
+        "{db:?}"
+    );
+    assert_eq!(world.segments(), 2);
+    ops::drop_vm(&world.host, &name("db")).expect("given up");
+    assert!(ops::ended_within(&world.host, &name("db"), Duration::ZERO));
+    assert_eq!(world.segments(), 1);
+}

@@ -1,0 +1,173 @@
+//! Pre-flight: what is refused, and in which words; and the shapes of JSON.
+
+use std::sync::atomic::Ordering;
+
+use hebe_flow::reboot::Fate;
+use hebe_host::listing;
+use hebe_host::ops;
+use hebe_host::preflight::{Level, Verdict, preflight};
+use hebe_host::reboot::{RebootEnd, reboot};
+use hebe_types::RebootMethod;
+
+use crate::world::{RESERVED, World, name};
+
+pub const CASES: &[crate::Case] = &[
+    ("each_method_has_its_verdict_per_vm", verdicts),
+    ("a_lost_reservation_is_refused", reservation),
+    ("a_missing_kernel_is_refused", kernel),
+    ("saved_vms_need_room_on_a_disk", room),
+    ("a_missing_disk_is_refused", disk),
+    ("a_reset_is_refused_while_a_vm_is_frozen", reset),
+    ("a_refused_reboot_touches_nothing", refused),
+    ("the_json_of_lists_and_verdicts_keeps_its_shape", shapes),
+];
+
+fn verdict(world: &World, method: RebootMethod) -> Verdict {
+    preflight(&world.host, &world.options(method), true).0
+}
+
+fn failed(verdict: &Verdict) -> Vec<&str> {
+    let bad = verdict.checks.iter().filter(|c| c.level == Level::Fail);
+    for check in bad.clone() {
+        assert!(check.remedy.is_some(), "{check:?}");
+    }
+    bad.map(|c| c.id.as_str()).collect()
+}
+
+fn verdicts() {
+    let world = World::new();
+    world.start(&["web"]);
+    world.define("anon", "store = \"memfd\"");
+    ops::start(&world.host, &name("anon")).expect("starts");
+    world.define("off", "");
+    let of = |method| {
+        let verdict = verdict(&world, method);
+        assert!(verdict.passes(), "{}", verdict.why_not());
+        let fate = |vm: &str| {
+            let own = verdict.vms.iter().find(|v| v.vm == name(vm));
+            own.expect("listed").fate
+        };
+        (fate("anon"), fate("off"), fate("web"))
+    };
+    let (keep, save, shut) = (Some(Fate::Keep), Some(Fate::Save), Some(Fate::ShutDown));
+    assert_eq!(of(RebootMethod::Warm), (save, None, keep));
+    assert_eq!(of(RebootMethod::Saved), (save, None, save));
+    assert_eq!(of(RebootMethod::Cold), (shut, None, shut));
+    let mut options = world.options(RebootMethod::Cold);
+    options.kernel = None;
+    let (cold, _) = preflight(&world.host, &options, true);
+    assert_eq!(cold.leave, "reset");
+}
+
+fn reservation() {
+    let world = World::new();
+    world.start(&["web"]);
+    let mut options = world.options(RebootMethod::Warm);
+    for cmdline in ["quiet", "memmap=128M!4G", "memmap=256M!5G"] {
+        options.cmdline = Some(cmdline.into());
+        let (verdict, _) = preflight(&world.host, &options, true);
+        assert_eq!(failed(&verdict), ["reservation"], "{cmdline}");
+        assert!(verdict.why_not().contains("memmap=256M!4G"));
+    }
+    options.cmdline = None;
+    options.append = Some(format!("{RESERVED} panic=1"));
+    let (verdict, _) = preflight(&world.host, &options, true);
+    assert!(verdict.passes(), "{}", verdict.why_not());
+    let next = verdict.next.expect("kexec");
+    assert_eq!(next.cmdline, format!("{RESERVED} panic=1"));
+    options.append = Some("memmap=64M!8G".into());
+    let (verdict, _) = preflight(&world.host, &options, true);
+    assert_eq!(failed(&verdict), ["reservation"]);
+}
+
+fn kernel() {
+    let world = World::new();
+    let mut options = world.options(RebootMethod::Warm);
+    options.kernel = Some("/no/such/kernel".into());
+    let (verdict, _) = preflight(&world.host, &options, true);
+    assert_eq!(failed(&verdict), ["kernel"]);
+    world.machine.refuse_load.store(true, Ordering::Relaxed);
+    let verdict = crate::verdicts::verdict(&world, RebootMethod::Warm);
+    assert_eq!(failed(&verdict), ["kexec"]);
+}
+
+fn room() {
+    let world = World::new();
+    world.start(&["web"]);
+    *world.machine.free.lock().expect("lock") = 1 << 20;
+    world.machine.volatile.store(true, Ordering::Relaxed);
+    assert!(verdict(&world, RebootMethod::Warm).passes(), "not needed");
+    let saved = verdict(&world, RebootMethod::Saved);
+    assert_eq!(failed(&saved), ["state-dir", "disk-space"]);
+    let cold = verdict(&world, RebootMethod::Cold);
+    assert_eq!(failed(&cold), ["state-dir"]);
+}
+
+fn disk() {
+    let world = World::new();
+    let image = world.root.path().join("disk");
+    std::fs::write(&image, "x").expect("write");
+    world.define("web", &format!("[[disk]]\npath = \"{}\"", image.display()));
+    ops::start(&world.host, &name("web")).expect("starts");
+    assert!(verdict(&world, RebootMethod::Warm).passes());
+    std::fs::remove_file(&image).expect("remove");
+    let verdict = verdict(&world, RebootMethod::Warm);
+    assert_eq!(failed(&verdict), ["files:web"]);
+    ops::stop(
+        &world.host,
+        &name("web"),
+        ops::StopOptions {
+            timeout: std::time::Duration::from_secs(5),
+            force: true,
+        },
+    )
+    .expect("stops");
+    let error = ops::start(&world.host, &name("web")).expect_err("no disk");
+    assert!(error.to_string().contains("disk"), "{error}");
+}
+
+fn reset() {
+    let world = World::new();
+    world.start(&["web"]);
+    ops::suspend(&world.host, &name("web")).expect("suspends");
+    let mut options = world.options(RebootMethod::Saved);
+    options.hard = true;
+    let (verdict, _) = preflight(&world.host, &options, true);
+    assert_eq!(failed(&verdict), ["frozen:web"]);
+    options.hard = false;
+    assert!(preflight(&world.host, &options, true).0.passes());
+}
+
+fn refused() {
+    let world = World::new();
+    world.start(&["web"]);
+    world.forget_events();
+    let mut options = world.options(RebootMethod::Warm);
+    options.cmdline = Some("quiet".into());
+    let end = reboot(&world.host, &options, &|_| {}).expect_err("refused");
+    assert!(matches!(end, RebootEnd::Refused(why) if why.contains("memmap")));
+    assert!(world.events().is_empty(), "{:?}", world.events());
+}
+
+fn shapes() {
+    let world = World::new();
+    world.start(&["web"]);
+    let survey = listing::survey(&world.host);
+    let row = serde_json::to_value(&survey.rows[&name("web")]).expect("json");
+    assert_eq!(row["name"], "web");
+    assert_eq!(row["state"], "running");
+    assert_eq!(row["memory"], "4MiB");
+    assert_eq!(row["store"], "devdax");
+    assert!(row["pid"].is_u64() && row["segment"].is_u64());
+    let verdict = serde_json::to_value(verdict(&world, RebootMethod::Warm)).expect("json");
+    assert_eq!(verdict["method"], "warm");
+    assert_eq!(verdict["leave"], "kexec");
+    assert_eq!(verdict["vms"][0]["fate"], "keep");
+    for check in verdict["checks"].as_array().expect("checks") {
+        assert!(check["id"].is_string() && check["sentence"].is_string());
+        assert!(["ok", "warn", "fail"].contains(&check["level"].as_str().expect("level")));
+    }
+    let store = serde_json::to_value(world.host.store.view().expect("view")).expect("json");
+    assert_eq!(store["segments"][0]["exec"], "running");
+    assert_eq!(store["segments"][0]["name"], "web");
+}

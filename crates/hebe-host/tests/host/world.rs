@@ -1,0 +1,353 @@
+//! A host in a temporary directory.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use hebe_host::launch::Instance;
+use hebe_host::listing::{self, VmState};
+use hebe_host::lock::VmLock;
+use hebe_host::preflight::RebootOptions;
+use hebe_host::store_init::{InitOptions, init};
+use hebe_host::stores::{DeviceStore, NewSegment, StoreAccess, StoreTrouble, StoreView};
+use hebe_host::system::{Leave, System, SystemError};
+use hebe_host::{Host, Layout};
+use hebe_types::{ByteSize, RebootMethod, SegmentId, Stamp, VmId, VmName};
+
+pub const RESERVED: &str = "quiet memmap=256M!4G";
+
+/// The machine: notes what is done to it.
+pub struct FakeMachine {
+    pub events: PathBuf,
+    pub boot_id: Mutex<[u8; 16]>,
+    pub cmdline: String,
+    pub free: Mutex<u64>,
+    pub volatile: AtomicBool,
+    pub refuse_load: AtomicBool,
+    pub refuse_services: AtomicBool,
+    /// Leaving works: then whoever leaves never returns.
+    pub leaves: AtomicBool,
+    pub left: AtomicBool,
+    pub realtime_set: Mutex<Option<u64>>,
+    /// Given back when the machine leaves, as a kernel does with all locks.
+    pub store: Mutex<Option<Arc<DeviceStore>>>,
+}
+
+impl FakeMachine {
+    fn event(&self, what: &str) {
+        use std::io::Write;
+        let mut file = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&self.events)
+            .expect("events");
+        file.write_all(format!("host {what}\n").as_bytes())
+            .expect("write");
+    }
+}
+
+fn refused(command: &str) -> SystemError {
+    SystemError::Command {
+        command: command.into(),
+        how: "failed: told so".into(),
+    }
+}
+
+impl System for FakeMachine {
+    fn load_kernel(&self, kernel: &Path, _: Option<&Path>, _: &str) -> Result<(), SystemError> {
+        if self.refuse_load.load(Ordering::Relaxed) {
+            return Err(refused(&format!("load {}", kernel.display())));
+        }
+        self.event("load");
+        Ok(())
+    }
+    fn unload_kernel(&self) -> Result<(), SystemError> {
+        self.event("unload");
+        Ok(())
+    }
+    fn kernel_loaded(&self) -> Option<bool> {
+        Some(false)
+    }
+    fn leave(&self, how: Leave) -> SystemError {
+        self.event(&format!("leave {how:?}"));
+        if !self.leaves.load(Ordering::Relaxed) {
+            return refused("reboot");
+        }
+        if let Some(store) = &*self.store.lock().expect("lock") {
+            store.release();
+        }
+        self.left.store(true, Ordering::Release);
+        loop {
+            std::thread::park();
+        }
+    }
+    fn sync(&self) {
+        self.event("sync");
+    }
+    fn run(&self, command: &str, _: Duration) -> Result<(), SystemError> {
+        self.event(&format!("run {command}"));
+        if command.starts_with("stop") && self.refuse_services.load(Ordering::Relaxed) {
+            return Err(refused(command));
+        }
+        Ok(())
+    }
+    fn boot_id(&self) -> [u8; 16] {
+        *self.boot_id.lock().expect("lock")
+    }
+    fn cmdline(&self) -> String {
+        self.cmdline.clone()
+    }
+    fn release(&self) -> String {
+        format!("6.{}", self.boot_id()[0])
+    }
+    fn free_space(&self, _: &Path) -> io::Result<ByteSize> {
+        Ok(ByteSize(*self.free.lock().expect("lock")))
+    }
+    fn is_volatile(&self, _: &Path) -> io::Result<bool> {
+        Ok(self.volatile.load(Ordering::Relaxed))
+    }
+    fn stamp(&self) -> Stamp {
+        hebe_sys::clock::stamp_now()
+    }
+    fn monotonic_ns(&self) -> u64 {
+        hebe_sys::proc::monotonic_ns()
+    }
+    fn since_boot_ns(&self) -> u64 {
+        1_000_000
+    }
+    fn set_realtime_ns(&self, realtime_ns: u64) -> io::Result<()> {
+        *self.realtime_set.lock().expect("lock") = Some(realtime_ns);
+        Ok(())
+    }
+}
+
+/// No store.
+struct Absent;
+
+impl StoreAccess for Absent {
+    fn view(&self) -> Result<Option<StoreView>, StoreTrouble> {
+        Ok(None)
+    }
+    fn create(&self, _: VmId, _: &VmName, _: ByteSize) -> Result<NewSegment, StoreTrouble> {
+        Err(StoreTrouble::None)
+    }
+    fn drop_segment(&self, _: SegmentId) -> Result<(), StoreTrouble> {
+        Err(StoreTrouble::None)
+    }
+    fn device(&self) -> Result<OwnedFd, StoreTrouble> {
+        Err(StoreTrouble::None)
+    }
+    fn read_report(&self) -> Result<Option<Vec<u8>>, StoreTrouble> {
+        Ok(None)
+    }
+    fn write_report(&self, _: &[u8]) -> Result<(), StoreTrouble> {
+        Err(StoreTrouble::None)
+    }
+    fn hold(&self) -> Result<(), StoreTrouble> {
+        Ok(())
+    }
+    fn release(&self) {}
+}
+
+/// A host and everything in it.
+pub struct World {
+    pub root: tempfile::TempDir,
+    pub machine: Arc<FakeMachine>,
+    pub host: Host,
+}
+
+pub fn name(text: &str) -> VmName {
+    text.parse().expect("name")
+}
+
+impl World {
+    /// A host with a store of 128 MiB.
+    pub fn new() -> Self {
+        let mut world = Self::without_store();
+        let path = world.root.path().join("store");
+        let file = fs::File::create(&path).expect("create");
+        file.set_len(128 << 20).expect("size");
+        let mut layout = world.host.layout.clone();
+        layout.store = Some(path.clone());
+        let store = Arc::new(DeviceStore::new(Some(path)));
+        *world.machine.store.lock().expect("lock") = Some(Arc::clone(&store));
+        world.host.layout = layout;
+        world.host.store = store;
+        init(&world.host, &InitOptions::default()).expect("a store");
+        world
+    }
+
+    /// A host without one.
+    pub fn without_store() -> Self {
+        let root = tempfile::tempdir().expect("dir");
+        fs::create_dir(root.path().join("fake")).expect("mkdir");
+        fs::write(root.path().join("kernel"), "k").expect("write");
+        let machine = Arc::new(FakeMachine {
+            events: root.path().join("fake/events"),
+            boot_id: Mutex::new([1; 16]),
+            cmdline: RESERVED.into(),
+            free: Mutex::new(1 << 40),
+            volatile: AtomicBool::new(false),
+            refuse_load: AtomicBool::new(false),
+            refuse_services: AtomicBool::new(false),
+            leaves: AtomicBool::new(false),
+            left: AtomicBool::new(false),
+            realtime_set: Mutex::new(None),
+            store: Mutex::new(None),
+        });
+        let mut layout = Layout::below(root.path());
+        layout.vmm = std::env::current_exe().expect("exe");
+        let host = Host {
+            layout,
+            store: Arc::new(Absent),
+            system: machine.clone(),
+        };
+        let config = host.layout.config.join("host.toml");
+        fs::create_dir_all(config.parent().expect("parent")).expect("mkdir");
+        let text = "[services]\nstop = [\"stop a\"]\nstart = [\"start a\"]\n";
+        fs::write(config, text).expect("write");
+        Self {
+            root,
+            machine,
+            host,
+        }
+    }
+
+    /// Writes a definition of 4 MiB.
+    pub fn define(&self, vm: &str, more: &str) {
+        let dir = self.host.layout.config.join("vms");
+        fs::create_dir_all(&dir).expect("mkdir");
+        let kernel = self.root.path().join("kernel");
+        let text = format!(
+            "name = \"{vm}\"\nmemory = \"4MiB\"\nkernel = \"{}\"\n{more}\n",
+            kernel.display()
+        );
+        fs::write(dir.join(format!("{vm}.toml")), text).expect("write");
+    }
+
+    /// Defines and starts VMs.
+    pub fn start(&self, vms: &[&str]) {
+        for vm in vms {
+            self.define(vm, "");
+            hebe_host::ops::start(&self.host, &name(vm)).expect("starts");
+        }
+    }
+
+    /// Tells a VM's fake VMM what to do wrong.
+    pub fn tell(&self, vm: &str, words: &str) {
+        fs::write(self.root.path().join("fake").join(vm), words).expect("write");
+    }
+
+    /// What happened so far, without who did it unless asked.
+    pub fn events(&self) -> Vec<String> {
+        let text = fs::read_to_string(&self.machine.events).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    pub fn forget_events(&self) {
+        let _ = fs::remove_file(&self.machine.events);
+    }
+
+    /// Position of an event.
+    pub fn at(&self, event: &str) -> usize {
+        let events = self.events();
+        events
+            .iter()
+            .position(|e| e == event)
+            .unwrap_or_else(|| panic!("{event} did not happen: {events:?}"))
+    }
+
+    pub fn state(&self, vm: &str) -> VmState {
+        let survey = listing::survey(&self.host);
+        survey.rows.get(&name(vm)).expect("listed").state
+    }
+
+    pub fn dir(&self, vm: &str) -> PathBuf {
+        self.host.layout.vm_dir(&name(vm))
+    }
+
+    /// Number of segments in the store.
+    pub fn segments(&self) -> usize {
+        let view = self.host.store.view().expect("view").expect("store");
+        view.segments.len()
+    }
+
+    /// Kills the VMM of a VM as a machine that stops does.
+    pub fn kill(&self, vm: &str) {
+        let survey = listing::survey(&self.host);
+        let pid = survey.rows[&name(vm)].pid.expect("up");
+        let pid = rustix::process::Pid::from_raw(pid as i32).expect("pid");
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill");
+        let began = Instant::now();
+        while VmLock::is_held(&self.dir(vm)) {
+            assert!(began.elapsed() < Duration::from_secs(10), "it dies");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// What a stop of the machine leaves: no process, no runtime directory,
+    /// another boot.
+    pub fn next_boot(&self) {
+        let vms = fs::read_dir(self.host.layout.run.join("vms"));
+        for entry in vms.into_iter().flatten().flatten() {
+            let vm = entry.file_name().into_string().expect("name");
+            if VmLock::is_held(&entry.path()) {
+                self.kill(&vm);
+            }
+        }
+        let _ = fs::remove_dir_all(&self.host.layout.run);
+        let mut boot = self.machine.boot_id.lock().expect("lock");
+        boot[0] += 1;
+        self.machine.leaves.store(false, Ordering::Relaxed);
+        self.machine.left.store(false, Ordering::Relaxed);
+    }
+
+    /// What an operator would type for `method`.
+    pub fn options(&self, method: RebootMethod) -> RebootOptions {
+        RebootOptions {
+            method,
+            kernel: Some(self.root.path().join("kernel")),
+            timeout_s: 5,
+            ..RebootOptions::default()
+        }
+    }
+
+    /// Reboots until the machine has left, and comes up again.
+    pub fn reboot(&self, method: RebootMethod) {
+        self.machine.leaves.store(true, Ordering::Relaxed);
+        let (host, options) = (self.host.clone(), self.options(method));
+        let thread = std::thread::spawn(move || {
+            let end = hebe_host::reboot::reboot(&host, &options, &|_| {});
+            panic!("the machine did not leave: {end:?}");
+        });
+        let began = Instant::now();
+        while !self.machine.left.load(Ordering::Acquire) {
+            assert!(!thread.is_finished(), "the reboot ended early");
+            assert!(began.elapsed() < Duration::from_secs(30), "it leaves");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.next_boot();
+    }
+
+    pub fn instance(&self, vm: &str) -> Option<Instance> {
+        Instance::read(&self.dir(vm))
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let vms = fs::read_dir(self.host.layout.run.join("vms"));
+        for entry in vms.into_iter().flatten().flatten() {
+            let status =
+                hebe_host::vmm::status(&entry.path().join("vmm.sock"), Duration::from_secs(5));
+            let pid = status.ok().and_then(|s| i32::try_from(s.pid).ok());
+            if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
+    }
+}
