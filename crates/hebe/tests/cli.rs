@@ -1,0 +1,177 @@
+//! The program itself: exit statuses, JSON and sentences, on a host without
+//! VMs whose store is a plain file.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+struct Host {
+    root: tempfile::TempDir,
+}
+
+impl Host {
+    fn new() -> Self {
+        let root = tempfile::tempdir().expect("dir");
+        let store = fs::File::create(root.path().join("store")).expect("create");
+        store.set_len(64 << 20).expect("size");
+        Self { root }
+    }
+
+    fn path(&self, file: &str) -> String {
+        self.root.path().join(file).display().to_string()
+    }
+
+    fn hebe(&self, arguments: &[&str]) -> Output {
+        let root: &Path = self.root.path();
+        Command::new(env!("CARGO_BIN_EXE_hebe"))
+            .args(arguments)
+            .env("HEBE_RUN_DIR", root.join("run"))
+            .env("HEBE_CONFIG_DIR", root.join("etc"))
+            .env("HEBE_STATE_DIR", root.join("state"))
+            .env("HEBE_STORE", root.join("store"))
+            .env("HEBE_VMM", "/no/such/hebe-vmm")
+            .output()
+            .expect("hebe runs")
+    }
+
+    fn json(&self, arguments: &[&str]) -> (i32, Value) {
+        let output = self.hebe(&[&["--json"], arguments].concat());
+        let value = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| {
+            panic!(
+                "{arguments:?}: {e}: {}",
+                String::from_utf8_lossy(&output.stdout)
+            )
+        });
+        (output.status.code().expect("exited"), value)
+    }
+
+    /// Exit status and the one sentence.
+    fn fails(&self, arguments: &[&str]) -> (i32, String) {
+        let output = self.hebe(arguments);
+        let text = String::from_utf8(output.stderr).expect("text");
+        (output.status.code().expect("exited"), text)
+    }
+}
+
+#[test]
+fn a_store_is_made_listed_and_kept() {
+    let host = Host::new();
+    let (status, _) = host.fails(&["store", "list"]);
+    assert_eq!(status, 1, "no store yet");
+    let (status, made) = host.json(&["store", "init"]);
+    assert_eq!((status, made["existing"].as_bool()), (0, Some(false)));
+    let (status, made) = host.json(&["store", "init"]);
+    assert_eq!((status, made["existing"].as_bool()), (0, Some(true)));
+    let (status, list) = host.json(&["store", "list"]);
+    assert_eq!(status, 0);
+    assert_eq!(list["segments"], Value::Array(vec![]));
+    let (status, text) = host.fails(&["store", "drop", "7"]);
+    assert_eq!(status, 1);
+    assert!(
+        text.starts_with("hebe: ") && text.contains("store list"),
+        "{text}"
+    );
+}
+
+#[test]
+fn an_empty_host_has_an_empty_list() {
+    let host = Host::new();
+    host.hebe(&["store", "init"]);
+    let (status, list) = host.json(&["list"]);
+    assert_eq!((status, &list["vms"]), (0, &Value::Array(vec![])));
+    let (status, all) = host.json(&["resume", "--all"]);
+    assert_eq!(status, 0);
+    assert_eq!(all["vms"], serde_json::json!({}));
+    let (status, text) = host.fails(&["reboot", "--report"]);
+    assert_eq!(status, 1);
+    assert!(text.contains("no report"), "{text}");
+}
+
+#[test]
+fn every_bad_input_is_one_sentence_and_leaves_nothing() {
+    let host = Host::new();
+    host.hebe(&["store", "init"]);
+    let file = host.path("web.toml");
+    let definition = |text: &str| fs::write(&file, text).expect("write");
+    let run = || host.fails(&["run", &file]);
+    let cases = [
+        (
+            "name = \"web\"\nmemory = \"0\"\nkernel = \"/k\"",
+            "multiple of 2MiB",
+        ),
+        (
+            "name = \"web\"\nmemory = \"3000000\"\nkernel = \"/k\"",
+            "multiple of 2MiB",
+        ),
+        (
+            "name = \"web\"\nmemory = \"4MiB\"\nvcpus = 9\nkernel = \"/k\"",
+            "vcpus = 9",
+        ),
+        (
+            "name = \"web\"\nmemory = \"4MiB\"\nkernel = \"/k\"",
+            "kernel /k",
+        ),
+        (
+            "name = \"web\"\nmemory = \"4MiB\"\nkernal = \"/k\"",
+            "line 3",
+        ),
+        (
+            "name = \"../web\"\nmemory = \"4MiB\"\nkernel = \"/k\"",
+            "cannot name a VM",
+        ),
+        (
+            "name = \"web\"\nmemory = \"4MiB\"\nkernel = \"/dev/null\"",
+            "HEBE_VMM",
+        ),
+    ];
+    for (text, expected) in cases {
+        definition(text);
+        let (status, sentence) = run();
+        assert_eq!(status, 1, "{sentence}");
+        assert!(sentence.contains(expected), "{sentence}");
+        assert_eq!(sentence.lines().count(), 1, "{sentence}");
+    }
+    let (_, list) = host.json(&["list"]);
+    assert_eq!(list["vms"], Value::Array(vec![]));
+    let (_, store) = host.json(&["store", "list"]);
+    assert_eq!(store["segments"], Value::Array(vec![]));
+    let (status, sentence) = host.fails(&["start", "nobody"]);
+    assert_eq!(status, 1);
+    assert!(sentence.contains("etc/vms/nobody.toml"), "{sentence}");
+    let (status, error) = host.json(&["show", "nobody"]);
+    assert_eq!(status, 1);
+    assert!(error["error"].is_string());
+}
+
+#[test]
+fn a_dry_run_tells_and_a_check_remedies() {
+    let host = Host::new();
+    host.hebe(&["store", "init"]);
+    let kernel = host.path("no-kernel");
+    let (status, verdict) = host.json(&["reboot", "--dry-run", "--kernel", &kernel]);
+    assert_eq!(status, 3);
+    assert_eq!(verdict["passes"], false);
+    assert_eq!(verdict["method"], "warm");
+    let checks = verdict["checks"].as_array().expect("checks");
+    let missing = checks.iter().find(|c| c["id"] == "kernel").expect("kernel");
+    assert_eq!(missing["level"], "fail");
+    assert!(missing["remedy"].is_string());
+    let (status, check) = host.json(&["host", "check"]);
+    assert_eq!(status, 3, "hebe-vmm is missing");
+    for one in check["checks"].as_array().expect("checks") {
+        assert_eq!(one["level"] == "ok", one["remedy"].is_null(), "{one}");
+    }
+}
+
+#[test]
+fn help_and_completions_are_there() {
+    let host = Host::new();
+    let help = host.hebe(&["reboot", "--help"]);
+    let text = String::from_utf8(help.stdout).expect("text");
+    assert!(text.contains("Examples:") && text.contains("--dry-run"));
+    let script = host.hebe(&["completions", "bash"]);
+    assert!(String::from_utf8_lossy(&script.stdout).contains("_hebe"));
+    assert_eq!(host.fails(&["reboot", "--method", "lukewarm"]).0, 2);
+}
