@@ -61,16 +61,21 @@ impl Agent {
         self.address.port()
     }
 
+    fn connect(&self, timeout: Duration) -> Result<TcpStream> {
+        let stream = TcpStream::connect_timeout(&self.address, Duration::from_secs(5))
+            .context("cannot reach the lab host")?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(timeout))?;
+        Ok(stream)
+    }
+
     fn call(
         &self,
         request: &Request,
         payload: &[u8],
         timeout: Duration,
     ) -> Result<(Reply, Vec<u8>)> {
-        let mut stream = TcpStream::connect_timeout(&self.address, Duration::from_secs(5))
-            .context("cannot reach the lab host")?;
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(timeout))?;
+        let mut stream = self.connect(timeout)?;
         write_message(&mut stream, request, &[payload]).context("the lab host's agent is gone")?;
         let (reply, payload) =
             read_message(&mut stream).context("the lab host's agent did not answer")?;
@@ -137,6 +142,18 @@ impl Agent {
     /// Sends a signal to a process of the host.
     pub fn kill(&self, pid: i32, signal: i32) -> Result<()> {
         self.simple(&Request::Kill { pid, signal }, b"").map(drop)
+    }
+
+    /// Whether a process of the host is there.
+    pub fn alive(&self, pid: u32) -> Result<bool> {
+        let mut stream = self.connect(Duration::from_secs(5))?;
+        let request = Request::Kill {
+            pid: pid as i32,
+            signal: 0,
+        };
+        write_message(&mut stream, &request, &[]).context("the lab host's agent is gone")?;
+        let (reply, _) = read_message::<Reply>(&mut stream).context("the agent did not answer")?;
+        Ok(reply == Reply::Done)
     }
 
     /// Writes a file.

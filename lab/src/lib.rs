@@ -23,3 +23,4 @@ pub mod qmp;
 pub mod scenario;
 pub mod serial;
 pub mod sources;
+pub mod trial;

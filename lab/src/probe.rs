@@ -23,6 +23,8 @@ use crate::machine::GuestPorts;
 pub const UDP_INTERVAL: Duration = Duration::from_millis(10);
 /// Pause between two bytes of the TCP session.
 pub const TCP_INTERVAL: Duration = Duration::from_secs(1);
+/// Pause between two requests to the slow service.
+pub const SLOW_INTERVAL: Duration = Duration::from_millis(500);
 /// A probe run ends by itself after this many UDP probes (20 minutes).
 const SAMPLES_MAX: usize = 120_000;
 
@@ -66,27 +68,48 @@ impl UdpRecord {
     /// The longest time between two replies, or between the last reply and
     /// the end. `None` when no reply ever came.
     pub fn longest_gap(&self) -> Option<Gap> {
-        let mut replies: Vec<u64> = self.samples.iter().filter_map(|s| s.reply_us).collect();
-        replies.sort_unstable();
-        let last = *replies.last()?;
-        let inner = replies.windows(2).map(|w| Gap {
-            from_us: w[0],
-            to_us: w[1],
-            ended: true,
-        });
-        let open = Gap {
-            from_us: last,
-            to_us: self.end_us.max(last),
-            ended: false,
-        };
-        inner
-            .chain(std::iter::once(open))
-            .max_by_key(|g| g.to_us - g.from_us)
+        longest_gap(self.samples.iter().filter_map(|s| s.reply_us), self.end_us)
     }
 
     /// Probes that were answered.
     pub fn answered(&self) -> usize {
         self.samples.iter().filter(|s| s.reply_us.is_some()).count()
+    }
+}
+
+/// The longest time between two replies, or from the last one to the end.
+fn longest_gap(replies: impl Iterator<Item = u64>, end_us: u64) -> Option<Gap> {
+    let mut replies: Vec<u64> = replies.collect();
+    replies.sort_unstable();
+    let last = *replies.last()?;
+    let inner = replies.windows(2).map(|w| Gap {
+        from_us: w[0],
+        to_us: w[1],
+        ended: true,
+    });
+    let open = Gap {
+        from_us: last,
+        to_us: end_us.max(last),
+        ended: false,
+    };
+    inner
+        .chain(std::iter::once(open))
+        .max_by_key(|g| g.to_us - g.from_us)
+}
+
+/// When the slow-starting service answered.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct SlowRecord {
+    /// Each answer, microseconds since the probe began.
+    pub replies_us: Vec<u64>,
+    /// When the probe was stopped.
+    pub end_us: u64,
+}
+
+impl SlowRecord {
+    /// The longest time without an answer.
+    pub fn longest_gap(&self) -> Option<Gap> {
+        longest_gap(self.replies_us.iter().copied(), self.end_us)
     }
 }
 
@@ -108,13 +131,15 @@ impl TcpRecord {
     }
 }
 
-/// What both probes of one guest saw.
+/// What the probes of one guest saw.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ProbeRecord {
     /// UDP.
     pub udp: UdpRecord,
     /// TCP.
     pub tcp: TcpRecord,
+    /// The slow-starting service, where asked for.
+    pub slow: Option<SlowRecord>,
 }
 
 /// Probes that run until they are stopped.
@@ -122,12 +147,13 @@ pub struct Probe {
     stop: Arc<AtomicBool>,
     udp: JoinHandle<UdpRecord>,
     tcp: JoinHandle<TcpRecord>,
+    slow: Option<JoinHandle<SlowRecord>>,
     start: Instant,
 }
 
 impl Probe {
-    /// Starts probing one guest.
-    pub fn start(ports: &GuestPorts) -> Result<Self> {
+    /// Starts probing one guest, and its slow service if `slow`.
+    pub fn start(ports: &GuestPorts, slow: bool) -> Result<Self> {
         let start = Instant::now();
         let stop = Arc::new(AtomicBool::new(false));
         let socket = UdpSocket::bind("127.0.0.1:0").context("no free port")?;
@@ -141,10 +167,15 @@ impl Probe {
             let stop = stop.clone();
             thread::spawn(move || tcp_run(address, &stop))
         };
+        let slow = slow.then(|| {
+            let (port, stop) = (ports.slow, stop.clone());
+            thread::spawn(move || slow_run(port, start, &stop))
+        });
         Ok(Self {
             stop,
             udp,
             tcp,
+            slow,
             start,
         })
     }
@@ -157,15 +188,31 @@ impl Probe {
     /// Stops and returns what was seen. Waits for the bytes still on the way.
     pub fn finish(self) -> Result<ProbeRecord> {
         self.stop.store(true, Ordering::Release);
-        let udp = self
-            .udp
-            .join()
-            .map_err(|_| anyhow::anyhow!("the UDP probe panicked"))?;
-        let tcp = self
-            .tcp
-            .join()
-            .map_err(|_| anyhow::anyhow!("the TCP probe panicked"))?;
-        Ok(ProbeRecord { udp, tcp })
+        let udp = joined(self.udp)?;
+        let tcp = joined(self.tcp)?;
+        let slow = self.slow.map(joined).transpose()?;
+        Ok(ProbeRecord { udp, tcp, slow })
+    }
+}
+
+fn joined<T>(thread: JoinHandle<T>) -> Result<T> {
+    thread
+        .join()
+        .map_err(|_| anyhow::anyhow!("a probe panicked"))
+}
+
+fn slow_run(port: u16, start: Instant, stop: &AtomicBool) -> SlowRecord {
+    let micros = || start.elapsed().as_micros() as u64;
+    let mut replies_us = Vec::new();
+    while !stop.load(Ordering::Acquire) && replies_us.len() < SAMPLES_MAX {
+        if http_get(port, "/", Duration::from_secs(2)).is_ok() {
+            replies_us.push(micros());
+        }
+        thread::sleep(SLOW_INTERVAL);
+    }
+    SlowRecord {
+        replies_us,
+        end_us: micros(),
     }
 }
 
@@ -423,7 +470,7 @@ mod tests {
                 stream.write_all(&bytes[..len]).expect("echo");
             }
         });
-        let probe = Probe::start(&ports).expect("start");
+        let probe = Probe::start(&ports, false).expect("start");
         thread::sleep(Duration::from_millis(800));
         let record = probe.finish().expect("finish");
         let gap = record.udp.longest_gap().expect("gap");

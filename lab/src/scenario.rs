@@ -121,6 +121,11 @@ impl GuestSpec {
         }
     }
 
+    /// Its command line asks for the slow-starting service.
+    pub fn has_slow_service(&self) -> bool {
+        self.append.contains("lab.slow_work=")
+    }
+
     /// The definition that an operator would write.
     pub fn config(&self) -> Result<VmConfig> {
         let folder = format!("/data/guest/{}", self.kernel);
@@ -248,7 +253,7 @@ impl Lab {
     }
 
     /// What `hebe reboot` is told for another kernel: `--kernel`, `--initrd`
-    /// and `--append` with their values.
+    /// and `--cmdline` with their values.
     pub fn reboot_arguments(&self, kernel: KernelName) -> Vec<String> {
         let (image, initrd) = host_files(kernel);
         vec![
@@ -256,7 +261,7 @@ impl Lab {
             image,
             "--initrd".to_owned(),
             initrd,
-            "--append".to_owned(),
+            "--cmdline".to_owned(),
             self.host_cmdline(),
         ]
     }

@@ -9,6 +9,7 @@ use lab::agent::{Agent, ExecOutput};
 use lab::assets::{Assets, KernelName};
 use lab::progress::Progress;
 use lab::scenario::{GuestSpec, Lab, LabOptions};
+use lab::trial::{self, Method};
 
 use crate::ui::Spinner;
 
@@ -51,6 +52,12 @@ pub struct LabArgs {
     /// Do not format the store at the first boot.
     #[arg(long)]
     no_store: bool,
+    /// After the command, reboot the host into this kernel and watch the guests.
+    #[arg(long, value_name = "KERNEL")]
+    reboot: Option<KernelName>,
+    /// How the guests get over that reboot: warm, saved or cold.
+    #[arg(long, default_value = "warm")]
+    method: Method,
     /// Leave the host running after the command, until Enter is pressed.
     #[arg(long)]
     keep: bool,
@@ -141,10 +148,16 @@ fn commands(lab: &mut Lab, args: &LabArgs, progress: &Spinner) -> Result<ExitCod
         }
     }
     progress.clear();
-    match args.command.is_empty() {
-        true => Ok(ExitCode::SUCCESS),
-        false => execute(&lab.machine.agent, &args.command),
+    let code = match args.command.is_empty() {
+        true => ExitCode::SUCCESS,
+        false => execute(&lab.machine.agent, &args.command)?,
+    };
+    if let Some(kernel) = args.reboot {
+        let trial = trial::reboot(lab, &guests, args.method, kernel, &[], progress)?;
+        progress.clear();
+        println!("{}", serde_json::to_string_pretty(&trial)?);
     }
+    Ok(code)
 }
 
 /// Runs a command in a host that is already there.

@@ -1,0 +1,299 @@
+//! One reboot of a lab host, watched from outside.
+
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use lab_guest::proto::HostStatus;
+use lab_guest::status::GuestStatus;
+use serde::Serialize;
+
+use crate::assets::KernelName;
+use crate::probe::{self, Probe, ProbeRecord};
+use crate::progress::Progress;
+use crate::scenario::{GuestSpec, Lab};
+
+/// Longest time from the order to the next kernel's settled user space.
+const REBOOT_LIMIT: Duration = Duration::from_secs(420);
+/// How long guests are watched before the order and after the last of them
+/// answers again.
+const WATCH: Duration = Duration::from_secs(3);
+/// Where the order's output goes in the lab host; outlives the kernel.
+const LOG: &str = "/data/reboot.log";
+
+/// How VMs get over the reboot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// Frozen in memory.
+    Warm,
+    /// Saved to disk.
+    Saved,
+    /// Shut down and booted again.
+    Cold,
+}
+
+impl Method {
+    /// The word on `hebe`'s command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Warm => "warm",
+            Self::Saved => "saved",
+            Self::Cold => "cold",
+        }
+    }
+}
+
+impl FromStr for Method {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match [Self::Warm, Self::Saved, Self::Cold]
+            .into_iter()
+            .find(|m| m.as_str() == text)
+        {
+            Some(method) => Ok(method),
+            None => bail!("'{text}' is no method: use warm, saved or cold"),
+        }
+    }
+}
+
+/// The host before and after.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct HostRow {
+    /// `uname -r` before.
+    pub kernel_before: String,
+    /// `uname -r` after.
+    pub kernel_after: String,
+    /// Boot id before.
+    pub boot_id_before: String,
+    /// Boot id after.
+    pub boot_id_after: String,
+}
+
+/// One VM before and after.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct VmRow {
+    /// Its name.
+    pub name: String,
+    /// The guest kernel's boot id before.
+    pub boot_id_before: String,
+    /// And after: the same if the guest lived on.
+    pub boot_id_after: String,
+    /// The guest's uptime before, in seconds.
+    pub uptime_before_s: f64,
+    /// And after.
+    pub uptime_after_s: f64,
+    /// The TCP session held all the time is the same one, and every byte of
+    /// it came back in order.
+    pub tcp_session_survived: bool,
+    /// The guest's checker went on over the same working set and found no
+    /// wrong page.
+    pub memory_check_ok: bool,
+    /// Longest time without a reply to a UDP probe, seen from outside, in milliseconds.
+    pub downtime_ms: f64,
+    /// Times the guest's monotonic clock went backwards.
+    pub monotonic_backwards: u64,
+    /// How far the guest's wall clock is from this machine's, in milliseconds.
+    pub wall_clock_off_ms: f64,
+    /// Longest time without an answer of the slow-starting service, asked
+    /// twice a second; only where the guest has one.
+    pub slow_service_downtime_ms: Option<f64>,
+}
+
+/// What a reboot did to the host and to each VM.
+#[derive(Clone, Debug, Serialize)]
+pub struct Trial {
+    /// How VMs got over it.
+    pub method: Method,
+    /// The host.
+    pub host: HostRow,
+    /// Each VM.
+    pub vms: Vec<VmRow>,
+    /// The product's own report (`hebe reboot --report --json`).
+    pub report: serde_json::Value,
+    /// Raw probe samples of each VM, in the same order.
+    #[serde(skip)]
+    pub raw: Vec<ProbeRecord>,
+    /// What the guests said after it.
+    #[serde(skip)]
+    pub after: Vec<GuestStatus>,
+}
+
+/// Reboots the host under its guests, watching them from outside.
+pub fn reboot(
+    lab: &mut Lab,
+    guests: &[GuestSpec],
+    method: Method,
+    kernel: KernelName,
+    extra: &[&str],
+    progress: &dyn Progress,
+) -> Result<Trial> {
+    let before = lab.wait_for_guests(guests)?;
+    wait_for_slow(lab, guests)?;
+    let host_before = lab.boot.clone();
+    let mut probes = Vec::new();
+    for guest in guests {
+        probes.push(Probe::start(&lab.ports(guest)?, guest.has_slow_service())?);
+    }
+    std::thread::sleep(WATCH);
+    progress.step(&format!("{} reboot into {kernel}", method.as_str()));
+    let mut argv = vec!["hebe", "reboot", "--method", method.as_str()];
+    let next = lab.reboot_arguments(kernel);
+    argv.extend(next.iter().map(String::as_str).chain(extra.iter().copied()));
+    let host_after = order(lab, &argv)?;
+    progress.step("waiting for the guests");
+    let first = lab.wait_for_guests(guests)?;
+    wait_for_slow(lab, guests)?;
+    std::thread::sleep(WATCH);
+    lab.machine.check()?;
+    let mut after = Vec::new();
+    let mut clocks = Vec::new();
+    for guest in guests {
+        let status = lab.wait_for_guests(std::slice::from_ref(guest))?.remove(0);
+        clocks.push(wall_clock_off_ms(&status));
+        after.push(status);
+    }
+    let raw = probes
+        .into_iter()
+        .map(Probe::finish)
+        .collect::<Result<Vec<_>>>()?;
+    let report = report(lab);
+    let vms = (0..guests.len())
+        .map(|i| {
+            row(
+                &guests[i],
+                [&before[i], &first[i], &after[i]],
+                &raw[i],
+                clocks[i],
+            )
+        })
+        .collect::<Result<Vec<_>>>()?;
+    Ok(Trial {
+        method,
+        host: host_row(&host_before, &host_after),
+        vms,
+        report,
+        raw,
+        after,
+    })
+}
+
+/// Gives the order and waits for the next kernel; an order that ends while
+/// the old kernel goes on has failed.
+fn order(lab: &mut Lab, argv: &[&str]) -> Result<HostStatus> {
+    let old = lab.boot.boot_id.clone();
+    let pid = lab.machine.agent.spawn(argv, LOG)?;
+    let end = Instant::now() + REBOOT_LIMIT;
+    let agent = lab.machine.agent;
+    let same_kernel = || {
+        agent
+            .status(Duration::from_secs(2))
+            .map(|s| s.boot_id == old)
+    };
+    loop {
+        match same_kernel() {
+            Ok(false) => break,
+            Ok(true) => {
+                // Its last act may be under way, so the kernel is asked after it.
+                let ended = agent.alive(pid).is_ok_and(|alive| !alive);
+                std::thread::sleep(Duration::from_millis(200));
+                if ended && same_kernel().is_ok_and(|same| same) {
+                    bail!("`{}` came back: {}", argv.join(" "), log_text(lab));
+                }
+            }
+            Err(_) => std::thread::sleep(Duration::from_millis(100)),
+        }
+        lab.machine.check()?;
+        if Instant::now() > end {
+            bail!(
+                "`{}` did not reboot the host: {}",
+                argv.join(" "),
+                log_text(lab)
+            );
+        }
+    }
+    lab.wait_for_next_boot()
+}
+
+fn log_text(lab: &Lab) -> String {
+    let bytes = lab.machine.agent.get(LOG).unwrap_or_default();
+    String::from_utf8_lossy(&bytes).trim().to_owned()
+}
+
+fn report(lab: &Lab) -> serde_json::Value {
+    let output = lab.machine.exec(&["hebe", "reboot", "--report", "--json"]);
+    let text = output.map(|o| o.stdout).unwrap_or_default();
+    serde_json::from_slice(&text).unwrap_or(serde_json::Value::Null)
+}
+
+fn host_row(before: &HostStatus, after: &HostStatus) -> HostRow {
+    HostRow {
+        kernel_before: before.kernel.clone(),
+        kernel_after: after.kernel.clone(),
+        boot_id_before: before.boot_id.clone(),
+        boot_id_after: after.boot_id.clone(),
+    }
+}
+
+/// Waits until the slow services that guests were given answer.
+fn wait_for_slow(lab: &Lab, guests: &[GuestSpec]) -> Result<()> {
+    for guest in guests.iter().filter(|g| g.has_slow_service()) {
+        let port = lab.ports(guest)?.slow;
+        let end = Instant::now() + REBOOT_LIMIT;
+        while let Err(e) = probe::http_get(port, "/", Duration::from_secs(2)) {
+            if Instant::now() > end {
+                return Err(e)
+                    .with_context(|| format!("the slow service of {} is silent", guest.name));
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+    Ok(())
+}
+
+fn row(
+    guest: &GuestSpec,
+    [before, first, after]: [&GuestStatus; 3],
+    raw: &ProbeRecord,
+    wall_clock_off_ms: f64,
+) -> Result<VmRow> {
+    let gap = raw.udp.longest_gap();
+    let gap = gap.with_context(|| format!("{} never answered a probe", guest.name))?;
+    if !gap.ended {
+        bail!(
+            "{} stopped answering probes and did not begin again",
+            guest.name
+        );
+    }
+    let checked = &after.memory_check;
+    Ok(VmRow {
+        name: guest.name.clone(),
+        boot_id_before: before.boot_id.clone(),
+        boot_id_after: after.boot_id.clone(),
+        uptime_before_s: before.uptime_s,
+        uptime_after_s: after.uptime_s,
+        tcp_session_survived: raw.tcp.survived(),
+        memory_check_ok: before.boot_id == after.boot_id
+            && checked.errors == 0
+            && checked.pages > 0
+            && checked.verified > first.memory_check.verified
+            && first.memory_check.verified >= before.memory_check.verified,
+        downtime_ms: gap.ms(),
+        monotonic_backwards: after.monotonic_backwards,
+        wall_clock_off_ms,
+        slow_service_downtime_ms: raw
+            .slow
+            .as_ref()
+            .and_then(|s| s.longest_gap())
+            .map(|g| g.ms()),
+    })
+}
+
+/// The status was made a moment ago; the answer's way is part of the figure.
+fn wall_clock_off_ms(status: &GuestStatus) -> f64 {
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0.0, |d| d.as_secs_f64() * 1000.0);
+    now - status.realtime_ns as f64 / 1e6
+}
