@@ -450,7 +450,11 @@ fn a_console_with_nobody_listening_goes_on() {
     let (mut lazy, theirs) = UnixStream::pair().expect("pair");
     subject.hub.attach(theirs).expect("attach");
     put(&machine.ram, DATA, &vec![b'z'; 1 << 19]);
-    for n in 1..=40 {
+    // Attached for good, before the flood.
+    queues[1].add(&machine.ram, &[(DATA, 1, false)]);
+    Driver::new(&machine, SLOT).kick(&queues[1]);
+    lazy.read_exact(&mut [0]).expect("first byte");
+    for n in 2..=40 {
         queues[1].add(&machine.ram, &[(DATA, 1 << 19, false)]);
         Driver::new(&machine, SLOT).kick(&queues[1]);
         queues[1].wait_used(&machine.ram, n);

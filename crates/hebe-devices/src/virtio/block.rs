@@ -11,9 +11,9 @@ use hebe_block::{BlockBackend, SECTOR_SIZE};
 use hebe_state::v1::devices::{BlockV1, DeviceV1};
 
 use super::device::{Counters, Device, Next, Queues, Served, Stop};
+use super::error::DeviceError;
 use super::queue::{CHAIN_SEGMENTS_MAX, Chain, QueueError, VirtQueue};
 use super::ram::{Cursor, MeteredRam, Segment};
-use super::transport::DeviceError;
 
 const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;

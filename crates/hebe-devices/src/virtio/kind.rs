@@ -10,9 +10,9 @@ use hebe_types::MacAddr;
 use super::block::Block;
 use super::console::Console;
 use super::device::Device;
+use super::error::DeviceError;
 use super::net::Net;
 use super::rng::Rng;
-use super::transport::DeviceError;
 use crate::ConsoleHub;
 
 /// A kind of device and what it stands on.

@@ -12,6 +12,8 @@
 pub(crate) mod block;
 pub(crate) mod console;
 mod device;
+mod error;
+mod function;
 mod kind;
 pub(crate) mod net;
 pub(crate) mod queue;
@@ -23,8 +25,10 @@ mod transport;
 mod worker;
 
 pub use device::Counters;
+pub use error::DeviceError;
+pub use function::BAR_SIZE;
 pub use kind::DeviceKind;
-pub use transport::{BAR_SIZE, DeviceError, VirtioPci};
+pub use transport::VirtioPci;
 
 /// Parts that [`crate::fuzzing`] drives one by one.
 pub(crate) mod fuzzed {

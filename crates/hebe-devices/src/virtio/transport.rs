@@ -5,131 +5,25 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use hebe_block::BlockBackend;
-use hebe_state::v1::devices::{PciFunctionV1, TransportV1, VirtioV1};
-use hebe_types::{MMIO_HOLE_START, Stamp};
+use hebe_state::v1::devices::{TransportV1, VirtioV1};
+use hebe_types::Stamp;
 
 use super::device::{Counters, Device, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
+use super::error::DeviceError;
+use super::function::{
+    BAR_SIZE, DEVICE_AT, ISR_AT, NOTIFY_AT, NOTIFY_MULTIPLIER, PBA_AT, TABLE_AT, WINDOW_DATA,
+    checked_bar, config_space, doorbell, in_window, msix_control, restore_space, save_space,
+    window_access,
+};
 use super::kind::{DeviceKind, KindInfo};
 use super::queue::{QueueError, VirtQueue};
 use super::ram::MeteredRam;
-use super::registers::{COMMON_LEN, Effect, Registers, STATUS_FEATURES_OK};
+use super::registers::{Effect, Registers, STATUS_FEATURES_OK};
 use super::shared::{Config, STATUS_DRIVER_OK, STATUS_NEEDS_RESET, Shared, lock};
 use super::worker::{Engine, Worker};
 use crate::msix::{Msix, NO_VECTOR};
-use crate::pci::config::{
-    BAR0, CACHE_LINE_SIZE, COMMAND, COMMAND_MEMORY, ConfigSpace, INTERRUPT_LINE, Identity,
-};
+use crate::pci::config::{BAR0, COMMAND, COMMAND_MEMORY, ConfigSpace};
 use crate::{Platform, Ram};
-
-/// Bytes of BAR 0, which holds everything; addresses given to
-/// [`VirtioPci::new`] are multiples of it.
-pub const BAR_SIZE: u64 = 0x8000;
-/// The MMIO window for BARs ends here; IOAPIC and LAPIC lie above.
-const WINDOW_END: u64 = 0xfe00_0000;
-
-const ISR_AT: u64 = 0x1000;
-const DEVICE_AT: u64 = 0x2000;
-const NOTIFY_AT: u64 = 0x3000;
-const NOTIFY_MULTIPLIER: u64 = 4;
-const TABLE_AT: u64 = 0x4000;
-const PBA_AT: u64 = 0x5000;
-
-const CAP_VENDOR: u8 = 0x09;
-const CAP_MSIX: u8 = 0x11;
-const MSIX_CAP: u8 = 0x40;
-const WINDOW_CAP: u8 = 0xa0;
-const MSIX_CONTROL: usize = MSIX_CAP as usize + 2;
-const WINDOW_BAR: usize = WINDOW_CAP as usize + 4;
-const WINDOW_OFFSET: usize = WINDOW_CAP as usize + 8;
-const WINDOW_LENGTH: usize = WINDOW_CAP as usize + 12;
-const WINDOW_DATA: usize = WINDOW_CAP as usize + 16;
-const MSIX_ENABLE: u16 = 1 << 15;
-const MSIX_MASK: u16 = 1 << 14;
-
-/// Why a device cannot be made, saved or restored.
-#[derive(Debug, thiserror::Error)]
-pub enum DeviceError {
-    /// Slot 0 is the host bridge; there are 32.
-    #[error("PCI slot {0} cannot hold a device: use 1 to 31")]
-    Slot(u8),
-    /// Two devices in one slot.
-    #[error("PCI slot {0} is taken: give the device another")]
-    SlotTaken(u8),
-    /// The BAR does not lie in the MMIO window.
-    #[error("BAR address {0:#x} is not a multiple of {BAR_SIZE:#x} in the MMIO window")]
-    Bar(u64),
-    /// The host refused interrupts, a thread or a descriptor.
-    #[error("the host refuses what the device in PCI slot {slot} needs")]
-    Host {
-        /// Which device.
-        slot: u8,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// Saved while it ran.
-    #[error("the device in PCI slot {0} is not paused: pause it before it is saved")]
-    NotPaused(u8),
-    /// Writes could not be made durable.
-    #[error("the disk in PCI slot {slot} cannot be flushed")]
-    Sync {
-        /// Which device.
-        slot: u8,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// State and back end are of different kinds.
-    #[error(
-        "the saved device in PCI slot {slot} is of kind {saved}, and the VM is given {given}: resume it with the devices it had"
-    )]
-    Kind {
-        /// Which device.
-        slot: u8,
-        /// What the state says.
-        saved: &'static str,
-        /// What the VM was given.
-        given: &'static str,
-    },
-    /// The disk is not the one that was saved.
-    #[error(
-        "the disk in PCI slot {slot} had {saved} sectors and now has {found}: resume the VM with the disk it had, unchanged"
-    )]
-    Disk {
-        /// Which device.
-        slot: u8,
-        /// Capacity in the state, sectors of 512 bytes.
-        saved: u64,
-        /// Capacity found.
-        found: u64,
-    },
-    /// The guest accepted features that this back end does not have.
-    #[error(
-        "the guest uses features {missing:#x} of the device in PCI slot {slot} that it does not have here: resume it with the device as it was"
-    )]
-    Features {
-        /// Which device.
-        slot: u8,
-        /// Bits that are missing.
-        missing: u64,
-    },
-    /// The state contradicts itself.
-    #[error("the saved device in PCI slot {slot} makes no sense: {reason}")]
-    State {
-        /// Which device.
-        slot: u8,
-        /// What is wrong.
-        reason: &'static str,
-    },
-    /// A saved queue cannot be taken into use.
-    #[error("a saved queue of the device in PCI slot {slot} makes no sense: {reason}")]
-    Queue {
-        /// Which device.
-        slot: u8,
-        /// What is wrong.
-        reason: String,
-    },
-}
 
 struct Function {
     space: ConfigSpace,
@@ -329,24 +223,10 @@ impl VirtioPci {
             stopped: lock(&shared.stopped).clone(),
         };
         Ok(VirtioV1 {
-            function: self.save_function(&function.space),
+            function: save_space(self.slot, &function.space, shared.msix.save()),
             transport,
             device: engine.device.save(),
         })
-    }
-
-    fn save_function(&self, space: &ConfigSpace) -> PciFunctionV1 {
-        PciFunctionV1 {
-            slot: self.slot,
-            command: space.u16(COMMAND),
-            cache_line_size: space.u8(CACHE_LINE_SIZE),
-            interrupt_line: space.u8(INTERRUPT_LINE),
-            bar0: space.u32(BAR0),
-            window_bar: space.u8(WINDOW_BAR),
-            window_offset: space.u32(WINDOW_OFFSET),
-            window_length: space.u32(WINDOW_LENGTH),
-            msix: self.shared.msix.save(),
-        }
     }
 
     /// Lets the device go on: looks at every queue, and raises every
@@ -427,9 +307,7 @@ impl VirtioPci {
         let window = {
             let mut function = lock(&self.function);
             function.space.write(at, data);
-            let control = function.space.u16(MSIX_CONTROL);
-            let (on, masked) = (control & MSIX_ENABLE != 0, control & MSIX_MASK != 0);
-            if (at..at + data.len()).contains(&(MSIX_CONTROL + 1)) {
+            if let Some((on, masked)) = msix_control(&function.space, at, data.len()) {
                 self.report_failure("MSI-X", self.shared.msix.set_control(on, masked));
             }
             self.update_mapping(&mut function);
@@ -628,21 +506,6 @@ fn features_fit(registers: &Registers) -> bool {
     accepted & !registers.offered == 0 && accepted & F_VERSION_1 != 0
 }
 
-fn doorbell(bar: u64, queue: usize) -> u64 {
-    bar + NOTIFY_AT + NOTIFY_MULTIPLIER * queue as u64
-}
-
-fn in_window(bar: u64) -> bool {
-    (MMIO_HOLE_START..=WINDOW_END - BAR_SIZE).contains(&bar)
-}
-
-fn checked_bar(addr: u64) -> Result<u32, DeviceError> {
-    if !in_window(addr) || !addr.is_multiple_of(BAR_SIZE) {
-        return Err(DeviceError::Bar(addr));
-    }
-    u32::try_from(addr).map_err(|_| DeviceError::Bar(addr))
-}
-
 fn copy_from(source: &[u8], offset: u64, data: &mut [u8]) {
     let Ok(offset) = usize::try_from(offset) else {
         return;
@@ -650,89 +513,6 @@ fn copy_from(source: &[u8], offset: u64, data: &mut [u8]) {
     for (byte, value) in data.iter_mut().zip(source.iter().skip(offset)) {
         *byte = *value;
     }
-}
-
-/// An access to the data of the configuration access capability (virtio 1.2,
-/// 4.1.4.9): where in BAR 0, how many bytes.
-fn window_access(space: &ConfigSpace, at: usize, len: usize) -> Option<(u64, usize)> {
-    let inside = at >= WINDOW_DATA && at + len <= WINDOW_DATA + 4;
-    let offset = u64::from(space.u32(WINDOW_OFFSET));
-    let length = space.u32(WINDOW_LENGTH) as usize;
-    let sane = space.u8(WINDOW_BAR) == 0
-        && matches!(length, 1 | 2 | 4)
-        && offset.is_multiple_of(length as u64)
-        && offset + (length as u64) <= BAR_SIZE;
-    (inside && sane).then_some((offset, length))
-}
-
-/// Capabilities: MSI-X, then the five of virtio (virtio 1.2, 4.1.4).
-fn config_space(info: &KindInfo, queues: usize, config_len: usize) -> ConfigSpace {
-    let mut space = ConfigSpace::new(&Identity {
-        vendor: 0x1af4,
-        device: 0x1040 + info.id,
-        class: info.class,
-        revision: 1,
-        subsystem_vendor: 0x1af4,
-        subsystem: 0x1100,
-    });
-    space.set_bar0(BAR_SIZE as u32, 0);
-    // Table size is encoded as n - 1, and there are queues + 1 vectors.
-    let mut msix = (queues as u16).to_le_bytes().to_vec();
-    msix.extend_from_slice(&(TABLE_AT as u32).to_le_bytes());
-    msix.extend_from_slice(&(PBA_AT as u32).to_le_bytes());
-    space.add_capability(MSIX_CAP, CAP_MSIX, &msix);
-    let control = (MSIX_ENABLE | MSIX_MASK).to_le_bytes();
-    space.allow(MSIX_CONTROL, &control);
-
-    let notify_len = NOTIFY_MULTIPLIER * queues as u64;
-    let parts = [
-        (0x50, 1, 0, COMMON_LEN as u64),
-        (0x60, 3, ISR_AT, 1),
-        (0x70, 4, DEVICE_AT, config_len.max(4) as u64),
-        (0x80, 2, NOTIFY_AT, notify_len),
-    ];
-    for (at, part, offset, len) in parts {
-        let mut body = virtio_cap(part, offset, len);
-        if part == 2 {
-            body[0] = 20;
-            body.extend_from_slice(&(NOTIFY_MULTIPLIER as u32).to_le_bytes());
-        }
-        space.add_capability(at, CAP_VENDOR, &body);
-    }
-    let mut body = virtio_cap(5, 0, 0);
-    body[0] = 20;
-    body.extend_from_slice(&[0; 4]);
-    space.add_capability(WINDOW_CAP, CAP_VENDOR, &body);
-    space.allow(WINDOW_BAR, &[0xff]);
-    space.allow(WINDOW_OFFSET, &[0xff; 8]);
-    space
-}
-
-/// The body of a virtio capability after id and next pointer.
-fn virtio_cap(part: u8, offset: u64, len: u64) -> Vec<u8> {
-    let mut body = vec![16, part, 0, 0, 0, 0];
-    body.extend_from_slice(&(offset as u32).to_le_bytes());
-    body.extend_from_slice(&(len as u32).to_le_bytes());
-    body
-}
-
-fn restore_space(space: &mut ConfigSpace, state: &PciFunctionV1) {
-    // Through the guest's own masks: a state cannot set what a guest cannot.
-    space.write(BAR0, &state.bar0.to_le_bytes());
-    space.write(COMMAND, &state.command.to_le_bytes());
-    space.write(CACHE_LINE_SIZE, &[state.cache_line_size]);
-    space.write(INTERRUPT_LINE, &[state.interrupt_line]);
-    space.write(WINDOW_BAR, &[state.window_bar]);
-    space.write(WINDOW_OFFSET, &state.window_offset.to_le_bytes());
-    space.write(WINDOW_LENGTH, &state.window_length.to_le_bytes());
-    let mut control = space.u16(MSIX_CONTROL) & !(MSIX_ENABLE | MSIX_MASK);
-    if state.msix.enabled {
-        control |= MSIX_ENABLE;
-    }
-    if state.msix.masked {
-        control |= MSIX_MASK;
-    }
-    space.put(MSIX_CONTROL, &control.to_le_bytes());
 }
 
 /// Untrusted numbers of a state, against the device that is to take it.

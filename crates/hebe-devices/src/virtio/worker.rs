@@ -15,6 +15,7 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -99,9 +100,12 @@ impl Worker {
             shared,
         });
         let body = Arc::clone(&inner);
-        let thread = std::thread::Builder::new()
-            .name(name)
-            .spawn(move || body.run())?;
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            // A fault of ours must not take the VM down, nor go unseen.
+            if catch_unwind(AssertUnwindSafe(|| body.run())).is_err() {
+                body.shared.stop("internal error: the worker panicked");
+            }
+        })?;
         Ok(Self {
             inner,
             thread: Some(thread),
@@ -171,7 +175,7 @@ impl Inner {
         let mut watched = None;
         while self.wanted() {
             if let Err(e) = self.round(&mut watched) {
-                self.shared.report(&format!("worker ends: {e}"));
+                self.shared.stop(&format!("the worker cannot wait: {e}"));
                 return;
             }
         }
