@@ -12,6 +12,7 @@ use serde::Deserialize;
 
 use crate::definitions::DefinitionError;
 use crate::launch::LaunchError;
+use crate::lock::VmLock;
 use crate::stores::{DeviceStore, StoreAccess, StoreTrouble};
 use crate::system::{Machine, System, SystemError};
 
@@ -151,6 +152,14 @@ impl Host {
         }
     }
 
+    /// The lock under which one order at a time concerns all VMs.
+    pub fn lock_all(&self) -> Result<VmLock, HostError> {
+        let dir = self.layout.run.join("host");
+        VmLock::take(&dir)
+            .map_err(HostError::file("lock", &dir))?
+            .ok_or(HostError::HostBusy)
+    }
+
     /// `host.toml`, or its defaults when there is none.
     pub fn config(&self) -> Result<HostConfig, DefinitionError> {
         let path = self.layout.config.join("host.toml");
@@ -186,6 +195,11 @@ pub enum HostError {
     /// Somebody else is at work on the VM.
     #[error("VM '{0}' is held by a running VMM or another hebe command: see `hebe list`")]
     Busy(VmName),
+    /// Somebody is at work on all VMs.
+    #[error(
+        "another `hebe reboot` or `hebe resume --all` is at work on this host: wait until it is done"
+    )]
+    HostBusy,
     /// The VMM did not do as asked.
     #[error("VM '{name}': {source}")]
     Vmm {

@@ -142,7 +142,16 @@ fn make_memory(host: &Host, config: &VmConfig, vm: VmId) -> Result<Memory, HostE
             }
         }
     }
-    let new = host.store.create(vm, &config.name, config.memory)?;
+    let create = || host.store.create(vm, &config.name, config.memory);
+    let new = match create() {
+        // VMs whose guests powered themselves off still hold theirs.
+        Err(StoreTrouble::Store(hebe_store::StoreError::OutOfSpace { .. }))
+            if !reap(host)?.is_empty() =>
+        {
+            create()?
+        }
+        other => other?,
+    };
     Ok(Memory::Segment {
         id: new.id,
         spec: new.spec,

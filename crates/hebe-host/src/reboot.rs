@@ -33,6 +33,7 @@ use crate::ops::{self, StopOptions};
 use crate::preflight::{RebootOptions, Verdict, preflight};
 use crate::saved::{Pending, SavedPaths};
 use crate::stores::ExecView;
+use crate::system::Leave;
 use crate::timeline::{EventKind, KernelInfo, Side, Timeline, rate};
 use crate::vmm;
 
@@ -60,6 +61,9 @@ pub fn reboot(
     say: &(dyn Fn(&str) + Sync),
 ) -> Result<Infallible, RebootEnd> {
     let began = Instants::now(host);
+    let _only_one = host
+        .lock_all()
+        .map_err(|e| RebootEnd::Refused(with_cause(&e)))?;
     let (verdict, survey) = preflight(host, options, false);
     let fates: Vec<(VmName, Fate)> = verdict
         .vms
@@ -121,7 +125,11 @@ struct Answer {
 enum Note {
     Freeze(VmName, hebe_api::FreezeReport),
     Save(VmName, hebe_api::SaveReport),
-    Off(VmName, Stamp),
+    Off {
+        vm: VmName,
+        asked: Stamp,
+        off: Stamp,
+    },
 }
 
 struct Driver<'a> {
@@ -179,9 +187,14 @@ impl Driver<'_> {
             match note {
                 Note::Freeze(vm, report) => self.timeline.note_freeze(&vm, &report),
                 Note::Save(vm, report) => self.timeline.note_save(&vm, &report),
-                Note::Off(vm, at) => {
-                    let kind = EventKind::PoweredOff;
-                    self.timeline.note(at, Side::Before, Some(&vm), kind);
+                Note::Off { vm, asked, off } => {
+                    let instants = [
+                        (asked, EventKind::SuspendAsked),
+                        (off, EventKind::PoweredOff),
+                    ];
+                    for (at, kind) in instants {
+                        self.timeline.note(at, Side::Before, Some(&vm), kind);
+                    }
                 }
             }
         }
@@ -360,7 +373,12 @@ impl Driver<'_> {
             None,
             EventKind::Jump,
         );
-        keep_report(self.host, &self.timeline, self.survey.store.is_some())
+        let place = match (self.survey.store.is_some(), self.verdict.leave()) {
+            (true, Leave::Kexec) => ReportPlace::Store,
+            (true, _) => ReportPlace::Both,
+            (false, _) => ReportPlace::Disk,
+        };
+        keep_report(self.host, &self.timeline, place)
     }
 }
 
@@ -369,18 +387,31 @@ pub fn report_path(host: &Host) -> std::path::PathBuf {
     host.layout.state.join("reports").join("last.json")
 }
 
-/// Keeps the report where the next kernel finds it. A report that cannot be
-/// kept costs the report, not the reboot, unless the store itself fails: then
-/// the VMs in it are in doubt too.
-pub fn keep_report(host: &Host, timeline: &Timeline, in_store: bool) -> Result<(), String> {
-    if in_store {
-        return host
-            .store
-            .write_report(&timeline.to_bytes())
-            .map_err(|e| with_cause(&e));
+/// Keeps the report where the next kernel finds it. A copy on the disk that
+/// cannot be written costs the report; a store that cannot be written costs the
+/// reboot, for then the VMs in it are in doubt too.
+pub fn keep_report(host: &Host, timeline: &Timeline, place: ReportPlace) -> Result<(), String> {
+    let bytes = timeline.to_bytes();
+    if place != ReportPlace::Store {
+        let _ = files::write_durably(&report_path(host), &bytes);
     }
-    let _ = files::write_durably(&report_path(host), &timeline.to_bytes());
+    if place != ReportPlace::Disk {
+        host.store
+            .write_report(&bytes)
+            .map_err(|e| with_cause(&e))?;
+    }
     Ok(())
+}
+
+/// Where a report is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReportPlace {
+    /// In the store: quick, and survives a kexec.
+    Store,
+    /// On the disk of the state directory.
+    Disk,
+    /// In both, where the store may not survive what comes.
+    Both,
 }
 
 /// Why a VM's effect failed.
@@ -470,8 +501,13 @@ impl Job {
     }
 
     fn shut_down(&self) -> Result<Note, Trouble> {
+        let asked = self.host.system.stamp();
         ops::power_off(&self.host, self.row()?, self.stop)?;
-        Ok(Note::Off(self.vm.clone(), self.host.system.stamp()))
+        Ok(Note::Off {
+            vm: self.vm.clone(),
+            asked,
+            off: self.host.system.stamp(),
+        })
     }
 
     /// Brings a frozen or saved VM back, wherever it is.
@@ -547,17 +583,31 @@ impl Job {
     }
 }
 
-/// The report of the last reboot, if there was one.
+/// The report of the last reboot, if there was one: the newer of the two that
+/// store and disk may hold.
 pub fn last_report(host: &Host) -> Result<Option<Timeline>, String> {
-    let stored = host.store.read_report().map_err(|e| with_cause(&e))?;
-    let bytes = match stored {
-        Some(bytes) if !bytes.is_empty() => bytes,
-        _ => match std::fs::read(report_path(host)) {
-            Ok(bytes) => bytes,
-            Err(_) => return Ok(None),
-        },
-    };
-    Timeline::parse(&bytes).map(Some)
+    // A store that a reset cleared is no reason not to look on the disk.
+    let stored = host.store.read_report().ok().flatten();
+    let on_disk = std::fs::read(report_path(host)).ok();
+    let mut newest: Option<Timeline> = None;
+    let mut trouble = None;
+    for bytes in stored.into_iter().chain(on_disk).filter(|b| !b.is_empty()) {
+        match Timeline::parse(&bytes) {
+            Ok(found) => {
+                if newest
+                    .as_ref()
+                    .is_none_or(|n| n.ended_ns() < found.ended_ns())
+                {
+                    newest = Some(found);
+                }
+            }
+            Err(error) => trouble = Some(error),
+        }
+    }
+    match (newest, trouble) {
+        (None, Some(error)) => Err(error),
+        (newest, _) => Ok(newest),
+    }
 }
 
 /// The last report with what running VMs tell of their resume; kept, if that
@@ -575,8 +625,11 @@ pub fn complete_report(host: &Host) -> Result<Option<Timeline>, String> {
         note_status(&mut timeline, row);
     }
     if timeline.events.len() != known {
-        let in_store = matches!(host.store.view(), Ok(Some(_)));
-        keep_report(host, &timeline, in_store)?;
+        let place = match host.store.view() {
+            Ok(Some(_)) => ReportPlace::Store,
+            _ => ReportPlace::Disk,
+        };
+        keep_report(host, &timeline, place)?;
     }
     Ok(Some(timeline))
 }

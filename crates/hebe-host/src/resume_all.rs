@@ -19,7 +19,7 @@ use crate::launch::{Launch, Memory, Origin};
 use crate::listing::with_cause;
 use crate::lock::VmLock;
 use crate::ops;
-use crate::reboot::{keep_report, last_report};
+use crate::reboot::{ReportPlace, keep_report, last_report};
 use crate::saved::{self, Pending};
 use crate::stores::{ExecView, StoreView};
 use crate::timeline::{EventKind, KernelInfo, Side, Timeline, corrected_clock};
@@ -87,7 +87,8 @@ struct Work<'a> {
 /// Resumes, restores and boots every VM that is due. `started` is the instant
 /// at which this process began; with `autostart` also VMs that are to run
 /// whenever the host does.
-pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> ResumeAll {
+pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<ResumeAll, HostError> {
+    let _only_one = host.lock_all()?;
     let (store, store_trouble) = match host.store.view() {
         Ok(view) => (view, None),
         Err(error) => (None, Some(with_cause(&error))),
@@ -110,14 +111,18 @@ pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> ResumeAll {
     settle_pending(host, pending, &vms);
     if let Some(timeline) = &mut timeline {
         note_new_kernel(host, timeline, started, found, store.is_some());
-        note_vms(host, timeline, &vms);
-        let _ = keep_report(host, timeline, store.is_some());
+        note_vms(timeline, &vms);
+        let place = match store {
+            Some(_) => ReportPlace::Store,
+            None => ReportPlace::Disk,
+        };
+        let _ = keep_report(host, timeline, place);
     }
-    ResumeAll {
+    Ok(ResumeAll {
         vms: vms.into_iter().map(|(n, (r, _))| (n, r)).collect(),
         store_trouble,
         clock_corrected_ms,
-    }
+    })
 }
 
 /// The report that the kernel before left for this one.
@@ -193,7 +198,9 @@ fn facts(
     (facts, configs)
 }
 
-type Results = BTreeMap<VmName, (Resumed, Option<VmStatus>)>;
+/// What a VM came to, and what its VMM said at the instant it was up.
+type Done = (Resumed, Option<(Stamp, VmStatus)>);
+type Results = BTreeMap<VmName, Done>;
 
 impl Work<'_> {
     fn all_at_once(
@@ -220,14 +227,14 @@ impl Work<'_> {
         })
     }
 
-    fn carry_out(&self, name: &VmName, decision: &Decision) -> (Resumed, Option<VmStatus>) {
+    fn carry_out(&self, name: &VmName, decision: &Decision) -> Done {
         let outcome = match decision {
             Decision::Already => self.already(name),
             Decision::Resume { .. } => self
                 .resume(name)
-                .map(|status| (Resumed::Resumed, Some(status))),
+                .map(|status| self.up(Resumed::Resumed, status)),
             Decision::Restore { .. } => {
-                ops::restore(self.host, name).map(|status| (Resumed::Restored, Some(status)))
+                ops::restore(self.host, name).map(|status| self.up(Resumed::Restored, status))
             }
             Decision::Boot { .. } => self.boot(name),
             Decision::Clean { segment } => self.clean(name, *segment),
@@ -250,7 +257,11 @@ impl Work<'_> {
         })
     }
 
-    fn already(&self, name: &VmName) -> Result<(Resumed, Option<VmStatus>), HostError> {
+    fn up(&self, result: Resumed, status: VmStatus) -> Done {
+        (result, Some((self.host.system.stamp(), status)))
+    }
+
+    fn already(&self, name: &VmName) -> Result<Done, HostError> {
         // A reboot that was killed half-way leaves VMs frozen in living VMMs.
         let survey_state = vmm::status(&self.host.layout.socket(name), vmm::STATUS_WAIT);
         let held = survey_state.is_ok_and(|s| {
@@ -286,20 +297,16 @@ impl Work<'_> {
         ops::continue_frozen(self.host, &order)
     }
 
-    fn boot(&self, name: &VmName) -> Result<(Resumed, Option<VmStatus>), HostError> {
+    fn boot(&self, name: &VmName) -> Result<Done, HostError> {
         let config = self.configs.get(name).ok_or_else(|| HostError::NoSuchVm {
             name: name.clone(),
             expected: definitions::expected_path(&self.host.layout, name),
         })?;
         let status = ops::boot(self.host, config)?;
-        Ok((Resumed::Booted, Some(status)))
+        Ok(self.up(Resumed::Booted, status))
     }
 
-    fn clean(
-        &self,
-        name: &VmName,
-        segment: hebe_types::SegmentId,
-    ) -> Result<(Resumed, Option<VmStatus>), HostError> {
+    fn clean(&self, name: &VmName, segment: hebe_types::SegmentId) -> Result<Done, HostError> {
         // Under the VM's lock: a VMM that starts this moment holds it.
         let lock = ops::lock(self.host, name)?;
         self.host.store.drop_segment(segment)?;
@@ -350,15 +357,18 @@ fn note_new_kernel(
     note(now, EventKind::AllResumed);
 }
 
-fn note_vms(host: &Host, timeline: &mut Timeline, vms: &Results) {
-    let now = host.system.stamp();
-    for (name, (result, status)) in vms {
-        if let Some(resume) = status.as_ref().and_then(|s| s.resume.as_ref()) {
-            timeline.note_resume(name, resume);
-        } else if *result == Resumed::Booted {
-            timeline.note(now, Side::After, Some(name), EventKind::Booted);
+fn note_vms(timeline: &mut Timeline, vms: &Results) {
+    for (name, (result, up)) in vms {
+        let Some((at, status)) = up else {
+            continue;
+        };
+        if *result == Resumed::Booted {
+            timeline.note(*at, Side::After, Some(name), EventKind::Booted);
         }
-        if let Some(first) = status.as_ref().and_then(|s| s.first_tx) {
+        if let Some(resume) = &status.resume {
+            timeline.note_resume(name, resume);
+        }
+        if let Some(first) = status.first_tx {
             timeline.note(first, Side::After, Some(name), EventKind::FirstReply);
         }
     }

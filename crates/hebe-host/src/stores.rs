@@ -4,7 +4,7 @@
 use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -161,7 +161,9 @@ pub trait StoreAccess: Send + Sync {
 /// The store on this host's device.
 #[derive(Debug)]
 pub struct DeviceStore {
-    path: Option<PathBuf>,
+    given: Option<PathBuf>,
+    /// Where it was found: a whole host of VMs waits for the next look.
+    found: OnceLock<PathBuf>,
     held: Mutex<Option<Store>>,
 }
 
@@ -169,16 +171,21 @@ impl DeviceStore {
     /// The store at `path`; without a path the first `/dev/dax*` that holds one.
     pub fn new(path: Option<PathBuf>) -> Self {
         Self {
-            path,
+            given: path,
+            found: OnceLock::new(),
             held: Mutex::new(None),
         }
     }
 
     fn find(&self) -> Result<Option<PathBuf>, StoreTrouble> {
-        if let Some(path) = &self.path {
+        if let Some(path) = self.given.as_ref().or(self.found.get()) {
             return Ok(Some(path.clone()));
         }
-        Ok(Store::find()?)
+        let found = Store::find()?;
+        if let Some(path) = &found {
+            let _ = self.found.set(path.clone());
+        }
+        Ok(found)
     }
 
     fn read(&self) -> Result<Option<Store>, StoreTrouble> {

@@ -302,6 +302,12 @@ impl Timeline {
         before.map(|e| e.at).max_by_key(|at| at.tsc)
     }
 
+    /// Wall clock of the last event, in nanoseconds.
+    pub fn ended_ns(&self) -> u64 {
+        let ends = self.events.iter().map(|e| e.at.realtime_ns);
+        ends.max().unwrap_or(0)
+    }
+
     /// Decides by which clock the parts are joined, given an instant of the
     /// new kernel.
     pub fn join(&mut self, now: Stamp) -> Axis {

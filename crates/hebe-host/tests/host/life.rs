@@ -31,6 +31,8 @@ pub const CASES: &[crate::Case] = &[
     ),
     ("vms_held_by_a_killed_manager_are_thawed", held),
     ("a_full_store_is_one_sentence", full_store),
+    ("room_of_guests_that_powered_off_is_used", reaped_room),
+    ("one_order_at_a_time_concerns_all_vms", one_at_a_time),
 ];
 
 fn force() -> StopOptions {
@@ -216,7 +218,7 @@ fn two_states() {
     let error = ops::resume(&world.host, &name("web"), ResumeOptions::default());
     let text = error.expect_err("two states").to_string();
     assert!(text.contains("--from"), "{text}");
-    let all = resume_all(&world.host, stamp_now(), false);
+    let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
     let left = &all.vms[&name("web")];
     assert!(matches!(left, Resumed::Left { .. }), "{left:?}");
     let options = ResumeOptions {
@@ -248,7 +250,7 @@ fn held() {
     hebe_host::vmm::freeze(&socket, Duration::from_secs(5)).expect("freezes");
     // The manager was killed here, before it told the VMM to end.
     assert_eq!(world.state("web"), VmState::Frozen);
-    let all = resume_all(&world.host, stamp_now(), false);
+    let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
     assert_eq!(all.vms[&name("web")], Resumed::Already);
     assert_eq!(world.state("web"), VmState::Running);
 }
@@ -263,4 +265,32 @@ fn full_store() {
     assert!(error.to_string().contains("free"), "{error}");
     assert_eq!(world.segments(), 0);
     assert!(!world.dir("big").exists());
+}
+
+fn reaped_room() {
+    let world = World::new();
+    let large = |vm: &str| {
+        world.define(vm, "");
+        let path = hebe_host::definitions::expected_path(&world.host.layout, &name(vm));
+        let text = fs::read_to_string(&path).expect("read");
+        fs::write(&path, text.replace("4MiB", "80MiB")).expect("write");
+    };
+    large("one");
+    large("two");
+    ops::start(&world.host, &name("one")).expect("starts");
+    assert!(ops::start(&world.host, &name("two")).is_err(), "no room");
+    let socket = world.host.layout.socket(&name("one"));
+    let wait = Duration::from_secs(5);
+    let _ = hebe_host::vmm::order(&socket, &hebe_api::Request::PowerButton, wait);
+    assert!(ops::ended_within(&world.host, &name("one"), wait));
+    ops::start(&world.host, &name("two")).expect("now there is room");
+}
+
+fn one_at_a_time() {
+    let world = World::new();
+    let lock = world.host.lock_all().expect("free");
+    let busy = resume_all(&world.host, stamp_now(), false).expect_err("busy");
+    assert!(busy.to_string().contains("wait"), "{busy}");
+    drop(lock);
+    assert!(resume_all(&world.host, stamp_now(), false).is_ok());
 }

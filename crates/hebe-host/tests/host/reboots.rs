@@ -82,7 +82,7 @@ fn warm() {
     for vm in ["db", "web"] {
         assert_eq!(world.state(vm), VmState::Frozen);
     }
-    let all = resume_all(&world.host, stamp_now(), false);
+    let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
     assert_eq!(all.store_trouble, None);
     assert!(all.vms.values().all(|r| *r == Resumed::Resumed), "{all:?}");
     assert_eq!(world.instance("web").expect("instance").vm, before);
@@ -108,7 +108,7 @@ fn warm() {
             .iter()
             .all(|d| d.stopped_ms.is_some_and(|ms| ms > 0.0))
     );
-    let again = resume_all(&world.host, stamp_now(), false);
+    let again = resume_all(&world.host, stamp_now(), false).expect("not busy");
     assert!(again.vms.values().all(|r| *r == Resumed::Already));
 }
 
@@ -118,7 +118,7 @@ fn saved() {
     world.forget_events();
     world.reboot(RebootMethod::Saved);
     assert_eq!(world.state("web"), VmState::Saved);
-    let all = resume_all(&world.host, stamp_now(), false);
+    let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
     assert!(all.vms.values().all(|r| *r == Resumed::Restored), "{all:?}");
     for vm in ["db", "web"] {
         let paths = SavedPaths::new(&world.host.layout, &name(vm));
@@ -128,7 +128,7 @@ fn saved() {
     assert_eq!(world.segments(), 2, "the stale segments are gone");
     // What ran since is never taken back to the file.
     world.next_boot();
-    let all = resume_all(&world.host, stamp_now(), false);
+    let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
     let lost = &all.vms[&name("web")];
     assert!(matches!(lost, Resumed::Lost { .. }), "{lost:?}");
 }
@@ -145,7 +145,7 @@ fn cold() {
     world.reboot(RebootMethod::Cold);
     let pending = Pending::read(&world.host.layout).expect("read");
     assert_eq!(pending.vms.len(), 2);
-    let all = resume_all(&world.host, stamp_now(), false);
+    let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
     assert!(all.vms.values().all(|r| *r == Resumed::Booted), "{all:?}");
     assert_eq!(world.segments(), 2);
     let pending = Pending::read(&world.host.layout).expect("read");
@@ -257,7 +257,7 @@ fn thaw_fails() {
     assert_eq!(world.state("web"), VmState::Frozen);
     assert_eq!(world.state("db"), VmState::Running);
     world.tell("web", "");
-    resume_all(&world.host, stamp_now(), false);
+    resume_all(&world.host, stamp_now(), false).expect("not busy");
     assert_eq!(world.state("web"), VmState::Running);
 }
 
@@ -268,7 +268,7 @@ fn stop_while_running() {
     ops::start(&world.host, &name("auto")).expect("starts");
     world.next_boot();
     assert_eq!(world.state("web"), VmState::Crashed);
-    let all = resume_all(&world.host, stamp_now(), true);
+    let all = resume_all(&world.host, stamp_now(), true).expect("not busy");
     let web = &all.vms[&name("web")];
     assert!(matches!(web, Resumed::Lost { reason } if reason.contains("hebe start")));
     assert_eq!(all.vms[&name("auto")], Resumed::Booted);
@@ -282,7 +282,7 @@ fn stop_while_restoring() {
     let paths = SavedPaths::new(&world.host.layout, &name("web"));
     // Stopped after the file was withdrawn and before the VM ran.
     world.tell("web", "fail-late");
-    let all = resume_all(&world.host, stamp_now(), false);
+    let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
     assert!(matches!(all.vms[&name("web")], Resumed::Failed { .. }));
     assert!(
         paths.complete.exists(),
@@ -295,7 +295,7 @@ fn stop_while_restoring() {
     store
         .create(info.vm, &name("web"), info.memory)
         .expect("a segment in which nothing ran");
-    let all = resume_all(&world.host, stamp_now(), false);
+    let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
     assert_eq!(all.vms[&name("web")], Resumed::Restored);
     assert_eq!(world.segments(), 1);
 }
@@ -310,7 +310,7 @@ fn stop_before_first_run() {
             hebe_types::ByteSize::mib(4),
         )
         .expect("created, and the machine stopped");
-    let all = resume_all(&world.host, stamp_now(), false);
+    let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
     assert_eq!(all.vms[&name("web")], Resumed::Cleaned);
     assert_eq!(world.segments(), 0);
 }
@@ -333,7 +333,7 @@ fn damage() {
         .write_all_at(&noise, spec.exec.offset)
         .expect("damage");
     assert_eq!(world.state("db"), VmState::Damaged);
-    let all = resume_all(&world.host, stamp_now(), false);
+    let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
     assert_eq!(all.vms[&name("web")], Resumed::Resumed);
     let db = &all.vms[&name("db")];
     assert!(

@@ -72,7 +72,7 @@ pub fn resume(host: &Host, args: &ResumeArgs, out: &Output, started: Stamp) -> O
 }
 
 fn all(host: &Host, autostart: bool, out: &Output, started: Stamp) -> Outcome {
-    let result = resume_all(host, started, autostart);
+    let result = resume_all(host, started, autostart)?;
     out.answer(&result, || sentences(&result.vms));
     if let Some(trouble) = &result.store_trouble {
         return Err(Failure(format!(
