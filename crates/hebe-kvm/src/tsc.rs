@@ -52,7 +52,7 @@ impl ClockPlan {
                 let expected_tsc = saved.host_tsc.wrapping_add(ticks);
                 Self {
                     kvmclock_ns: saved.kvmclock_ns.saturating_add(wall_ns),
-                        tsc_offset_delta: expected_tsc.wrapping_sub(now_tsc),
+                    tsc_offset_delta: expected_tsc.wrapping_sub(now_tsc),
                     pause_ns: wall_ns,
                     tsc_continued: false,
                 }

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use hebe_state::v1::machine::VcpuV1;
+use hebe_state::v1::machine::{CpuidEntryV1, VcpuV1};
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, Xsave, kvm_fpu, kvm_mp_state, kvm_msr_entry, kvm_regs,
     kvm_segment, kvm_xsave, kvm_xsave2,
@@ -20,6 +20,14 @@ use crate::{cpuid, machine};
 const MSR_TSC: u32 = 0x10;
 /// `IA32_TSC_DEADLINE`.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// MSRs that tell a guest what its processor can do, which KVM fills in for
+/// every vCPU and whose value differs between host kernels, each with the
+/// CPUID bit (leaf, register, bit) without which a guest cannot read it.
+/// Where the bit is off, the value is the host's own business.
+const GATED_MSRS: [(u32, (u32, usize, u32)); 2] = [
+    (0x10a, (7, 3, 29)), // IA32_ARCH_CAPABILITIES
+    (0x345, (1, 2, 15)), // IA32_PERF_CAPABILITIES
+];
 /// Where the boot loader part puts the GDT that the first segments describe.
 const GDT_BASE: u64 = 0x500;
 const GDT_LIMIT: u16 = 4 * 8 - 1;
@@ -484,6 +492,7 @@ impl Vcpu {
         let early: Vec<(u32, u64)> = early
             .into_iter()
             .filter(|(index, _)| *index != MSR_TSC || !with_offset)
+            .filter(|(index, _)| guest_can_read(*index, &saved.cpuid))
             .map(|(index, value)| match index {
                 MSR_TSC => {
                     let ticks = u128::from(plan.pause_ns) * u128::from(saved.tsc_khz) / 1_000_000;
@@ -602,6 +611,15 @@ impl Drop for Vcpu {
     }
 }
 
+fn guest_can_read(msr: u32, cpuid: &[CpuidEntryV1]) -> bool {
+    let gate = GATED_MSRS.iter().find(|(index, _)| *index == msr);
+    gate.is_none_or(|(_, (leaf, register, bit))| {
+        cpuid
+            .iter()
+            .any(|e| e.function == *leaf && e.index == 0 && e.registers[*register] >> bit & 1 == 1)
+    })
+}
+
 fn xsave_of(len: usize) -> Result<Xsave, VcpuError> {
     let extra = len.saturating_sub(size_of::<kvm_xsave>());
     let entries = extra.div_ceil(size_of::<<kvm_xsave2 as FamStruct>::Entry>());
@@ -629,5 +647,24 @@ fn segment(selector: u16, type_: u8, long: bool) -> kvm_segment {
         l: u8::from(long),
         g: 1,
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn feature_msrs_count_only_if_the_guest_can_read_them() {
+        let mut leaf = CpuidEntryV1 {
+            function: 7,
+            index: 0,
+            flags: 0,
+            registers: [0; 4],
+        };
+        assert!(!guest_can_read(0x10a, &[leaf]));
+        assert!(guest_can_read(MSR_TSC, &[leaf]));
+        leaf.registers[3] = 1 << 29;
+        assert!(guest_can_read(0x10a, &[leaf]));
     }
 }
