@@ -10,7 +10,7 @@
 //!   [`system::System`]) behind which tests put fakes.
 //! - [`definitions`], [`launch`], [`ops`], [`listing`]: one VM.
 //! - [`preflight`], [`reboot`], [`resume_all`]: all of them.
-//! - [`timeline`], [`gantt`]: the report that spans both kernels.
+//! - [`timeline`], [`report`], [`gantt`]: the report that spans both kernels.
 //! - [`check`]: is this machine ready?
 
 pub mod check;
@@ -19,14 +19,17 @@ pub mod definitions;
 pub mod files;
 pub mod gantt;
 pub mod host;
+mod job;
 pub mod launch;
 pub mod listing;
 pub mod lock;
 pub mod ops;
 pub mod preflight;
 pub mod reboot;
+pub mod report;
 pub mod resume_all;
 pub mod saved;
+pub mod saving;
 pub mod store_init;
 pub mod stores;
 pub mod system;

@@ -9,15 +9,15 @@ use std::time::{Duration, Instant};
 
 use hebe_api::{ClientError, FreezeReport, Request, VmStatus};
 use hebe_flow::life::{Life, Order};
-use hebe_types::{ByteSize, StoreKind, VmConfig, VmId, VmName};
+use hebe_types::{StoreKind, VmConfig, VmId, VmName};
 
 use crate::definitions;
-use crate::files;
 use crate::host::{Host, HostError};
-use crate::launch::{ExitRecord, Instance, LAUNCH_WAIT, Launch, Memory, Origin, launch};
+use crate::launch::{ExitRecord, LAUNCH_WAIT, Launch, Memory, Origin, launch};
 use crate::listing::{self, Survey, VmRow};
 use crate::lock::VmLock;
-use crate::saved::{SavedInfo, SavedPaths};
+use crate::saved::SavedPaths;
+use crate::saving;
 use crate::stores::{ExecView, StoreTrouble};
 use crate::vmm;
 
@@ -350,7 +350,7 @@ pub fn resume(host: &Host, name: &VmName, options: ResumeOptions) -> Result<VmSt
                 why: "a restore of it was interrupted: if its guest did not run since, `hebe resume --again` repeats it; if it did, its disk went on and the file must be given up with `hebe drop`".into(),
             })
         }
-        (_, Some(_), _) => restore(host, name),
+        (_, Some(_), _) => saving::restore(host, name),
         (false, None, _) => Err(HostError::Refused {
             name: name.clone(),
             why: "there is nothing to resume: `hebe start` boots it".into(),
@@ -385,125 +385,6 @@ fn resume_frozen(host: &Host, name: &VmName, survey: &Survey) -> Result<VmStatus
 pub fn continue_frozen(host: &Host, order: &Launch) -> Result<VmStatus, HostError> {
     let lock = lock(host, &order.name)?;
     Ok(launch(host, &lock, order, LAUNCH_WAIT)?)
-}
-
-/// Restores a VM from its saved file, into a fresh segment or memfd.
-pub fn restore(host: &Host, name: &VmName) -> Result<VmStatus, HostError> {
-    let lock = lock(host, name)?;
-    let paths = SavedPaths::new(&host.layout, name);
-    let info = paths.read_info().ok_or_else(|| HostError::Refused {
-        name: name.clone(),
-        why: format!(
-            "{} is missing or damaged, so its saved file cannot be used: put it back, or give the file up with `hebe drop`",
-            paths.info.display()
-        ),
-    })?;
-    let memory = memory_for_restore(host, name, &info)?;
-    // From here on the file is no saved VM any more, see `saved`.
-    if paths.complete.exists() {
-        files::rename_durably(&paths.complete, &paths.restoring)
-            .map_err(HostError::file("withdraw", &paths.complete))?;
-    }
-    let order = Launch {
-        name: name.clone(),
-        vm: info.vm,
-        size: info.memory,
-        memory,
-        origin: Origin::File(paths.restoring.clone()),
-    };
-    match launch(host, &lock, &order, LAUNCH_WAIT * 10) {
-        Ok(status) => {
-            paths.withdraw()?;
-            Ok(status)
-        }
-        Err(error) => {
-            undo_restore(host, name, &paths, &order.memory)?;
-            Err(error.into())
-        }
-    }
-}
-
-fn memory_for_restore(host: &Host, name: &VmName, info: &SavedInfo) -> Result<Memory, HostError> {
-    if !info.in_store {
-        return Ok(Memory::Memfd);
-    }
-    let view = host.store.view()?.ok_or(StoreTrouble::None)?;
-    if let Some(old) = view.segment_of(name) {
-        // What ran before the save: the file holds all of it.
-        host.store.drop_segment(old.id)?;
-    }
-    let new = host.store.create(info.vm, name, info.memory)?;
-    Ok(Memory::Segment {
-        id: new.id,
-        spec: new.spec,
-    })
-}
-
-/// After a failed restore the file counts again, if the segment shows that the
-/// VM never ran. A memfd shows nothing once its VMM is gone, except that the
-/// VMM itself says it failed before it ran.
-fn undo_restore(
-    host: &Host,
-    name: &VmName,
-    paths: &SavedPaths,
-    memory: &Memory,
-) -> Result<(), HostError> {
-    let never_ran = match memory {
-        Memory::Segment { .. } => {
-            let view = host.store.view()?;
-            let segment = view.as_ref().and_then(|v| v.segment_of(name));
-            match segment.map(|s| (&s.exec, s.id)) {
-                Some((ExecView::Empty, id)) => {
-                    host.store.drop_segment(id)?;
-                    true
-                }
-                _ => false,
-            }
-        }
-        Memory::Memfd => ExitRecord::read(&host.layout.vm_dir(name))
-            .is_some_and(|record| record.ran == Some(false)),
-    };
-    if never_ran && paths.restoring.exists() {
-        files::rename_durably(&paths.restoring, &paths.complete)
-            .map_err(HostError::file("put back", &paths.complete))?;
-    }
-    Ok(())
-}
-
-/// Writes a VM to its saved file; the VMM lives on with the VM stopped.
-pub fn save_held(
-    host: &Host,
-    name: &VmName,
-    memory: Option<ByteSize>,
-) -> Result<hebe_api::SaveReport, HostError> {
-    let paths = SavedPaths::new(&host.layout, name);
-    let instance = Instance::read(&host.layout.vm_dir(name));
-    let socket = host.layout.socket(name);
-    let ask = |source| HostError::Vmm {
-        name: name.clone(),
-        source,
-    };
-    let status = vmm::status(&socket, vmm::STATUS_WAIT).map_err(ask)?;
-    let size = instance.as_ref().map(|i| i.memory).or(memory);
-    let info = SavedInfo {
-        vm: status.id,
-        memory: size.ok_or_else(|| HostError::Refused {
-            name: name.clone(),
-            why: "the size of its RAM is not known: its runtime directory was emptied".into(),
-        })?,
-        in_store: instance.is_some_and(|i| i.segment.is_some()),
-    };
-    paths.prepare(&info)?;
-    let report = vmm::save(&socket, &paths.part, vmm::SAVE_WAIT);
-    let report = match report {
-        Ok(report) => report,
-        Err(source) => {
-            let _ = paths.withdraw();
-            return Err(ask(source));
-        }
-    };
-    paths.commit()?;
-    Ok(report)
 }
 
 /// Gives a VM up: its segment, its saved file and its runtime directory.

@@ -19,23 +19,19 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
-use hebe_flow::life::Life;
 use hebe_flow::reboot::{Effect, Fate, Input, Outcome, Phase, Reboot};
 use hebe_sys::proc;
 use hebe_types::{RebootMethod, Stamp, VmId, VmName};
 
-use crate::files;
 use crate::host::{Host, HostError};
-use crate::launch::{Launch, Memory, Origin};
-use crate::listing::{self, Survey, VmRow, with_cause};
-use crate::lock::VmLock;
+use crate::job::{Job, Note, Trouble};
+use crate::listing::{Survey, with_cause};
 use crate::ops::{self, StopOptions};
 use crate::preflight::{RebootOptions, Verdict, preflight};
-use crate::saved::{Pending, SavedPaths};
-use crate::stores::ExecView;
+use crate::report::{ReportPlace, keep_report};
+use crate::saved::Pending;
 use crate::system::Leave;
 use crate::timeline::{EventKind, KernelInfo, Side, Timeline, rate};
-use crate::vmm;
 
 /// How a reboot ended that did not leave the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,16 +116,6 @@ impl Instants {
 struct Answer {
     input: Input,
     notes: Vec<Note>,
-}
-
-enum Note {
-    Freeze(VmName, hebe_api::FreezeReport),
-    Save(VmName, hebe_api::SaveReport),
-    Off {
-        vm: VmName,
-        asked: Stamp,
-        off: Stamp,
-    },
 }
 
 struct Driver<'a> {
@@ -379,278 +365,6 @@ impl Driver<'_> {
             (false, _) => ReportPlace::Disk,
         };
         keep_report(self.host, &self.timeline, place)
-    }
-}
-
-/// Where the report lies on hosts without a store, and once it is complete.
-pub fn report_path(host: &Host) -> std::path::PathBuf {
-    host.layout.state.join("reports").join("last.json")
-}
-
-/// Keeps the report where the next kernel finds it. A copy on the disk that
-/// cannot be written costs the report; a store that cannot be written costs the
-/// reboot, for then the VMs in it are in doubt too.
-pub fn keep_report(host: &Host, timeline: &Timeline, place: ReportPlace) -> Result<(), String> {
-    let bytes = timeline.to_bytes();
-    if place != ReportPlace::Store {
-        let _ = files::write_durably(&report_path(host), &bytes);
-    }
-    if place != ReportPlace::Disk {
-        host.store
-            .write_report(&bytes)
-            .map_err(|e| with_cause(&e))?;
-    }
-    Ok(())
-}
-
-/// Where a report is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ReportPlace {
-    /// In the store: quick, and survives a kexec.
-    Store,
-    /// On the disk of the state directory.
-    Disk,
-    /// In both, where the store may not survive what comes.
-    Both,
-}
-
-/// Why a VM's effect failed.
-struct Trouble {
-    why: String,
-    certain: bool,
-}
-
-impl Trouble {
-    fn certain(why: impl Into<String>) -> Self {
-        Self {
-            why: why.into(),
-            certain: true,
-        }
-    }
-}
-
-impl From<HostError> for Trouble {
-    fn from(error: HostError) -> Self {
-        match &error {
-            HostError::Vmm { source, .. } => Self {
-                certain: vmm::is_refusal(source),
-                why: with_cause(source),
-            },
-            _ => Self {
-                certain: false,
-                why: with_cause(&error),
-            },
-        }
-    }
-}
-
-/// One VM's part, in a thread of its own.
-struct Job {
-    host: Host,
-    vm: VmName,
-    row: Option<VmRow>,
-    stop: StopOptions,
-}
-
-impl Job {
-    fn suspend(&self, fate: Fate) -> (Result<(), Trouble>, Option<Note>) {
-        let result = match fate {
-            Fate::Keep => self.freeze(),
-            Fate::Save => self.save(),
-            Fate::ShutDown => self.shut_down(),
-        };
-        match result {
-            Ok(note) => (Ok(()), Some(note)),
-            Err(trouble) => (Err(trouble), None),
-        }
-    }
-
-    fn row(&self) -> Result<&VmRow, Trouble> {
-        self.row
-            .as_ref()
-            .ok_or_else(|| Trouble::certain("it was not there when the reboot began"))
-    }
-
-    /// A VM that an operator paused has to run for the instant in which it is
-    /// frozen; it will run afterwards, and the verdict says so.
-    fn unpause(&self) -> Result<(), Trouble> {
-        if self.row()?.life == Life::Paused {
-            let socket = self.host.layout.socket(&self.vm);
-            vmm::let_run(&socket).map_err(|e| Trouble::certain(with_cause(&e)))?;
-        }
-        Ok(())
-    }
-
-    fn freeze(&self) -> Result<Note, Trouble> {
-        self.unpause()?;
-        let socket = self.host.layout.socket(&self.vm);
-        match vmm::freeze(&socket, vmm::FREEZE_WAIT) {
-            Ok(report) => Ok(Note::Freeze(self.vm.clone(), report)),
-            Err(error) => Err(Trouble {
-                certain: vmm::is_refusal(&error),
-                why: with_cause(&error),
-            }),
-        }
-    }
-
-    fn save(&self) -> Result<Note, Trouble> {
-        self.unpause()?;
-        let memory = self.row()?.memory;
-        let report = ops::save_held(&self.host, &self.vm, memory)?;
-        Ok(Note::Save(self.vm.clone(), report))
-    }
-
-    fn shut_down(&self) -> Result<Note, Trouble> {
-        let asked = self.host.system.stamp();
-        ops::power_off(&self.host, self.row()?, self.stop)?;
-        Ok(Note::Off {
-            vm: self.vm.clone(),
-            asked,
-            off: self.host.system.stamp(),
-        })
-    }
-
-    /// Brings a frozen or saved VM back, wherever it is.
-    fn bring_back(&self, fate: Fate) -> Result<(), Trouble> {
-        if fate == Fate::Save {
-            // Before the VM runs, or its file would be older than its disk.
-            let paths = SavedPaths::new(&self.host.layout, &self.vm);
-            paths
-                .withdraw()
-                .map_err(|e| Trouble::certain(format!("saved, with its VMM waiting: {e}")))?;
-        }
-        let dir = self.host.layout.vm_dir(&self.vm);
-        if VmLock::is_held(&dir) {
-            let socket = self.host.layout.socket(&self.vm);
-            return vmm::let_run(&socket).map_err(|e| {
-                let why = with_cause(&e);
-                Trouble::certain(format!("held by its VMM, which says: {why}"))
-            });
-        }
-        self.resume_without_vmm()
-    }
-
-    /// Its VMM is gone: what the segment says decides.
-    fn resume_without_vmm(&self) -> Result<(), Trouble> {
-        let lost = || Trouble::certain("its VMM ended, and it has no committed state");
-        let view = self
-            .host
-            .store
-            .view()
-            .map_err(|e| Trouble::certain(format!("in the store, which says: {e}")))?
-            .ok_or_else(lost)?;
-        let segment = view.segment_of(&self.vm).ok_or_else(lost)?;
-        let (ExecView::Frozen { .. }, Some(vm)) = (&segment.exec, segment.vm) else {
-            return Err(lost());
-        };
-        let order = Launch {
-            name: self.vm.clone(),
-            vm,
-            size: segment.memory,
-            memory: Memory::Segment {
-                id: segment.id,
-                spec: segment.spec.clone(),
-            },
-            origin: Origin::Frozen,
-        };
-        match ops::continue_frozen(&self.host, &order) {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                let why = with_cause(&error);
-                Err(Trouble::certain(format!(
-                    "frozen in segment {}: {why}",
-                    segment.id
-                )))
-            }
-        }
-    }
-
-    fn boot(&self) -> Result<(), Trouble> {
-        let dir = self.host.layout.vm_dir(&self.vm);
-        if VmLock::is_held(&dir) {
-            // It never went down.
-            return Ok(());
-        }
-        let booted = crate::definitions::load(&self.host.layout, &self.vm)
-            .and_then(|(_, config)| ops::boot(&self.host, &config));
-        match booted {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                let why = with_cause(&error);
-                Err(Trouble::certain(format!("shut down: {why}")))
-            }
-        }
-    }
-}
-
-/// The report of the last reboot, if there was one: the newer of the two that
-/// store and disk may hold.
-pub fn last_report(host: &Host) -> Result<Option<Timeline>, String> {
-    // A store that a reset cleared is no reason not to look on the disk.
-    let stored = host.store.read_report().ok().flatten();
-    let on_disk = std::fs::read(report_path(host)).ok();
-    let mut newest: Option<Timeline> = None;
-    let mut trouble = None;
-    for bytes in stored.into_iter().chain(on_disk).filter(|b| !b.is_empty()) {
-        match Timeline::parse(&bytes) {
-            Ok(found) => {
-                if newest
-                    .as_ref()
-                    .is_none_or(|n| n.ended_ns() < found.ended_ns())
-                {
-                    newest = Some(found);
-                }
-            }
-            Err(error) => trouble = Some(error),
-        }
-    }
-    match (newest, trouble) {
-        (None, Some(error)) => Err(error),
-        (newest, _) => Ok(newest),
-    }
-}
-
-/// The last report with what running VMs tell of their resume; kept, if that
-/// was new.
-pub fn complete_report(host: &Host) -> Result<Option<Timeline>, String> {
-    let Some(mut timeline) = last_report(host)? else {
-        return Ok(None);
-    };
-    let here = VmId(host.system.boot_id()).to_string();
-    if timeline.after.as_ref().map(|k| k.boot_id.as_str()) != Some(here.as_str()) {
-        return Ok(Some(timeline));
-    }
-    let known = timeline.events.len();
-    for row in listing::survey(host).rows.values() {
-        note_status(&mut timeline, row);
-    }
-    if timeline.events.len() != known {
-        let place = match host.store.view() {
-            Ok(Some(_)) => ReportPlace::Store,
-            _ => ReportPlace::Disk,
-        };
-        keep_report(host, &timeline, place)?;
-    }
-    Ok(Some(timeline))
-}
-
-/// Notes what a VM's status says about its way through the reboot.
-pub fn note_status(timeline: &mut Timeline, row: &VmRow) {
-    let Some(status) = &row.status else {
-        return;
-    };
-    let went_through = timeline
-        .events
-        .iter()
-        .any(|e| e.side == Side::Before && e.vm.as_ref() == Some(&row.name));
-    if !went_through {
-        return;
-    }
-    if let Some(resume) = &status.resume {
-        timeline.note_resume(&row.name, resume);
-    }
-    if let Some(first) = status.first_tx {
-        timeline.note(first, Side::After, Some(&row.name), EventKind::FirstReply);
     }
 }
 

@@ -19,8 +19,9 @@ use crate::launch::{Launch, Memory, Origin};
 use crate::listing::with_cause;
 use crate::lock::VmLock;
 use crate::ops;
-use crate::reboot::{ReportPlace, keep_report, last_report};
+use crate::report::{ReportPlace, keep_report, last_report};
 use crate::saved::{self, Pending};
+use crate::saving;
 use crate::stores::{ExecView, StoreView};
 use crate::timeline::{EventKind, KernelInfo, Side, Timeline, corrected_clock};
 use crate::vmm;
@@ -234,7 +235,7 @@ impl Work<'_> {
                 .resume(name)
                 .map(|status| self.up(Resumed::Resumed, status)),
             Decision::Restore { .. } => {
-                ops::restore(self.host, name).map(|status| self.up(Resumed::Restored, status))
+                saving::restore(self.host, name).map(|status| self.up(Resumed::Restored, status))
             }
             Decision::Boot { .. } => self.boot(name),
             Decision::Clean { segment } => self.clean(name, *segment),

@@ -5,6 +5,7 @@
 //! states, and has no guest.
 
 mod fake_vmm;
+mod kills;
 mod life;
 mod reboots;
 mod verdicts;
@@ -20,9 +21,12 @@ fn main() -> ExitCode {
     if arguments.iter().any(|a| a == "--lock-fd") {
         return fake_vmm::run(&arguments);
     }
+    if arguments.first().is_some_and(|a| a == "--operate") {
+        return kills::operate(&arguments[1..]);
+    }
     let filter = arguments.iter().find(|a| !a.starts_with('-'));
     let wanted = |name: &str| filter.is_none_or(|f| name.contains(f.as_str()));
-    let cases: Vec<Case> = [life::CASES, reboots::CASES, verdicts::CASES]
+    let cases: Vec<Case> = [life::CASES, reboots::CASES, kills::CASES, verdicts::CASES]
         .concat()
         .into_iter()
         .filter(|(name, _)| wanted(name))

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use hebe_host::listing::VmState;
 use hebe_host::ops;
-use hebe_host::reboot::{RebootEnd, complete_report, reboot};
+use hebe_host::reboot::{RebootEnd, reboot};
+use hebe_host::report::complete_report;
 use hebe_host::resume_all::{Resumed, resume_all};
 use hebe_host::saved::{Pending, SavedPaths};
 use hebe_host::timeline::{EventKind, Side};

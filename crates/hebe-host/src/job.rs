@@ -1,0 +1,196 @@
+//! What a reboot does to one VM, forward and back; each in a thread of its own.
+
+use hebe_api::{FreezeReport, SaveReport};
+use hebe_flow::life::Life;
+use hebe_flow::reboot::Fate;
+use hebe_types::{Stamp, VmName};
+
+use crate::host::{Host, HostError};
+use crate::launch::{Launch, Memory, Origin};
+use crate::listing::{VmRow, with_cause};
+use crate::lock::VmLock;
+use crate::ops::{self, StopOptions};
+use crate::saved::SavedPaths;
+use crate::saving;
+use crate::stores::ExecView;
+use crate::vmm;
+
+/// Instants that a VM's effect found, to be noted in the timeline.
+pub(crate) enum Note {
+    Freeze(VmName, FreezeReport),
+    Save(VmName, SaveReport),
+    Off {
+        vm: VmName,
+        asked: Stamp,
+        off: Stamp,
+    },
+}
+
+/// Why a VM's effect failed.
+pub(crate) struct Trouble {
+    pub(crate) why: String,
+    pub(crate) certain: bool,
+}
+
+impl Trouble {
+    fn certain(why: impl Into<String>) -> Self {
+        Self {
+            why: why.into(),
+            certain: true,
+        }
+    }
+}
+
+impl From<HostError> for Trouble {
+    fn from(error: HostError) -> Self {
+        match &error {
+            HostError::Vmm { source, .. } => Self {
+                certain: vmm::is_refusal(source),
+                why: with_cause(source),
+            },
+            _ => Self {
+                certain: false,
+                why: with_cause(&error),
+            },
+        }
+    }
+}
+
+/// One VM's part, in a thread of its own.
+pub(crate) struct Job {
+    pub(crate) host: Host,
+    pub(crate) vm: VmName,
+    pub(crate) row: Option<VmRow>,
+    pub(crate) stop: StopOptions,
+}
+
+impl Job {
+    pub(crate) fn suspend(&self, fate: Fate) -> (Result<(), Trouble>, Option<Note>) {
+        let result = match fate {
+            Fate::Keep => self.freeze(),
+            Fate::Save => self.save(),
+            Fate::ShutDown => self.shut_down(),
+        };
+        match result {
+            Ok(note) => (Ok(()), Some(note)),
+            Err(trouble) => (Err(trouble), None),
+        }
+    }
+
+    fn row(&self) -> Result<&VmRow, Trouble> {
+        self.row
+            .as_ref()
+            .ok_or_else(|| Trouble::certain("it was not there when the reboot began"))
+    }
+
+    /// A VM that an operator paused has to run for the instant in which it is
+    /// frozen; it will run afterwards, and the verdict says so.
+    fn unpause(&self) -> Result<(), Trouble> {
+        if self.row()?.life == Life::Paused {
+            let socket = self.host.layout.socket(&self.vm);
+            vmm::let_run(&socket).map_err(|e| Trouble::certain(with_cause(&e)))?;
+        }
+        Ok(())
+    }
+
+    fn freeze(&self) -> Result<Note, Trouble> {
+        self.unpause()?;
+        let socket = self.host.layout.socket(&self.vm);
+        match vmm::freeze(&socket, vmm::FREEZE_WAIT) {
+            Ok(report) => Ok(Note::Freeze(self.vm.clone(), report)),
+            Err(error) => Err(Trouble {
+                certain: vmm::is_refusal(&error),
+                why: with_cause(&error),
+            }),
+        }
+    }
+
+    fn save(&self) -> Result<Note, Trouble> {
+        self.unpause()?;
+        let memory = self.row()?.memory;
+        let report = saving::save_held(&self.host, &self.vm, memory)?;
+        Ok(Note::Save(self.vm.clone(), report))
+    }
+
+    fn shut_down(&self) -> Result<Note, Trouble> {
+        let asked = self.host.system.stamp();
+        ops::power_off(&self.host, self.row()?, self.stop)?;
+        Ok(Note::Off {
+            vm: self.vm.clone(),
+            asked,
+            off: self.host.system.stamp(),
+        })
+    }
+
+    /// Brings a frozen or saved VM back, wherever it is.
+    pub(crate) fn bring_back(&self, fate: Fate) -> Result<(), Trouble> {
+        if fate == Fate::Save {
+            // Before the VM runs, or its file would be older than its disk.
+            let paths = SavedPaths::new(&self.host.layout, &self.vm);
+            paths
+                .withdraw()
+                .map_err(|e| Trouble::certain(format!("saved, with its VMM waiting: {e}")))?;
+        }
+        let dir = self.host.layout.vm_dir(&self.vm);
+        if VmLock::is_held(&dir) {
+            let socket = self.host.layout.socket(&self.vm);
+            return vmm::let_run(&socket).map_err(|e| {
+                let why = with_cause(&e);
+                Trouble::certain(format!("held by its VMM, which says: {why}"))
+            });
+        }
+        self.resume_without_vmm()
+    }
+
+    /// Its VMM is gone: what the segment says decides.
+    fn resume_without_vmm(&self) -> Result<(), Trouble> {
+        let lost = || Trouble::certain("its VMM ended, and it has no committed state");
+        let view = self
+            .host
+            .store
+            .view()
+            .map_err(|e| Trouble::certain(format!("in the store, which says: {e}")))?
+            .ok_or_else(lost)?;
+        let segment = view.segment_of(&self.vm).ok_or_else(lost)?;
+        let (ExecView::Frozen { .. }, Some(vm)) = (&segment.exec, segment.vm) else {
+            return Err(lost());
+        };
+        let order = Launch {
+            name: self.vm.clone(),
+            vm,
+            size: segment.memory,
+            memory: Memory::Segment {
+                id: segment.id,
+                spec: segment.spec.clone(),
+            },
+            origin: Origin::Frozen,
+        };
+        match ops::continue_frozen(&self.host, &order) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                let why = with_cause(&error);
+                Err(Trouble::certain(format!(
+                    "frozen in segment {}: {why}",
+                    segment.id
+                )))
+            }
+        }
+    }
+
+    pub(crate) fn boot(&self) -> Result<(), Trouble> {
+        let dir = self.host.layout.vm_dir(&self.vm);
+        if VmLock::is_held(&dir) {
+            // It never went down.
+            return Ok(());
+        }
+        let booted = crate::definitions::load(&self.host.layout, &self.vm)
+            .and_then(|(_, config)| ops::boot(&self.host, &config));
+        match booted {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                let why = with_cause(&error);
+                Err(Trouble::certain(format!("shut down: {why}")))
+            }
+        }
+    }
+}
