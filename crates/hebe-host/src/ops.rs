@@ -63,6 +63,18 @@ pub fn run(host: &Host, config: &VmConfig) -> Result<VmStatus, HostError> {
     if let Some(row) = survey.rows.get(name) {
         admit(row, Order::Start)?;
     }
+    // A later boot of this VM, after a cold reboot, takes the operator's own
+    // definition where there is one; so it must not say something else.
+    let own = definitions::expected_path(&host.layout, name);
+    if own.exists() && !definitions::read(&own).is_ok_and(|defined| defined == *config) {
+        return Err(HostError::Refused {
+            name: name.clone(),
+            why: format!(
+                "{} defines a VM of that name otherwise: `hebe start {name}` boots that one, and another needs another name",
+                own.display()
+            ),
+        });
+    }
     let path = definitions::transient_path(&host.layout, name);
     definitions::check_files(config, &path)?;
     let known = definitions::find(&host.layout, name).is_some();

@@ -105,7 +105,8 @@ pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<Resume
         configs,
     };
     let decisions = plan(&facts);
-    let fast = |d: &Decision| matches!(d, Decision::Resume { .. });
+    // Thawing in a living VMM is as quick as resuming.
+    let fast = |d: &Decision| matches!(d, Decision::Resume { .. } | Decision::Already);
     let mut vms = work.all_at_once(&decisions, fast);
     let slow = work.all_at_once(&decisions, |d| !fast(d));
     vms.extend(slow);

@@ -65,7 +65,7 @@ fn kill_after(mut child: Child, delay: Duration) {
 
 /// Instants from the first to well after the last that an order takes here.
 fn instants() -> impl Iterator<Item = Duration> {
-    (0..40u64).map(|i| Duration::from_micros(i * i * 12))
+    (0..24u64).map(|i| Duration::from_micros(i * i * 30))
 }
 
 /// A manager that was killed may leave a VMM that is still starting.

@@ -191,6 +191,10 @@ fn transient() {
     world.define("web", "");
     let path = hebe_host::definitions::expected_path(&world.host.layout, &name("web"));
     let config = hebe_host::definitions::read(&path).expect("read");
+    let mut other = config.clone();
+    other.vcpus = 2;
+    let error = ops::run(&world.host, &other).expect_err("defined otherwise");
+    assert!(error.to_string().contains("hebe start web"), "{error}");
     fs::remove_file(path).expect("remove");
     ops::run(&world.host, &config).expect("runs");
     let kept = hebe_host::definitions::find(&world.host.layout, &name("web"));

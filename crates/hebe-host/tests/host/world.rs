@@ -311,7 +311,7 @@ impl World {
         RebootOptions {
             method,
             kernel: Some(self.root.path().join("kernel")),
-            timeout_s: 5,
+            timeout_s: 1,
             ..RebootOptions::default()
         }
     }
