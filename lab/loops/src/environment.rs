@@ -78,6 +78,13 @@ impl Environment {
     }
 }
 
+/// The host kernel takes its TSCs for synchronous. Where it does not, KVM
+/// says of an SMP guest that "guest TSC will not be reliable".
+pub fn tsc_is_stable() -> bool {
+    fs::read_to_string("/sys/devices/system/clocksource/clocksource0/available_clocksource")
+        .is_ok_and(|names| names.split_whitespace().any(|name| name == "tsc"))
+}
+
 fn hypervisor_name() -> [u8; 12] {
     let leaf = __cpuid(0x4000_0000);
     let mut name = [0; 12];

@@ -8,9 +8,10 @@
 //! 0x0038_0000  working sets, 64 KiB per vCPU
 //! ```
 //!
-//! The command line has three characters: what to do (`L` loop, `T` triple
+//! The command line has four characters: what to do (`L` loop, `T` triple
 //! fault, `R` reset, `K` reset by the keyboard controller, `P` power off), how
-//! many vCPUs, and the timer's period (2^(20+n) ticks).
+//! many vCPUs, the timer's period (2^(20+n) ticks), and whether (`1` or `0`)
+//! to check the TSC between vCPUs, and the timer against the TSC.
 
 use std::arch::global_asm;
 use std::mem::offset_of;
@@ -100,7 +101,8 @@ struct Shared {
     period: u64,
     online: u64,
     scratch: u64,
-    _gap: [u64; 3],
+    trust_tsc: u64,
+    _gap: [u64; 2],
     tsc: u64,
 }
 
@@ -123,6 +125,7 @@ global_asm!(
     SH_PERIOD = const offset_of!(Shared, period),
     SH_ONLINE = const offset_of!(Shared, online),
     SH_SCRATCH = const offset_of!(Shared, scratch),
+    SH_TRUST = const offset_of!(Shared, trust_tsc),
     SH_TSC = const offset_of!(Shared, tsc),
     CPUS = const CPUS,
     CPU_SHIFT = const CPU_SHIFT,
@@ -477,4 +480,26 @@ pub fn splitmix64(state: &mut u64) -> u64 {
     z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ z >> 31
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_image_is_an_elf_with_a_pvh_note_and_the_code() {
+        let image = image();
+        assert_eq!(&image[..4], b"\x7fELF");
+        assert!(image.windows(4).any(|w| w == b"Xen\0"));
+        assert_eq!(&image[0x1000..], code());
+        assert!(BASE + code().len() <= PAGE_TABLES);
+    }
+
+    #[test]
+    fn every_fault_has_its_number() {
+        assert_eq!(Fault::from_number(1), Some(Fault::General));
+        assert_eq!(Fault::from_number(18), Some(Fault::Exception));
+        assert_eq!(Fault::from_number(0), None);
+        assert_eq!(Fault::from_number(19), None);
+    }
 }

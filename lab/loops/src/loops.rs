@@ -47,6 +47,7 @@ pub fn run(options: &Options) -> Report {
         pauses: 0,
         thaws: 0,
         avx: false,
+        tsc_checked: plan.trust_tsc,
         deadline_timers: Vec::new(),
         state_bytes_max: 0,
         freeze: Samples::default(),

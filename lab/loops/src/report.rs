@@ -69,6 +69,8 @@ pub struct Report {
     pub thaws: u32,
     /// AVX registers were part of the test.
     pub avx: bool,
+    /// The TSC was checked between vCPUs, and against the timer.
+    pub tsc_checked: bool,
     /// How each vCPU's timer worked: TSC deadline, or one-shot count.
     pub deadline_timers: Vec<bool>,
     /// Largest execution state.
@@ -101,7 +103,7 @@ impl Report {
         format!(
             "{} of {} suspend/resume loops, {} pauses and {} thaws in place, {} vCPUs, seed {:#x}, {:.1} s\n\
              on {} ({:?}, {}), kernel {}\n\
-             tested: x87, SSE{}; {} TSC-deadline and {} one-shot timers; {} passes, {} ticks, \
+             tested: x87, SSE{}; TSC {}; {} TSC-deadline and {} one-shot timers; {} passes, {} ticks, \
              {} IPIs, {} serial interrupts, {} I/O rounds, {} halts, {} pages verified\n\
              freeze (min / median / max): {}, of it stopping vCPUs: {}\n\
              resume: {}; until all made progress: {}; state {} bytes",
@@ -120,6 +122,11 @@ impl Report {
                 ", AVX"
             } else {
                 " (no AVX here: not tested)"
+            },
+            if self.tsc_checked {
+                "never back on and between vCPUs, timers not early"
+            } else {
+                "never back on a vCPU (between vCPUs not tested: this host's is not synchronous)"
             },
             deadline,
             self.deadline_timers.len() - deadline,

@@ -12,6 +12,7 @@ use hebe_store::{ExecStatus, Segment};
 use hebe_types::{ByteSize, ConsoleConfig, StoreKind, VmConfig, VmId};
 use hebe_vmm::{Event, Identity, Vm, VmError};
 
+use crate::environment;
 use crate::guest::{self, Counters, View};
 
 /// What to build.
@@ -25,6 +26,8 @@ pub struct Plan {
     pub mode: char,
     /// Third letter: the timer's period is 2^(20+n) ticks.
     pub period: u8,
+    /// Check the TSC between vCPUs, and against the timer.
+    pub trust_tsc: bool,
 }
 
 impl Plan {
@@ -35,7 +38,13 @@ impl Plan {
             memory: ByteSize::mib(8),
             mode: 'L',
             period: 2,
+            trust_tsc: environment::tsc_is_stable(),
         }
+    }
+
+    fn cmdline(&self) -> String {
+        let trust = u8::from(self.trust_tsc);
+        format!("{}{}{}{trust}", self.mode, self.vcpus, self.period)
     }
 }
 
@@ -108,7 +117,7 @@ impl Rig {
             hugepages: false,
             kernel,
             initrd: None,
-            cmdline: format!("{}{}{}", plan.mode, plan.vcpus, plan.period),
+            cmdline: plan.cmdline(),
             autostart: false,
             console: ConsoleConfig::default(),
             disks: Vec::new(),
@@ -237,7 +246,11 @@ impl Rig {
     /// Errors of the guest, and of the VM, as text; none is good.
     pub fn check(&self) -> Result<()> {
         if let Ok(event) = self.inbox.try_recv() {
-            bail!("the VM ended: {event:?}{}", self.error_text());
+            let stages: Vec<_> = self.counters().iter().map(|c| c.stage).collect();
+            bail!(
+                "the VM ended: {event:?}, its vCPUs at stage {stages:?}{}",
+                self.error_text()
+            );
         }
         let errors = self.error_text();
         ensure!(errors.is_empty(), "the guest found errors:{errors}");

@@ -29,7 +29,8 @@ first32:
     movl $(({WORK} - {PAGE_TABLES}) / 4), %ecx
     xorl %eax, %eax
     rep stosl
-    # First letter: what to do; second: number of vCPUs; third: timer period.
+    # The command line: what to do, number of vCPUs, timer period, whether to
+    # trust the TSC.
     movl 24(%ebx), %esi
     movzbl (%esi), %eax
     movl %eax, {SHARED} + {SH_MODE}
@@ -41,6 +42,9 @@ first32:
     movl $1, %eax
     shll %cl, %eax
     movl %eax, {SHARED} + {SH_PERIOD}
+    movzbl 3(%esi), %eax
+    subl $0x30, %eax
+    movl %eax, {SHARED} + {SH_TRUST}
     # Identity map of 4 GiB in 2 MiB pages.
     movl $({PAGE_TABLES} + 0x1003), {PAGE_TABLES}
     movl $({PAGE_TABLES} + 0x2003), {PAGE_TABLES} + 0x1000

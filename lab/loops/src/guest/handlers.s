@@ -76,6 +76,8 @@ on_timer:
     incq %gs:{TICKS}
     testq ${HAS_DEADLINE}, %gs:{FEATURES}
     jz 1f
+    cmpl $0, {SHARED} + {SH_TRUST}
+    je 1f
     call read_tsc
     movq %rax, %rsi
     movq %gs:{DEADLINE}, %rdx

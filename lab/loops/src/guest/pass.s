@@ -484,7 +484,9 @@ check_clock:
     jae 1f
     movl ${E_TSC_OWN}, %edi
     call record
-1:  movq %r9, %rdx
+1:  cmpl $0, {SHARED} + {SH_TRUST}
+    je 2f
+    movq %r9, %rdx
     cmpq %rdx, %rsi
     jae 2f
     movl ${E_TSC_OTHERS}, %edi
