@@ -98,3 +98,23 @@ pub fn pattern(device: &str, fill: bool) -> Result<u64> {
     }
     Ok(bad)
 }
+
+/// Turns one bit of a devdax device over: what a stray write would do.
+pub fn flip(device: &str, offset: &str) -> Result<u64> {
+    let offset: u64 = offset.parse().context("the offset is not a number")?;
+    let file = fs::File::options().read(true).write(true).open(device)?;
+    let granule = offset & !((2 << 20) - 1);
+    let flags = rustix::mm::MapFlags::SHARED;
+    let access = rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE;
+    // SAFETY: a fresh shared mapping of one granule, at an address that the
+    // kernel chooses; it is used below alone and unmapped by the exit.
+    let map = unsafe {
+        rustix::mm::mmap(std::ptr::null_mut(), 2 << 20, access, flags, &file, granule)?
+    };
+    // SAFETY: `offset - granule` is less than the mapping's length.
+    unsafe {
+        let byte = map.cast::<u8>().add((offset - granule) as usize);
+        byte.write_volatile(byte.read_volatile() ^ 1);
+    }
+    Ok(0)
+}

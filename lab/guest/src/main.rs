@@ -47,6 +47,7 @@ fn tool(arguments: &[String]) -> i32 {
     let result = match words[..] {
         ["dax-fill", device] => dax::pattern(device, true),
         ["dax-check", device] => dax::pattern(device, false),
+        ["dax-flip", device, offset] => dax::flip(device, offset),
         _ => {
             eprintln!(
                 "lab-init is the init program of the lab's machines; it does nothing elsewhere"
