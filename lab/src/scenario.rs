@@ -16,7 +16,7 @@ use crate::assets::{Assets, Kernel, KernelName};
 use crate::binaries::{Binaries, HEBE, HEBE_VMM, Program, workspace_root};
 use crate::machine::{GuestPorts, Machine, MachineConfig, host_cmdline};
 use crate::progress::Progress;
-use crate::{disk, initramfs, probe};
+use crate::{disk, initramfs, probe, serial};
 
 /// Longest time a host may take from reset or kexec to the end of its start-up.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(180);
@@ -333,6 +333,13 @@ impl Lab {
             all.push(status);
         }
         Ok(all)
+    }
+
+    /// What a guest's kernel printed in trouble, on its serial port.
+    pub fn guest_alarms(&self, guest: &GuestSpec) -> Vec<String> {
+        let path = format!("/run/hebe/vms/{}/console.log", guest.name);
+        let bytes = self.machine.agent.get(&path).unwrap_or_default();
+        serial::alarms_in(&String::from_utf8_lossy(&bytes))
     }
 
     fn console_tail(&self, guest: &GuestSpec) -> String {

@@ -60,7 +60,8 @@ impl Serial {
     }
 }
 
-fn alarms_in(text: &str) -> Vec<String> {
+/// Lines of a kernel's output that tell of a failure.
+pub fn alarms_in(text: &str) -> Vec<String> {
     text.lines()
         .filter(|line| ALARMS.iter().any(|alarm| line.contains(alarm)))
         .map(str::to_owned)

@@ -142,6 +142,7 @@ pub fn reboot(
     let next = lab.reboot_arguments(kernel);
     argv.extend(next.iter().map(String::as_str).chain(extra.iter().copied()));
     let host_after = order(lab, &argv)?;
+    check_resumes(lab, guests)?;
     progress.step("waiting for the guests");
     let first = lab.wait_for_guests(guests)?;
     wait_for_slow(lab, guests)?;
@@ -214,6 +215,18 @@ fn order(lab: &mut Lab, argv: &[&str]) -> Result<HostStatus> {
         }
     }
     lab.wait_for_next_boot()
+}
+
+/// Fails at once when the host said that a guest did not come back.
+fn check_resumes(lab: &Lab, guests: &[GuestSpec]) -> Result<()> {
+    let text = lab.machine.serial.text()?;
+    for guest in guests {
+        let failed = format!("LAB: hebe {}: failed", guest.name);
+        if let Some(line) = text.lines().find(|l| l.contains(&failed)) {
+            bail!("{line}");
+        }
+    }
+    Ok(())
 }
 
 fn log_text(lab: &Lab) -> String {

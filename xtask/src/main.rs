@@ -1,5 +1,6 @@
 //! The project's own tasks: `cargo xtask COMMAND`.
 
+mod demo;
 mod kernel;
 mod lab_shell;
 mod setup;
@@ -39,6 +40,8 @@ struct OverrideArgs {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Warm-reboot a host under VMs, on real kernels in an emulated machine.
+    Demo(demo::DemoArgs),
     /// Fetch everything the lab needs (the other commands do so, too).
     Setup(setup::SetupArgs),
     /// Boot a lab host with the product's programs and run commands in it.
@@ -69,6 +72,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     };
     let assets = || Assets::open(overrides);
     match cli.command {
+        Command::Demo(args) => demo::run(&assets()?, &args, &progress),
         Command::Setup(args) => setup::run(&assets()?, &args, &progress),
         Command::Lab(args) => match args.attach {
             Some(port) => lab_shell::attach(port, &args.command),

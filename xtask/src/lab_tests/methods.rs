@@ -1,0 +1,75 @@
+//! Warm, saved and cold, from 6.1 to 7.3 and back, under real guests.
+
+use anyhow::{Context, Result, ensure};
+use lab::assets::KernelName;
+use lab::scenario::{GuestSpec, Lab, LabOptions};
+use lab::trial::{self, Method, Trial};
+
+use crate::demo;
+use crate::test::Scene;
+
+const OLD: KernelName = KernelName::V6_1Cloud;
+const NEW: KernelName = KernelName::V7_3Cloud;
+
+/// One machine goes through all six; the guests go through them with it.
+pub fn run(scene: &Scene) -> Result<()> {
+    let guests = guests();
+    let options = LabOptions {
+        host: OLD,
+        others: vec![NEW],
+        guest_kernels: vec![OLD, NEW],
+        guest_disks: vec![("vm1".to_owned(), 64)],
+        ..LabOptions::default()
+    };
+    let mut lab = Lab::boot(scene.assets, options, scene.progress)?;
+    lab.start(&guests)?;
+    for (method, kernel) in [
+        (Method::Warm, NEW),
+        (Method::Warm, OLD),
+        (Method::Saved, NEW),
+        (Method::Saved, OLD),
+        (Method::Cold, NEW),
+        (Method::Cold, OLD),
+    ] {
+        let extra: &[&str] = if method == Method::Cold { &["--kexec"] } else { &[] };
+        let trial = trial::reboot(&mut lab, &guests, method, kernel, extra, scene.progress)
+            .with_context(|| format!("{} into {kernel}", method.as_str()))?;
+        check(&trial, kernel).with_context(|| format!("{} into {kernel}", method.as_str()))?;
+        println!("    {} into {kernel}: {}", method.as_str(), downtimes(&trial));
+    }
+    lab.machine.check()?;
+    lab.machine.power_off()
+}
+
+/// One with two vCPUs and a disk, one with the other kernel.
+fn guests() -> Vec<GuestSpec> {
+    let first = GuestSpec {
+        vcpus: 2,
+        disk: true,
+        append: "lab.disk_ms=200".to_owned(),
+        ..GuestSpec::numbered(0, OLD)
+    };
+    vec![first, GuestSpec::numbered(1, NEW)]
+}
+
+fn check(trial: &Trial, kernel: KernelName) -> Result<()> {
+    demo::check(trial)?;
+    let version = kernel.as_str().split('-').next().unwrap_or_default().to_owned();
+    ensure!(
+        trial.host.kernel_after.starts_with(&version),
+        "the host runs {} after it",
+        trial.host.kernel_after
+    );
+    for (row, guest) in trial.vms.iter().zip(&trial.after) {
+        if let Some(disk) = &guest.disk {
+            ensure!(disk.errors == 0, "{}: {} disk errors", row.name, disk.errors);
+            ensure!(disk.fsyncs > 0, "{}: the disk writer did nothing", row.name);
+        }
+    }
+    Ok(())
+}
+
+fn downtimes(trial: &Trial) -> String {
+    let each = trial.vms.iter().map(|vm| format!("{} {:.1} s", vm.name, vm.downtime_ms / 1000.0));
+    format!("{} (emulated)", each.collect::<Vec<_>>().join(", "))
+}
