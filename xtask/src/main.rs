@@ -3,7 +3,9 @@
 mod demo;
 mod kernel;
 mod lab_shell;
+mod lab_tests;
 mod setup;
+mod test;
 mod tidy;
 mod ui;
 
@@ -40,6 +42,8 @@ struct OverrideArgs {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Run every test: what CI runs.
+    Test(test::TestArgs),
     /// Warm-reboot a host under VMs, on real kernels in an emulated machine.
     Demo(demo::DemoArgs),
     /// Fetch everything the lab needs (the other commands do so, too).
@@ -72,6 +76,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     };
     let assets = || Assets::open(overrides);
     match cli.command {
+        Command::Test(args) => test::run(&assets()?, &args, &progress),
         Command::Demo(args) => demo::run(&assets()?, &args, &progress),
         Command::Setup(args) => setup::run(&assets()?, &args, &progress),
         Command::Lab(args) => match args.attach {
@@ -79,6 +84,6 @@ fn run(cli: Cli) -> Result<ExitCode> {
             None => lab_shell::run(&assets()?, &args, &progress),
         },
         Command::Kernel(args) => kernel::run(&assets()?, &args, &progress),
-        Command::Tidy => tidy::run(),
+        Command::Tidy => tidy::run().map(|()| ExitCode::SUCCESS),
     }
 }

@@ -43,43 +43,87 @@ pub struct Scene<'a> {
 }
 
 const CHECKS: [Check; 9] = [
-    Check { name: "format", run: |_| cargo(&["fmt", "--all", "--check"], &[]) },
-    Check { name: "tidy", run: |_| crate::tidy::run() },
+    Check {
+        name: "format",
+        run: |_| cargo(&["fmt", "--all", "--check"], &[]),
+    },
+    Check {
+        name: "tidy",
+        run: |_| crate::tidy::run(),
+    },
     Check {
         name: "clippy",
         run: |_| {
-            cargo(&["clippy", "--workspace", "--all-targets", "--locked", "--quiet", "--", "-D", "warnings"], &[])
+            cargo(
+                &[
+                    "clippy",
+                    "--workspace",
+                    "--all-targets",
+                    "--locked",
+                    "--quiet",
+                    "--",
+                    "-D",
+                    "warnings",
+                ],
+                &[],
+            )
         },
     },
     Check {
         name: "docs",
         run: |_| {
             let flags = [("RUSTDOCFLAGS", "-D warnings")];
-            cargo(&["doc", "--workspace", "--no-deps", "--locked", "--quiet"], &flags)
+            cargo(
+                &["doc", "--workspace", "--no-deps", "--locked", "--quiet"],
+                &flags,
+            )
         },
     },
     Check {
         name: "unit, property and contract tests",
         run: |_| cargo(&["test", "--workspace", "--locked", "--quiet"], &[]),
     },
-    Check { name: "lab: orders that are refused", run: lab_tests::refusals::run },
-    Check { name: "lab: three methods, both kernel directions", run: lab_tests::methods::run },
-    Check { name: "lab: damage and kills", run: lab_tests::faults::run },
-    Check { name: "lab: suspend and resume loops", run: lab_tests::loops::run },
+    Check {
+        name: "lab: orders that are refused",
+        run: lab_tests::refusals::run,
+    },
+    Check {
+        name: "lab: three methods, both kernel directions",
+        run: lab_tests::methods::run,
+    },
+    Check {
+        name: "lab: damage and kills",
+        run: lab_tests::faults::run,
+    },
+    Check {
+        name: "lab: suspend and resume loops",
+        run: lab_tests::loops::run,
+    },
 ];
 
 /// Runs the checks; all of them, even after one failed.
 pub fn run(assets: &Assets, args: &TestArgs, progress: &Spinner) -> Result<ExitCode> {
-    let wanted = |check: &&Check| args.only.as_ref().is_none_or(|word| check.name.contains(word));
+    let wanted = |check: &&Check| {
+        args.only
+            .as_ref()
+            .is_none_or(|word| check.name.contains(word))
+    };
     let checks: Vec<&Check> = CHECKS.iter().filter(wanted).collect();
     if checks.is_empty() {
-        bail!("no check has '{}' in its name: see --list", args.only.as_deref().unwrap_or_default());
+        bail!(
+            "no check has '{}' in its name: see --list",
+            args.only.as_deref().unwrap_or_default()
+        );
     }
     if args.list {
         checks.iter().for_each(|check| println!("{}", check.name));
         return Ok(ExitCode::SUCCESS);
     }
-    let context = Scene { assets, progress, full: args.full };
+    let context = Scene {
+        assets,
+        progress,
+        full: args.full,
+    };
     let mut failed = Vec::new();
     for check in &checks {
         println!("--- {}", check.name);
@@ -90,13 +134,25 @@ pub fn run(assets: &Assets, args: &TestArgs, progress: &Spinner) -> Result<ExitC
         match result {
             Ok(()) => println!("ok  {} ({seconds:.0} s)", check.name),
             Err(error) => {
-                println!("FAILED  {} ({seconds:.0} s): {}", check.name, ui::chain(&error));
+                println!(
+                    "FAILED  {} ({seconds:.0} s): {}",
+                    check.name,
+                    ui::chain(&error)
+                );
                 failed.push(check.name);
             }
         }
     }
-    println!("\n{} passed, {} failed", checks.len() - failed.len(), failed.len());
-    Ok(if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    println!(
+        "\n{} passed, {} failed",
+        checks.len() - failed.len(),
+        failed.len()
+    );
+    Ok(if failed.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use lab::binaries::workspace_root;
 use serde_json::Value;
 
@@ -53,7 +53,7 @@ const LAYERS: [(&str, u32); 20] = [
 ];
 
 /// Runs every check and prints what it finds.
-pub fn run() -> Result<ExitCode> {
+pub fn run() -> Result<()> {
     let root = workspace_root();
     let metadata = metadata(&root)?;
     let mut findings = licences(&metadata);
@@ -62,11 +62,11 @@ pub fn run() -> Result<ExitCode> {
     for finding in &findings {
         println!("{finding}");
     }
-    if findings.is_empty() {
-        println!("tidy");
-        return Ok(ExitCode::SUCCESS);
+    if !findings.is_empty() {
+        bail!("{} untidy places", findings.len());
     }
-    Ok(ExitCode::FAILURE)
+    println!("tidy");
+    Ok(())
 }
 
 fn metadata(root: &Path) -> Result<Value> {

@@ -10,7 +10,10 @@ use lab::scenario::{Lab, LabOptions};
 use crate::test::Scene;
 
 /// The loops and the fault checks, as a program.
-const SUSPEND_LOOP: Program = Program { package: "suspend-loop", name: "suspend-loop" };
+const SUSPEND_LOOP: Program = Program {
+    package: "suspend-loop",
+    name: "suspend-loop",
+};
 
 /// Longest run of the program.
 const LIMIT: Duration = Duration::from_secs(1500);
@@ -31,7 +34,9 @@ pub fn run(scene: &Scene) -> Result<()> {
     };
     let mut lab = Lab::boot(scene.assets, options, scene.progress)?;
     let loops = if scene.full { LOOPS_FULL } else { LOOPS };
-    scene.progress.step(&format!("{loops} suspends and resumes"));
+    scene
+        .progress
+        .step(&format!("{loops} suspends and resumes"));
     let argv = ["suspend-loop", "--loops", loops, "--vcpus", "2", "--faults"];
     let output = lab.machine.agent.exec(&argv, b"", LIMIT)?;
     let text = output.all_text();

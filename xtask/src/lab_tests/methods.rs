@@ -31,11 +31,19 @@ pub fn run(scene: &Scene) -> Result<()> {
         (Method::Cold, NEW),
         (Method::Cold, OLD),
     ] {
-        let extra: &[&str] = if method == Method::Cold { &["--kexec"] } else { &[] };
+        let extra: &[&str] = if method == Method::Cold {
+            &["--kexec"]
+        } else {
+            &[]
+        };
         let trial = trial::reboot(&mut lab, &guests, method, kernel, extra, scene.progress)
             .with_context(|| format!("{} into {kernel}", method.as_str()))?;
         check(&trial, kernel).with_context(|| format!("{} into {kernel}", method.as_str()))?;
-        println!("    {} into {kernel}: {}", method.as_str(), downtimes(&trial));
+        println!(
+            "    {} into {kernel}: {}",
+            method.as_str(),
+            downtimes(&trial)
+        );
     }
     lab.machine.check()?;
     lab.machine.power_off()
@@ -54,7 +62,12 @@ fn guests() -> Vec<GuestSpec> {
 
 fn check(trial: &Trial, kernel: KernelName) -> Result<()> {
     demo::check(trial)?;
-    let version = kernel.as_str().split('-').next().unwrap_or_default().to_owned();
+    let version = kernel
+        .as_str()
+        .split('-')
+        .next()
+        .unwrap_or_default()
+        .to_owned();
     ensure!(
         trial.host.kernel_after.starts_with(&version),
         "the host runs {} after it",
@@ -62,7 +75,12 @@ fn check(trial: &Trial, kernel: KernelName) -> Result<()> {
     );
     for (row, guest) in trial.vms.iter().zip(&trial.after) {
         if let Some(disk) = &guest.disk {
-            ensure!(disk.errors == 0, "{}: {} disk errors", row.name, disk.errors);
+            ensure!(
+                disk.errors == 0,
+                "{}: {} disk errors",
+                row.name,
+                disk.errors
+            );
             ensure!(disk.fsyncs > 0, "{}: the disk writer did nothing", row.name);
         }
     }
@@ -70,6 +88,9 @@ fn check(trial: &Trial, kernel: KernelName) -> Result<()> {
 }
 
 fn downtimes(trial: &Trial) -> String {
-    let each = trial.vms.iter().map(|vm| format!("{} {:.1} s", vm.name, vm.downtime_ms / 1000.0));
+    let each = trial
+        .vms
+        .iter()
+        .map(|vm| format!("{} {:.1} s", vm.name, vm.downtime_ms / 1000.0));
     format!("{} (emulated)", each.collect::<Vec<_>>().join(", "))
 }

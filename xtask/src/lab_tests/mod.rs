@@ -14,21 +14,32 @@ use serde_json::Value;
 /// Runs a command of the product that must work, and reads its JSON.
 fn json(lab: &Lab, argv: &[&str]) -> Result<Value> {
     let text = lab.machine.exec_ok(argv)?;
-    serde_json::from_str(&text).with_context(|| format!("{} printed no JSON: {text}", argv.join(" ")))
+    serde_json::from_str(&text)
+        .with_context(|| format!("{} printed no JSON: {text}", argv.join(" ")))
 }
 
 /// The states of all VMs, by name, as `hebe list` tells them.
 fn states(lab: &Lab) -> Result<Vec<(String, String, String)>> {
     let list = json(lab, &["hebe", "list", "--json"])?;
-    let rows = list.as_array().or_else(|| list["vms"].as_array()).context("no list of VMs")?;
+    let rows = list
+        .as_array()
+        .or_else(|| list["vms"].as_array())
+        .context("no list of VMs")?;
     let text = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_owned();
-    Ok(rows.iter().map(|r| (text(r, "name"), text(r, "state"), text(r, "detail"))).collect())
+    Ok(rows
+        .iter()
+        .map(|r| (text(r, "name"), text(r, "state"), text(r, "detail")))
+        .collect())
 }
 
 /// The state of one VM; `absent` if it is not listed.
 fn state(lab: &Lab, name: &str) -> Result<(String, String)> {
     let found = states(lab)?.into_iter().find(|(n, _, _)| n == name);
-    Ok(found.map_or(("absent".into(), String::new()), |(_, state, reason)| (state, reason)))
+    Ok(
+        found.map_or(("absent".into(), String::new()), |(_, state, reason)| {
+            (state, reason)
+        }),
+    )
 }
 
 /// An order that must be refused: with one clear sentence that contains
@@ -40,7 +51,10 @@ fn refused(lab: &Lab, argv: &[&str], words: &[&str]) -> Result<()> {
     ensure!(!output.ok(), "`{order}` was not refused: {text}");
     ensure!(!text.contains("panicked"), "`{order}` panicked: {text}");
     for word in words {
-        ensure!(text.contains(word), "`{order}` was refused without the word '{word}': {text}");
+        ensure!(
+            text.contains(word),
+            "`{order}` was refused without the word '{word}': {text}"
+        );
     }
     Ok(())
 }

@@ -22,7 +22,10 @@ fn definition(name: &str, change: &[(&str, &str)]) -> String {
             None => fields.push((key, (*value).to_owned())),
         }
     }
-    fields.iter().map(|(key, value)| format!("{key} = {value}\n")).collect()
+    fields
+        .iter()
+        .map(|(key, value)| format!("{key} = {value}\n"))
+        .collect()
 }
 
 /// Definitions that must be refused, and a word that the refusal must hold.
@@ -31,9 +34,17 @@ const BAD: [(&str, &[(&str, &str)], &str); 10] = [
     ("odd", &[("memory", "'65537KiB'")], "memory"),
     ("nine", &[("vcpus", "9")], "vcpus"),
     ("huge", &[("memory", "'8GiB'")], "room"),
-    ("nokernel", &[("kernel", "'/no/such/kernel'")], "/no/such/kernel"),
+    (
+        "nokernel",
+        &[("kernel", "'/no/such/kernel'")],
+        "/no/such/kernel",
+    ),
     ("notkernel", &[("kernel", "'/bin/hebe'")], "kernel"),
-    ("nodisk", &[("disk", "[{ path = '/no/such/disk' }]")], "/no/such/disk"),
+    (
+        "nodisk",
+        &[("disk", "[{ path = '/no/such/disk' }]")],
+        "/no/such/disk",
+    ),
     ("badtap", &[("net", "[{ tap = 'a/b' }]")], "a/b"),
     ("unknown", &[("memroy", "'1GiB'")], "memroy"),
     ("mangled", &[("vcpus", "= =")], "mangled.toml"),
@@ -46,7 +57,9 @@ pub fn run(scene: &Scene) -> Result<()> {
     let store_before = json(&lab, &["hebe", "store", "list", "--json"])?;
     for (name, change, word) in BAD {
         let path = format!("/etc/hebe/vms/{name}.toml");
-        lab.machine.agent.put(&path, 0o644, definition(name, change).as_bytes())?;
+        lab.machine
+            .agent
+            .put(&path, 0o644, definition(name, change).as_bytes())?;
         refused(&lab, &["hebe", "start", name], &[word])?;
         lab.machine.exec_ok(&["/bin/hebe", "list"])?;
     }
@@ -55,9 +68,14 @@ pub fn run(scene: &Scene) -> Result<()> {
         refused(&lab, &["hebe", order, "nobody"], &["nobody"])?;
     }
     let store_after = json(&lab, &["hebe", "store", "list", "--json"])?;
-    ensure!(store_before == store_after, "a refused order left something in the store");
     ensure!(
-        states(&lab)?.iter().all(|(_, state, _)| state == "stopped" || state == "damaged"),
+        store_before == store_after,
+        "a refused order left something in the store"
+    );
+    ensure!(
+        states(&lab)?
+            .iter()
+            .all(|(_, state, _)| state == "stopped" || state == "damaged"),
         "a refused order left a VM behind: {:?}",
         states(&lab)?
     );
@@ -70,21 +88,63 @@ fn reboots(lab: &Lab) -> Result<()> {
     let boot_id = lab.boot.boot_id.clone();
     let args = lab.reboot_arguments(KernelName::V6_1Cloud);
     let (image, initrd, good) = (args[1].as_str(), args[3].as_str(), args[5].as_str());
-    let without: String =
-        good.split(' ').filter(|w| !w.starts_with("memmap=")).collect::<Vec<_>>().join(" ");
+    let without: String = good
+        .split(' ')
+        .filter(|w| !w.starts_with("memmap="))
+        .collect::<Vec<_>>()
+        .join(" ");
     let moved = good.replace("!4G", "!5G");
-    let shrunk = good.replace(&format!("memmap={}M", lab.options.reserve_mib), "memmap=512M");
-    ensure!(moved != good && shrunk != good && without != good, "no reservation in '{good}'");
+    let shrunk = good.replace(
+        &format!("memmap={}M", lab.options.reserve_mib),
+        "memmap=512M",
+    );
+    ensure!(
+        moved != good && shrunk != good && without != good,
+        "no reservation in '{good}'"
+    );
     for cmdline in [without, moved, shrunk] {
-        let order =
-            ["hebe", "reboot", "--kernel", image, "--initrd", initrd, "--cmdline", &cmdline];
+        let order = [
+            "hebe",
+            "reboot",
+            "--kernel",
+            image,
+            "--initrd",
+            initrd,
+            "--cmdline",
+            &cmdline,
+        ];
         refused(lab, &order, &["memmap"])?;
     }
-    refused(lab, &["hebe", "reboot", "--kernel", "/no/kernel", "--initrd", initrd], &["/no/kernel"])?;
-    refused(lab, &["hebe", "reboot", "--kernel", "/bin/hebe", "--initrd", initrd], &[])?;
+    refused(
+        lab,
+        &[
+            "hebe",
+            "reboot",
+            "--kernel",
+            "/no/kernel",
+            "--initrd",
+            initrd,
+        ],
+        &["/no/kernel"],
+    )?;
+    refused(
+        lab,
+        &[
+            "hebe",
+            "reboot",
+            "--kernel",
+            "/bin/hebe",
+            "--initrd",
+            initrd,
+        ],
+        &[],
+    )?;
     let guest = GuestSpec::numbered(0, KernelName::V6_1Cloud);
     ensure!(lab.ports(&guest).is_ok(), "the lab has ports");
-    let now = lab.machine.agent.status(std::time::Duration::from_secs(10))?;
+    let now = lab
+        .machine
+        .agent
+        .status(std::time::Duration::from_secs(10))?;
     ensure!(now.boot_id == boot_id, "a refused reboot rebooted the host");
     Ok(())
 }

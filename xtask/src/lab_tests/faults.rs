@@ -1,0 +1,287 @@
+//! Damage to what is kept in memory, and processes and machines that stop at
+//! any instant: afterwards every VM runs, is frozen and listed, or is gone
+//! with a reason; what runs is what it was.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lab::assets::KernelName;
+use lab::probe;
+use lab::scenario::{GuestSpec, Lab, LabOptions};
+
+use super::{json, state, states};
+use crate::test::Scene;
+
+const KERNEL: KernelName = KernelName::V6_1Cloud;
+/// Offset of the first state slot in an execution-state area (docs/formats.md).
+const FIRST_SLOT: u64 = 0x2000;
+/// A byte well inside any state.
+const INTO_STATE: u64 = 200;
+
+/// Two guests go through everything.
+pub fn run(scene: &Scene) -> Result<()> {
+    let guests: Vec<GuestSpec> = (0..2)
+        .map(|index| GuestSpec::numbered(index, KERNEL))
+        .collect();
+    let options = LabOptions {
+        reserve_mib: 1024,
+        ..LabOptions::default()
+    };
+    let mut lab = Lab::boot(scene.assets, options, scene.progress)?;
+    scene.progress.step("booting two VMs");
+    lab.start(&guests)?;
+    lab.wait_for_guests(&guests)?;
+    scene.progress.step("damaged execution state");
+    damaged_state(&mut lab, &guests)?;
+    scene
+        .progress
+        .step("large pages, and no descriptor of the store");
+    locked_room(&lab)?;
+    scene.progress.step("kills during suspend and resume");
+    kills(&mut lab, &guests, if scene.full { 60 } else { 12 })?;
+    scene
+        .progress
+        .step("hard reset of the machine with VMs frozen");
+    hard_reset(&mut lab, &guests)?;
+    scene.progress.step("a kernel without the reservation");
+    no_reservation(&mut lab, &guests)?;
+    lab.machine.power_off()
+}
+
+fn boot_id(lab: &mut Lab, guest: &GuestSpec) -> Result<String> {
+    let status = lab.wait_for_guests(std::slice::from_ref(guest))?.remove(0);
+    ensure!(
+        status.memory_check.errors == 0,
+        "{}: memory errors",
+        guest.name
+    );
+    ensure!(
+        status.monotonic_backwards == 0,
+        "{}: its clock went back",
+        guest.name
+    );
+    Ok(status.boot_id)
+}
+
+/// Where a VM's execution-state area begins in the store.
+fn exec_offset(lab: &Lab, name: &str) -> Result<u64> {
+    let list = json(lab, &["hebe", "store", "list", "--json"])?;
+    let text = list.to_string();
+    let rows = list["segments"].as_array().or_else(|| list.as_array());
+    let row = rows.into_iter().flatten().find(|row| row["name"] == name);
+    row.and_then(|row| {
+        row["exec"]["offset"]
+            .as_u64()
+            .or_else(|| row["spec"]["exec"]["offset"].as_u64())
+    })
+    .with_context(|| format!("no execution-state area of {name} in {text}"))
+}
+
+fn flip(lab: &Lab, offset: u64) -> Result<()> {
+    lab.machine
+        .exec_ok(&["/init", "dax-flip", "/dev/dax0.0", &offset.to_string()])
+        .map(drop)
+}
+
+/// One flipped bit costs one VM its resume, not its life; the other resumes.
+fn damaged_state(lab: &mut Lab, guests: &[GuestSpec]) -> Result<()> {
+    let before = [boot_id(lab, &guests[0])?, boot_id(lab, &guests[1])?];
+    lab.machine.exec_ok(&["hebe", "suspend", "vm1", "vm2"])?;
+    let slot = exec_offset(lab, "vm1")? + FIRST_SLOT;
+    flip(lab, slot + INTO_STATE)?;
+    let output = lab.machine.exec(&["hebe", "resume", "--all"])?;
+    ensure!(
+        !output.ok(),
+        "a damaged state went unnoticed: {}",
+        output.all_text()
+    );
+    let (state_1, why) = state(lab, "vm1")?;
+    ensure!(
+        state_1 != "running" && !why.is_empty(),
+        "vm1 is {state_1}: '{why}'"
+    );
+    ensure!(
+        state(lab, "vm2")?.0 == "running",
+        "vm2 did not resume beside a damaged vm1"
+    );
+    ensure!(
+        boot_id(lab, &guests[1])? == before[1],
+        "vm2 is not what it was"
+    );
+    // Its RAM was left alone: with the bit turned back it lives on.
+    flip(lab, slot + INTO_STATE)?;
+    lab.machine.exec_ok(&["hebe", "resume", "vm1"])?;
+    ensure!(
+        boot_id(lab, &guests[0])? == before[0],
+        "vm1 is not what it was"
+    );
+    Ok(())
+}
+
+/// KVM maps the guests' RAM with large pages, and a VMM holds no descriptor
+/// of the store's device.
+fn locked_room(lab: &Lab) -> Result<()> {
+    let read = |path: &str| -> Result<String> {
+        Ok(String::from_utf8_lossy(&lab.machine.agent.get(path)?)
+            .trim()
+            .to_owned())
+    };
+    let large: u64 = read("/sys/kernel/debug/kvm/pages_2m")?.parse()?;
+    ensure!(large > 0, "no 2 MiB mapping of guest RAM");
+    for name in ["vm1", "vm2"] {
+        let show = json(lab, &["hebe", "show", name, "--json"])?;
+        let pid = show["pid"]
+            .as_u64()
+            .or_else(|| show["status"]["pid"].as_u64());
+        let pid = pid.with_context(|| format!("no pid of {name} in {show}"))?;
+        let listing =
+            lab.machine
+                .exec_ok(&["/bin/busybox", "ls", "-l", &format!("/proc/{pid}/fd")])?;
+        ensure!(
+            !listing.contains("/dev/dax"),
+            "{name}'s VMM holds the store's device: {listing}"
+        );
+        ensure!(
+            listing.contains("kvm"),
+            "{name}'s VMM holds no KVM descriptor: {listing}"
+        );
+    }
+    Ok(())
+}
+
+/// A small generator: the same seed gives the same delays.
+struct Delays(u64);
+
+impl Delays {
+    fn next_ms(&mut self, below: u64) -> u64 {
+        self.0 = self
+            .0
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (self.0 >> 33) % below
+    }
+}
+
+/// SIGKILL of the VMM or of `hebe` itself at a random instant of a suspend or
+/// a resume.
+fn kills(lab: &mut Lab, guests: &[GuestSpec], rounds: u32) -> Result<()> {
+    let seed = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(1, |d| d.as_nanos() as u64);
+    println!("    kills: seed {seed}");
+    let mut delays = Delays(seed);
+    let mut identity = boot_id(lab, &guests[1])?;
+    let mut reboots = 0;
+    for round in 0..rounds {
+        let victim = if round % 2 == 0 { "hebe-vmm" } else { "hebe" };
+        let order = if state(lab, "vm2")?.0 == "frozen" {
+            "resume"
+        } else {
+            "suspend"
+        };
+        let delay_s = delays.next_ms(900) as f64 / 1000.0;
+        let script = format!(
+            "hebe {order} vm2 & p=$!; sleep {delay_s}; \
+             if [ {victim} = hebe ]; then kill -9 $p; else \
+             for d in /proc/[0-9]*; do tr '\\0' ' ' < $d/cmdline 2>/dev/null | grep -q 'hebe-vmm.*vm2' \
+             && kill -9 ${{d#/proc/}}; done; fi; wait $p; true"
+        );
+        lab.machine
+            .exec_ok(&["/bin/busybox", "sh", "-c", &script])?;
+        let (now, why) = settle(lab, "vm2")?;
+        match now.as_str() {
+            "frozen" => {}
+            "running" => ensure!(boot_id(lab, &guests[1])? == identity, "vm2 is another one"),
+            // Killed while its guest ran: gone, with the reason, and it can boot again.
+            "crashed" | "stopped" => {
+                reboots += 1;
+                lab.machine.exec_ok(&["hebe", "start", "vm2"])?;
+                identity = boot_id(lab, &guests[1])?;
+            }
+            other => anyhow::bail!("after {order} and SIGKILL of {victim}: vm2 is {other} ({why})"),
+        }
+        ensure!(
+            state(lab, "vm1")?.0 == "running",
+            "vm1 was harmed by vm2's kill"
+        );
+    }
+    if state(lab, "vm2")?.0 == "frozen" {
+        lab.machine.exec_ok(&["hebe", "resume", "vm2"])?;
+    }
+    ensure!(
+        boot_id(lab, &guests[1])? == identity,
+        "vm2 is not what it was"
+    );
+    println!("    kills: {rounds} kills, {reboots} of them while the guest ran");
+    Ok(())
+}
+
+/// A killed `hebe` may leave its VMM at work: waits until the state stays.
+fn settle(lab: &Lab, name: &str) -> Result<(String, String)> {
+    for _ in 0..50 {
+        let first = state(lab, name)?;
+        std::thread::sleep(Duration::from_millis(300));
+        let (second, why) = state(lab, name)?;
+        if first.0 == second && !matches!(second.as_str(), "paused" | "starting") {
+            return Ok((second, why));
+        }
+    }
+    state(lab, name)
+}
+
+/// The reset button with one VM frozen and one running: the frozen one
+/// resumes, the running one is gone with the reason, nothing is half there.
+fn hard_reset(lab: &mut Lab, guests: &[GuestSpec]) -> Result<()> {
+    let before = boot_id(lab, &guests[0])?;
+    lab.machine.exec_ok(&["hebe", "suspend", "vm1"])?;
+    lab.reset()?;
+    ensure!(
+        state(lab, "vm1")?.0 == "running",
+        "vm1 did not come back: {:?}",
+        states(lab)?
+    );
+    ensure!(
+        boot_id(lab, &guests[0])? == before,
+        "vm1 is not what it was"
+    );
+    let (lost, _) = state(lab, "vm2")?;
+    ensure!(
+        lost != "running" && lost != "frozen",
+        "vm2 is {lost} after a hard reset"
+    );
+    Ok(())
+}
+
+/// Booted without the reservation: nothing is resumed, then or later.
+fn no_reservation(lab: &mut Lab, guests: &[GuestSpec]) -> Result<()> {
+    lab.machine.exec_ok(&["hebe", "suspend", "vm1"])?;
+    let good = lab.host_cmdline();
+    let bare: Vec<&str> = good
+        .split(' ')
+        .filter(|w| !w.starts_with("memmap="))
+        .collect();
+    let (image, initrd) = (
+        "/data/boot/6.1-cloud/vmlinuz",
+        "/data/boot/6.1-cloud/initrd.img",
+    );
+    lab.machine
+        .agent
+        .kexec(image, initrd, &bare.join(" "), true)?;
+    lab.wait_for_next_boot()?;
+    ensure!(
+        state(lab, "vm1")?.0 != "running",
+        "vm1 was resumed without its memory"
+    );
+    // Back on a kernel with the reservation: what was overwritten is noticed.
+    lab.machine.agent.kexec(image, initrd, &good, true)?;
+    lab.wait_for_next_boot()?;
+    let (now, why) = state(lab, "vm1")?;
+    ensure!(
+        now != "running",
+        "vm1 was resumed over memory that another kernel used"
+    );
+    println!("    after a kernel without the reservation: vm1 is {now}: {why}");
+    let silent = probe::guest_status(&lab.ports(&guests[0])?, Duration::from_secs(2)).is_err();
+    ensure!(silent, "a guest answers that should not run");
+    Ok(())
+}
