@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use hebe_state::v1::machine::{CpuidEntryV1, VcpuV1};
 use kvm_bindings::{
@@ -193,6 +193,10 @@ pub struct Vcpu {
     kick: Kick,
     xsave_len: usize,
     msr_indices: Arc<Vec<u32>>,
+    /// What it was given at its beginning. KVM's own answer may differ: it
+    /// has bits that follow registers, and a KVM without hardware behind it
+    /// shows the host's.
+    cpuid: OnceLock<CpuId>,
 }
 
 impl Vcpu {
@@ -214,6 +218,7 @@ impl Vcpu {
             kick,
             xsave_len,
             msr_indices,
+            cpuid: OnceLock::new(),
         }
     }
 
@@ -245,7 +250,7 @@ impl Vcpu {
         cpuid: &CpuId,
         boot: Option<BootRegisters>,
     ) -> Result<(), VcpuError> {
-        self.fd.set_cpuid2(cpuid).map_err(kvm("set CPUID"))?;
+        self.set_cpuid(cpuid)?;
         let fpu = kvm_fpu {
             fcw: 0x37f,
             mxcsr: 0x1f80,
@@ -286,6 +291,13 @@ impl Vcpu {
         (sregs.idt.base, sregs.idt.limit) = (0, 0);
         self.fd.set_sregs(&sregs).map_err(kvm("set the segments"))?;
         self.fd.set_regs(&regs).map_err(kvm("set the registers"))
+    }
+
+    /// Set once, before the vCPU runs.
+    fn set_cpuid(&self, cpuid: &CpuId) -> Result<(), VcpuError> {
+        self.fd.set_cpuid2(cpuid).map_err(kvm("set CPUID"))?;
+        let _ = self.cpuid.set(cpuid.clone());
+        Ok(())
     }
 
     /// Runs until something stops it, giving I/O to `io`.
@@ -404,10 +416,13 @@ impl Vcpu {
         let lapic = self.fd.get_lapic().map_err(kvm("read the LAPIC"))?;
         let tsc_offset = machine::tsc_offset(&self.fd);
         let msrs = self.read_msrs()?;
-        let cpuid = self
-            .fd
-            .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
-            .map_err(kvm("read CPUID"))?;
+        let cpuid = match self.cpuid.get() {
+            Some(cpuid) => cpuid.clone(),
+            None => self
+                .fd
+                .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+                .map_err(kvm("read CPUID"))?,
+        };
         let events = self.fd.get_vcpu_events().map_err(kvm("read the events"))?;
         Ok(VcpuV1 {
             cpuid: cpuid::to_v1(&cpuid),
@@ -444,7 +459,7 @@ impl Vcpu {
     ) -> Result<(), VcpuError> {
         cpuid::missing_features(&saved.cpuid, supported)?;
         let cpuid = cpuid::from_v1(&saved.cpuid).ok_or(VcpuError::TooLong("CPUID"))?;
-        self.fd.set_cpuid2(&cpuid).map_err(kvm("set CPUID"))?;
+        self.set_cpuid(&cpuid)?;
         let mp_state = kvm_mp_state {
             mp_state: saved.mp_state,
         };

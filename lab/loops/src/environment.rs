@@ -97,29 +97,35 @@ fn hypervisor_name() -> [u8; 12] {
 /// A trial run's result.
 #[derive(Clone, Debug)]
 pub enum Trial {
-    /// Every vCPU went round the loop in time.
-    Runs(Vec<Counters>),
+    /// With this plan every vCPU went round the loop in time.
+    Runs(Plan, Vec<Counters>),
     /// It does not, and why.
     Cannot(String),
 }
 
 /// Boots the guest with `vcpus` vCPUs and waits until each made progress of
-/// every kind; `limit` is the most that may take.
+/// every kind; `limit` is the most that may take. A KVM that cannot run the
+/// full guest gets the one for interpreters.
 pub fn trial(vcpus: u8, limit: Duration) -> Result<Trial> {
     if let Err(error) = hebe_kvm::host_can_run() {
         return Ok(Trial::Cannot(error.to_string()));
     }
-    let mut rig = match Rig::new(Plan::looping(vcpus)) {
-        Ok(rig) => rig,
-        Err(error) => return Ok(Trial::Cannot(format!("{error:#}"))),
-    };
+    let mut reasons = Vec::new();
+    for plan in [Plan::looping(vcpus), Plan::interpreted(vcpus)] {
+        match attempt(plan, limit) {
+            Ok(counters) => return Ok(Trial::Runs(plan, counters)),
+            Err(error) => reasons.push(format!("{error:#}")),
+        }
+    }
+    Ok(Trial::Cannot(reasons.join("; with less: ")))
+}
+
+fn attempt(plan: Plan, limit: Duration) -> Result<Vec<Counters>> {
+    let mut rig = Rig::new(plan)?;
     let base = rig.counters();
     rig.vm()?.start()?;
-    let result = rig.wait_for_progress(&base, limit);
+    rig.wait_for_progress(&base, limit)?;
     let counters = rig.counters();
     rig.drop_vm()?;
-    Ok(match result {
-        Ok(_) => Trial::Runs(counters),
-        Err(error) => Trial::Cannot(format!("{error:#}")),
-    })
+    Ok(counters)
 }

@@ -8,10 +8,12 @@
 //! 0x0038_0000  working sets, 64 KiB per vCPU
 //! ```
 //!
-//! The command line has four characters: what to do (`L` loop, `T` triple
+//! The command line has six characters: what to do (`L` loop, `T` triple
 //! fault, `R` reset, `K` reset by the keyboard controller, `P` power off), how
 //! many vCPUs, the timer's period (2^(20+n) ticks), and whether (`1` or `0`)
-//! to check the TSC between vCPUs, and the timer against the TSC.
+//! to check the TSC between vCPUs, and the timer against the TSC, and whether
+//! to use AVX where CPUID has it, and how long patterns are held (2^(8+n)
+//! rounds of an empty loop).
 
 use std::arch::global_asm;
 use std::mem::offset_of;
@@ -37,8 +39,6 @@ const WORK_LEN: usize = 0x1_0000;
 const WORK_PAGES: usize = WORK_LEN / 4096;
 /// In the PCI window, above all BARs.
 const MMIO: usize = 0xc800_0000;
-/// Rounds of a loop of two instructions.
-const HOLD_LEN: usize = 20_000;
 
 const HAS_AVX: u64 = 1;
 const HAS_DEADLINE: u64 = 2;
@@ -69,6 +69,7 @@ struct Block {
     wanted: u64,
     detail: u64,
     hold: u64,
+    hold_masked: u64,
     deadline: u64,
     tsc: u64,
     cr0: u64,
@@ -102,7 +103,8 @@ struct Shared {
     online: u64,
     scratch: u64,
     trust_tsc: u64,
-    _gap: [u64; 2],
+    avx: u64,
+    hold: u64,
     tsc: u64,
 }
 
@@ -126,6 +128,8 @@ global_asm!(
     SH_ONLINE = const offset_of!(Shared, online),
     SH_SCRATCH = const offset_of!(Shared, scratch),
     SH_TRUST = const offset_of!(Shared, trust_tsc),
+    SH_AVX = const offset_of!(Shared, avx),
+    SH_HOLD = const offset_of!(Shared, hold),
     SH_TSC = const offset_of!(Shared, tsc),
     CPUS = const CPUS,
     CPU_SHIFT = const CPU_SHIFT,
@@ -133,7 +137,6 @@ global_asm!(
     WORK = const WORK,
     WORK_LEN = const WORK_LEN,
     MMIO = const MMIO,
-    HOLD_LEN = const HOLD_LEN,
     HAS_AVX = const HAS_AVX,
     HAS_DEADLINE = const HAS_DEADLINE,
     HAS_RDTSCP = const HAS_RDTSCP,
@@ -159,6 +162,7 @@ global_asm!(
     WANTED = const offset_of!(Block, wanted),
     DETAIL = const offset_of!(Block, detail),
     HOLD = const offset_of!(Block, hold),
+    HOLD_MASKED = const offset_of!(Block, hold_masked),
     DEADLINE = const offset_of!(Block, deadline),
     TSC = const offset_of!(Block, tsc),
     CR0 = const offset_of!(Block, cr0),

@@ -28,6 +28,10 @@ pub struct Plan {
     pub period: u8,
     /// Check the TSC between vCPUs, and against the timer.
     pub trust_tsc: bool,
+    /// Use AVX where CPUID has it.
+    pub avx: bool,
+    /// Patterns are held for 2^(8+n) rounds of an empty loop.
+    pub hold: u8,
 }
 
 impl Plan {
@@ -39,12 +43,28 @@ impl Plan {
             mode: 'L',
             period: 2,
             trust_tsc: environment::tsc_is_stable(),
+            avx: true,
+            hold: 6,
+        }
+    }
+
+    /// The same for a KVM that interprets every instruction: no AVX, which
+    /// KVM's emulator does not know, fewer timer interrupts, short holds.
+    pub fn interpreted(vcpus: u8) -> Self {
+        Self {
+            avx: false,
+            period: 4,
+            hold: 2,
+            ..Self::looping(vcpus)
         }
     }
 
     fn cmdline(&self) -> String {
-        let trust = u8::from(self.trust_tsc);
-        format!("{}{}{}{trust}", self.mode, self.vcpus, self.period)
+        let (trust, avx) = (u8::from(self.trust_tsc), u8::from(self.avx));
+        format!(
+            "{}{}{}{trust}{avx}{}",
+            self.mode, self.vcpus, self.period, self.hold
+        )
     }
 }
 

@@ -30,7 +30,7 @@ first32:
     xorl %eax, %eax
     rep stosl
     # The command line: what to do, number of vCPUs, timer period, whether to
-    # trust the TSC.
+    # trust the TSC, whether to use AVX, how long to hold.
     movl 24(%ebx), %esi
     movzbl (%esi), %eax
     movl %eax, {SHARED} + {SH_MODE}
@@ -45,6 +45,14 @@ first32:
     movzbl 3(%esi), %eax
     subl $0x30, %eax
     movl %eax, {SHARED} + {SH_TRUST}
+    movzbl 4(%esi), %eax
+    subl $0x30, %eax
+    movl %eax, {SHARED} + {SH_AVX}
+    movzbl 5(%esi), %ecx
+    subl $(0x30 - 8), %ecx
+    movl $1, %eax
+    shll %cl, %eax
+    movl %eax, {SHARED} + {SH_HOLD}
     # Identity map of 4 GiB in 2 MiB pages.
     movl $({PAGE_TABLES} + 0x1003), {PAGE_TABLES}
     movl $({PAGE_TABLES} + 0x2003), {PAGE_TABLES} + 0x1000
@@ -175,14 +183,15 @@ long_mode:
     movl $0xc4500, %eax
     xorl %edx, %edx
     wrmsr
-    movl $100000, %edx
-    call spin
+    call wait_a_little
     movl $0x830, %ecx
     movl $(0xc4600 + ({TRAMPOLINE} >> 12)), %eax
     xorl %edx, %edx
     wrmsr
-    movl $1000000, %edx
-    call spin
+    call wait_a_little
+    movl {SHARED} + {SH_VCPUS}, %eax
+    cmpl %eax, {SHARED} + {SH_ONLINE}
+    jae wait_for_all
     movl $0x830, %ecx
     movl $(0xc4600 + ({TRAMPOLINE} >> 12)), %eax
     xorl %edx, %edx
@@ -229,11 +238,14 @@ stop:
     hlt
     jmp stop
 
-# %edx rounds of waiting.
-spin:
-    pause
-    decl %edx
-    jnz spin
+# About a million ticks of the TSC.
+wait_a_little:
+    call read_tsc
+    leaq 0x100000(%rax), %rbx
+1:  pause
+    call read_tsc
+    cmpq %rbx, %rax
+    jb 1b
     ret
 
 # AVX where CPUID has it, and how the timer works.
@@ -247,7 +259,9 @@ detect:
     testl $1, %r12d                     # odd vCPUs use the count, to test both
     jnz 1f
     orl ${HAS_DEADLINE}, %r13d
-1:  movl %ecx, %eax
+1:  cmpl $0, {SHARED} + {SH_AVX}
+    je 2f
+    movl %ecx, %eax
     andl $(1 << 26 | 1 << 28), %eax     # XSAVE, AVX
     cmpl $(1 << 26 | 1 << 28), %eax
     jne 2f

@@ -133,6 +133,10 @@ draw_general:
     rep movsq
     movl $0xffffffff, %eax
     movq %rax, %gs:{EXPECT} + 8 * 4
+    movl {SHARED} + {SH_HOLD}, %eax
+    movq %rax, %gs:{HOLD}
+    shrl $2, %eax
+    movq %rax, %gs:{HOLD_MASKED}
     ret
 
 hold:
@@ -152,7 +156,6 @@ hold:
     movq %gs:{LOAD} + 8 * 13, %r14
     movq %gs:{LOAD} + 8 * 14, %r15
     # Interrupts on. No register is free: the count is in memory.
-    movq ${HOLD_LEN}, %gs:{HOLD}
 1:  decq %gs:{HOLD}
     jnz 1b
     # I/O: a write or a read done twice, or not at all, shows.
@@ -162,8 +165,7 @@ hold:
     movl (%rbx), %esi
     # Interrupts off: they pile up, pending.
     cli
-    movq $({HOLD_LEN} / 4), %gs:{HOLD}
-2:  decq %gs:{HOLD}
+2:  decq %gs:{HOLD_MASKED}
     jnz 2b
     testb $7, %gs:{PASSES}
     jnz 3f
