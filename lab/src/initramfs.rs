@@ -10,16 +10,14 @@ use crate::binaries::Binaries;
 use crate::cpio::Archive;
 use crate::modules::{ModuleIndex, read_module};
 
-/// What a host needs before VMs can be resumed. `?` marks what some kernels
-/// do not have.
-const HOST_EARLY: [&str; 15] = [
+/// KVM: loaded beside [`HOST_EARLY`], with which it shares nothing. `?` marks
+/// what some kernels do not have.
+const HOST_KVM: [&str; 4] = ["irqbypass?", "kvm", "kvm-amd", "kvm-intel"];
+/// What else a host needs before VMs can be resumed.
+const HOST_EARLY: [&str; 11] = [
     "virtio_pci",
     "virtio_net",
     "virtio_blk",
-    "irqbypass?",
-    "kvm",
-    "kvm-amd",
-    "kvm-intel",
     "libnvdimm",
     "nd_btt?",
     "nd_pmem",
@@ -64,7 +62,7 @@ pub fn host(kernel: &Kernel, binaries: &Binaries, tools: Option<&Path>) -> Resul
     add_modules(
         &mut archive,
         kernel,
-        &[("early", &early), ("late", &HOST_LATE)],
+        &[("kvm", &HOST_KVM), ("early", &early), ("late", &HOST_LATE)],
     )?;
     Ok(archive.finish())
 }

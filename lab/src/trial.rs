@@ -94,7 +94,10 @@ pub struct VmRow {
     pub downtime_ms: f64,
     /// Times the guest's monotonic clock went backwards.
     pub monotonic_backwards: u64,
-    /// How far the guest's wall clock is from this machine's, in milliseconds.
+    /// How far the guest's wall clock was behind its host's before, in
+    /// milliseconds; the answer's way is part of the figure.
+    pub wall_clock_off_before_ms: f64,
+    /// And after, behind the new host kernel's.
     pub wall_clock_off_ms: f64,
     /// Longest time without an answer of the slow-starting service, asked
     /// twice a second; only where the guest has one.
@@ -131,6 +134,7 @@ pub fn reboot(
 ) -> Result<Trial> {
     let before = lab.wait_for_guests(guests)?;
     wait_for_slow(lab, guests)?;
+    let behind_before = clocks_behind_ms(lab, guests)?;
     let host_before = lab.boot.clone();
     let mut probes = Vec::new();
     for guest in guests {
@@ -148,12 +152,12 @@ pub fn reboot(
     wait_for_slow(lab, guests)?;
     std::thread::sleep(WATCH);
     lab.machine.check()?;
-    let mut after = Vec::new();
-    let mut clocks = Vec::new();
+    let after = lab.wait_for_guests(guests)?;
+    let behind_after = clocks_behind_ms(lab, guests)?;
     for guest in guests {
-        let status = lab.wait_for_guests(std::slice::from_ref(guest))?.remove(0);
-        clocks.push(wall_clock_off_ms(&status));
-        after.push(status);
+        if let Some(alarm) = lab.guest_alarms(guest).first() {
+            bail!("the kernel of {} is in trouble: {alarm}", guest.name);
+        }
     }
     let raw = probes
         .into_iter()
@@ -166,7 +170,7 @@ pub fn reboot(
                 &guests[i],
                 [&before[i], &first[i], &after[i]],
                 &raw[i],
-                clocks[i],
+                [behind_before[i], behind_after[i]],
             )
         })
         .collect::<Result<Vec<_>>>()?;
@@ -269,7 +273,7 @@ fn row(
     guest: &GuestSpec,
     [before, first, after]: [&GuestStatus; 3],
     raw: &ProbeRecord,
-    wall_clock_off_ms: f64,
+    behind_ms: [f64; 2],
 ) -> Result<VmRow> {
     let gap = raw.udp.longest_gap();
     let gap = gap.with_context(|| format!("{} never answered a probe", guest.name))?;
@@ -294,7 +298,8 @@ fn row(
             && first.memory_check.verified >= before.memory_check.verified,
         downtime_ms: gap.ms(),
         monotonic_backwards: after.monotonic_backwards,
-        wall_clock_off_ms,
+        wall_clock_off_before_ms: behind_ms[0],
+        wall_clock_off_ms: behind_ms[1],
         slow_service_downtime_ms: raw
             .slow
             .as_ref()
@@ -303,10 +308,17 @@ fn row(
     })
 }
 
-/// The status was made a moment ago; the answer's way is part of the figure.
-fn wall_clock_off_ms(status: &GuestStatus) -> f64 {
-    let now = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0.0, |d| d.as_secs_f64() * 1000.0);
-    now - status.realtime_ns as f64 / 1e6
+/// How far each guest's wall clock is behind the host's. The host's own clock
+/// starts from a hardware clock with whole seconds, so it is no measure of
+/// the time here.
+fn clocks_behind_ms(lab: &Lab, guests: &[GuestSpec]) -> Result<Vec<f64>> {
+    let limit = Duration::from_secs(10);
+    guests
+        .iter()
+        .map(|guest| {
+            let guest_ns = probe::guest_status(&lab.ports(guest)?, limit)?.realtime_ns;
+            let host_ns = lab.machine.agent.status(limit)?.realtime_ns;
+            Ok((i128::from(host_ns) - i128::from(guest_ns)) as f64 / 1e6)
+        })
+        .collect()
 }

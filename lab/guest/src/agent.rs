@@ -157,6 +157,7 @@ fn status(agent: &Agent) -> HostStatus {
         boot_id: sys::read_line("/proc/sys/kernel/random/boot_id"),
         kernel: sys::read_line("/proc/sys/kernel/osrelease"),
         uptime_ms: (seconds * 1000.0) as u64,
+        realtime_ns: sys::realtime_ns(),
         userspace_tsc: agent.userspace_tsc,
         settled: agent.settled.load(Ordering::Acquire),
     }

@@ -108,9 +108,8 @@ pub fn flip(device: &str, offset: &str) -> Result<u64> {
     let access = rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE;
     // SAFETY: a fresh shared mapping of one granule, at an address that the
     // kernel chooses; it is used below alone and unmapped by the exit.
-    let map = unsafe {
-        rustix::mm::mmap(std::ptr::null_mut(), 2 << 20, access, flags, &file, granule)?
-    };
+    let map =
+        unsafe { rustix::mm::mmap(std::ptr::null_mut(), 2 << 20, access, flags, &file, granule)? };
     // SAFETY: `offset - granule` is less than the mapping's length.
     unsafe {
         let byte = map.cast::<u8>().add((offset - granule) as usize);

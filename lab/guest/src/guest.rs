@@ -100,7 +100,6 @@ pub fn monotonic_ns() -> u64 {
 
 /// The status page's content.
 pub fn status(findings: &Findings) -> GuestStatus {
-    let realtime = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
     let uptime = sys::read_line("/proc/uptime");
     let slow = findings.slow_ready_ns.load(Ordering::Acquire);
     GuestStatus {
@@ -111,7 +110,7 @@ pub fn status(findings: &Findings) -> GuestStatus {
             .next()
             .and_then(|s| s.parse().ok())
             .unwrap_or(0.0),
-        realtime_ns: realtime.tv_sec as u64 * 1_000_000_000 + realtime.tv_nsec as u64,
+        realtime_ns: sys::realtime_ns(),
         monotonic_ns: monotonic_ns(),
         memory_check: findings
             .memory

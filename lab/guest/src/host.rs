@@ -8,6 +8,7 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
+use std::thread;
 
 use anyhow::{Context, Result};
 
@@ -21,6 +22,7 @@ pub fn run(userspace_tsc: u64) -> Result<()> {
     println!("LAB: userspace {userspace_tsc}");
     // SAFETY: still the only thread of this process.
     unsafe { std::env::set_var("PATH", "/bin:/sbin") };
+    let kvm = thread::spawn(|| modules::load("kvm"));
     modules::load("early");
     sys::mount_pseudo("tmpfs", "/run", "mode=755")?;
     sys::mount_pseudo("tmpfs", "/tmp", "mode=1777")?;
@@ -30,6 +32,8 @@ pub fn run(userspace_tsc: u64) -> Result<()> {
     let agent = agent::start(userspace_tsc)?;
     report("data disk", data_disk());
     dax::settle();
+    // The thread only prints what goes wrong.
+    let _ = kvm.join();
     println!("LAB: early {}", sys::tsc());
     if sys::cmdline_value("lab.store").as_deref() == Some("init") {
         hebe("store-init", &["store", "init"]);
@@ -56,7 +60,7 @@ pub fn run(userspace_tsc: u64) -> Result<()> {
     agent.settled.store(true, Ordering::Release);
     println!("LAB: settled {}", sys::tsc());
     loop {
-        std::thread::park();
+        thread::park();
     }
 }
 

@@ -112,6 +112,8 @@ pub struct HostStatus {
     pub kernel: String,
     /// Milliseconds since the kernel started.
     pub uptime_ms: u64,
+    /// Wall clock, nanoseconds since 1970.
+    pub realtime_ns: u64,
     /// TSC when init began.
     pub userspace_tsc: u64,
     /// Everything init does was done (modules, data disk, resume).

@@ -21,6 +21,12 @@ pub fn tsc() -> u64 {
     unsafe { std::arch::x86_64::_rdtsc() }
 }
 
+/// Wall clock, in nanoseconds since 1970.
+pub fn realtime_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
 /// Mounts a pseudo file system; its mount point is created.
 pub fn mount_pseudo(kind: &str, target: &str, data: &str) -> Result<()> {
     fs::create_dir_all(target).with_context(|| format!("cannot create {target}"))?;
