@@ -1,5 +1,6 @@
 //! A VMM's life, from its command line to the report of its end.
 
+use std::cell::Cell;
 use std::fs;
 use std::fs::File;
 use std::io::Read;
@@ -67,58 +68,77 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let process_started = stamp_now();
     ignore_hangups();
     let run_dir = args.run_dir.clone();
-    let result = live(args, process_started);
+    let ran = Cell::new(false);
+    let result = live(args, process_started, &ran);
     let (reason, message) = match &result {
         Ok(Outcome::Failed(message)) => ("error", message.clone()),
         Ok(outcome) => (outcome.reason(), String::new()),
         Err(error) => ("error", format!("{error:#}")),
     };
-    let report = json!({ "reason": reason, "message": message }).to_string();
+    let report = json!({ "reason": reason, "message": message, "ran": ran.get() }).to_string();
     if let Err(error) = fs::write(run_dir.join("exit.json"), report) {
         log::log_error(&format!("exit.json cannot be written: {error}"));
     }
     result
 }
 
-fn live(args: Args, process_started: Stamp) -> anyhow::Result<Outcome> {
+/// `ran` is set before a vCPU may have entered the guest: until then, what
+/// the VM was resumed or restored from is still good.
+fn live(args: Args, process_started: Stamp, ran: &Cell<bool>) -> anyhow::Result<Outcome> {
     hebe_kvm::install_kick_handler().context("the kick signal's handler cannot be installed")?;
     // Held to the end: two VMMs never run the same RAM.
     let _lock = args.lock_fd.map(take_fd).transpose()?;
     let (events, inbox) = mpsc::channel();
-    let vm = if args.resume || args.restore.is_some() {
-        take_back(&args, process_started, &events)?
-    } else {
-        let config = read_config(&args)?;
-        if config.name != args.name {
-            bail!(
-                "the definition is of VM '{}', not of '{}'",
-                config.name,
-                args.name
-            );
-        }
-        config.validate()?;
-        let segment = Arc::new(map_segment(&args, &config)?);
-        let identity = Identity {
-            id: args.vm_id,
-            config,
-            run_dir: args.run_dir.clone(),
-        };
-        let mut vm = Vm::boot(identity, segment, &events)?;
-        vm.start()?;
-        vm
-    };
-    vm.announce();
-    let shared: Shared = Arc::new(Mutex::new(Some(vm)));
+    let shared: Shared = Arc::new(Mutex::new(None));
+    // Whatever can fail besides the VM itself comes before it: once a vCPU
+    // has run, there is no way back to what it was resumed from. Clients that
+    // connect early wait at the lock.
+    let mut place = shared.lock().unwrap_or_else(PoisonError::into_inner);
     let listener = control::listen(&args.run_dir.join("vmm.sock"))?;
     control::serve(listener, shared.clone(), events.clone())
         .context("the control thread cannot be started")?;
+    let vm = if args.resume || args.restore.is_some() {
+        take_back(&args, process_started, &events, ran)?
+    } else {
+        boot(&args, &events, ran)?
+    };
+    vm.announce();
+    *place = Some(vm);
+    drop(place);
     log::note("running");
     wait(&shared, &events, &inbox)
 }
 
+fn boot(args: &Args, events: &Sender<Event>, ran: &Cell<bool>) -> anyhow::Result<Vm> {
+    let config = read_config(args)?;
+    if config.name != args.name {
+        bail!(
+            "the definition is of VM '{}', not of '{}'",
+            config.name,
+            args.name
+        );
+    }
+    config.validate()?;
+    let segment = Arc::new(map_segment(args, &config)?);
+    let identity = Identity {
+        id: args.vm_id,
+        config,
+        run_dir: args.run_dir.clone(),
+    };
+    let mut vm = Vm::boot(identity, segment, events)?;
+    ran.set(true);
+    vm.start()?;
+    Ok(vm)
+}
+
 /// Resumes or restores. Nothing is withdrawn until the VM is whole again: a
 /// failure leaves the state where it was.
-fn take_back(args: &Args, process_started: Stamp, events: &Sender<Event>) -> anyhow::Result<Vm> {
+fn take_back(
+    args: &Args,
+    process_started: Stamp,
+    events: &Sender<Event>,
+    ran: &Cell<bool>,
+) -> anyhow::Result<Vm> {
     let (segment, state) = match &args.restore {
         None => {
             let segment = Arc::new(map_given_segment(args)?);
@@ -131,6 +151,7 @@ fn take_back(args: &Args, process_started: Stamp, events: &Sender<Event>) -> any
     let run_dir = args.run_dir.clone();
     let mut vm = Vm::resume(args.vm_id, run_dir, segment, &state, events)?;
     let constructed = stamp_now();
+    ran.set(true);
     vm.start()?;
     vm.set_resume_report(process_started, state_read, constructed);
     Ok(vm)
@@ -245,8 +266,13 @@ fn wait(
         };
         log::note(outcome.reason());
         if let Some(vm) = guard.take() {
-            if outcome != Outcome::Frozen {
-                vm.withdraw();
+            match outcome {
+                // The segment keeps what it says: a frozen state, or that the
+                // VM ran when it failed.
+                Outcome::Frozen | Outcome::TripleFault | Outcome::Failed(_) => {
+                    vm.dismantle();
+                }
+                Outcome::PowerOff | Outcome::Quit | Outcome::Saved => vm.withdraw(),
             }
         }
         return Ok(outcome);
