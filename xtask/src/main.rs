@@ -1,5 +1,6 @@
 //! The project's own tasks: `cargo xtask COMMAND`.
 
+mod bench;
 mod demo;
 mod kernel;
 mod lab_shell;
@@ -42,6 +43,8 @@ struct OverrideArgs {
 
 #[derive(Subcommand)]
 enum Command {
+    /// The papers' experiments, on the emulated machine.
+    Bench(bench::BenchArgs),
     /// Run every test: what CI runs.
     Test(test::TestArgs),
     /// Warm-reboot a host under VMs, on real kernels in an emulated machine.
@@ -76,6 +79,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     };
     let assets = || Assets::open(overrides);
     match cli.command {
+        Command::Bench(args) => bench::run(&assets()?, &args, &progress),
         Command::Test(args) => test::run(&assets()?, &args, &progress),
         Command::Demo(args) => demo::run(&assets()?, &args, &progress),
         Command::Setup(args) => setup::run(&assets()?, &args, &progress),
