@@ -22,6 +22,8 @@ use crate::{disk, initramfs, probe, serial};
 pub const BOOT_LIMIT: Duration = Duration::from_secs(180);
 /// Longest time a guest may take to answer.
 pub const GUEST_LIMIT: Duration = Duration::from_secs(240);
+/// How much of a guest's console an error shows.
+const CONSOLE_LINES: usize = 80;
 /// The last address byte of the first guest.
 pub const FIRST_GUEST_BYTE: u8 = 101;
 
@@ -327,10 +329,14 @@ impl Lab {
         let mut all = Vec::new();
         for guest in guests {
             let ports = self.ports(guest)?;
-            let machine = &mut self.machine;
-            let status = probe::wait_for_guest(&ports, GUEST_LIMIT, || machine.check())
-                .with_context(|| self.console_tail(guest))?;
-            all.push(status);
+            let status = probe::wait_for_guest(&ports, GUEST_LIMIT, || {
+                self.machine.check()?;
+                match self.guest_alarms(guest).first() {
+                    Some(alarm) => bail!("the kernel of {} is in trouble: {alarm}", guest.name),
+                    None => Ok(()),
+                }
+            });
+            all.push(status.with_context(|| self.console_tail(guest))?);
         }
         Ok(all)
     }
@@ -348,10 +354,10 @@ impl Lab {
             let bytes = self.machine.agent.get(&path).unwrap_or_default();
             let text = String::from_utf8_lossy(&bytes).into_owned();
             let lines: Vec<&str> = text.lines().collect();
-            lines[lines.len().saturating_sub(15)..].join("\n")
+            lines[lines.len().saturating_sub(CONSOLE_LINES)..].join("\n")
         };
         format!(
-            "{} is silent; its console:\n{}\nits VMM:\n{}",
+            "{} does not answer; its console:\n{}\nits VMM:\n{}",
             guest.name,
             read("console.log"),
             read("log")
