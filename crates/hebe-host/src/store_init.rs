@@ -41,6 +41,7 @@ pub fn init(host: &Host, options: &InitOptions) -> Result<Initialised, HostError
     if !options.force {
         match Store::open(&path, Access::Read) {
             Ok(store) => {
+                store.check().map_err(StoreTrouble::from)?;
                 let info = store.info().map_err(StoreTrouble::from)?;
                 return Ok(Initialised {
                     path,

@@ -1,7 +1,7 @@
 //! Which granules are free: pure arithmetic over extents.
 //!
 //! A granule is handed out only if it is *provably* free: inside the store,
-//! outside the head, and in no extent of any record, whatever that record's
+//! outside head and guard, and in no extent of any record, whatever that record's
 //! state. A record that cannot be read might own any granule, so the table
 //! calls this module only when every record can be read. There is no second
 //! ownership map to consult or to disagree with: refusing to create until the
@@ -57,15 +57,15 @@ pub(crate) fn conflicts(extents: &[(u32, Extent)]) -> BTreeSet<u32> {
     out
 }
 
-/// Maximal runs of granules between the head and `capacity` that are in none
-/// of the extents, in ascending order.
-pub(crate) fn free_runs(capacity: u64, extents: &[Extent]) -> Vec<Extent> {
+/// Maximal runs of granules between the head and `end`, where the guard
+/// begins, that are in none of the extents, in ascending order.
+pub(crate) fn free_runs(end: u64, extents: &[Extent]) -> Vec<Extent> {
     let mut sorted = extents.to_vec();
     sorted.sort_by_key(|e| e.offset);
     let mut runs = Vec::new();
     let mut next = HEAD_LEN;
     let end = Extent {
-        offset: capacity,
+        offset: end,
         len: 0,
     };
     for extent in sorted.into_iter().chain([end]) {

@@ -52,7 +52,7 @@ pub enum StoreError {
         min: ByteSize,
     },
     /// No superblock at the head.
-    #[error("{0} holds no Hebe store: 'hebe store format' makes one, if nothing else lives there")]
+    #[error("{0} holds no Hebe store: 'hebe store init' makes one, if nothing else lives there")]
     NoStore(PathBuf),
     /// Both copies of the superblock are unreadable, yet this was a store.
     #[error(
@@ -64,15 +64,23 @@ pub enum StoreError {
         /// In which way.
         reason: String,
     },
-    /// Written by a newer release.
+    /// Written by a release with another format.
     #[error(
-        "the store has format {found}, and this release reads up to {known}: use the release that wrote it, or a newer one"
+        "the store has format {found}, and this release reads {known}: use the release that wrote it; 'hebe store init --force' makes it anew and gives its VMs up"
     )]
-    Newer {
+    OtherFormat {
         /// Format found.
         found: u32,
-        /// Newest format known.
+        /// The format known.
         known: u32,
+    },
+    /// The guard at the end is not what was written there.
+    #[error(
+        "something else used the store's memory since the store was made (its guard is overwritten at byte {at:#x}), so no VM in it is resumed and nothing was written: see that every kernel boots with the reservation, then make the store anew with 'hebe store init --force', which gives its VMs up"
+    )]
+    Overrun {
+        /// The first overwritten word, in bytes from the store's start.
+        at: u64,
     },
     /// The device is smaller than the store on it.
     #[error(

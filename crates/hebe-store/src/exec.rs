@@ -2,8 +2,9 @@
 //! RAM, and whether it may be resumed.
 //!
 //! ```text
-//! 0x000000  header, copy A (one page)     0x002000  slot 0 (1020 KiB)
-//! 0x001000  header, copy B (one page)     0x101000  slot 1 (1020 KiB)
+//! 0x000000  header, copy A (one page)     0x002000  slot 0 (1016 KiB)
+//! 0x001000  header, copy B (one page)     0x100000  slot 1 (1016 KiB)
+//!                                         0x1fe000  guard (two pages)
 //!
 //!            mark_running                 commit_frozen
 //!   Empty ───────────────► Running ─────────────────────► Frozen
@@ -27,22 +28,29 @@
 //! is what the state belongs to. A state whose checksum is wrong is Damaged,
 //! never a reason to look at the other slot.
 //!
-//! All zeros is Empty: a segment's area is zeroed before a VM gets it.
+//! All zeros but the guard is Empty: a segment's area is zeroed, and its guard
+//! written, before a VM gets it. Where the guard is wrong the area is Damaged,
+//! whatever its header says, and is not changed any more (see the `guard`
+//! module).
 
 use std::sync::{Mutex, PoisonError};
 
-use hebe_types::{GRANULE, VmId};
+use hebe_types::{Extent, GRANULE, VmId};
 use serde::{Deserialize, Serialize};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use crate::StoreError;
+use crate::guard::Guard;
 use crate::mapping::Mapping;
 use crate::media::Media;
 use crate::mirror::{self, COPY_LEN_MAX, Place, Reading};
+use crate::spec::SegmentSpec;
 
 const SLOTS_OFFSET: u64 = 2 * COPY_LEN_MAX as u64;
-const SLOT_LEN: u64 = (GRANULE - SLOTS_OFFSET) / 2;
+const GUARD_LEN: u64 = 2 * COPY_LEN_MAX as u64;
+const GUARD_OFFSET: u64 = GRANULE - GUARD_LEN;
+const SLOT_LEN: u64 = (GUARD_OFFSET - SLOTS_OFFSET) / 2;
 /// Most bytes of an execution state.
 pub const EXEC_STATE_LEN_MAX: usize = SLOT_LEN as usize;
 
@@ -50,8 +58,8 @@ pub(crate) const HEADER: Place = Place {
     a: 0,
     b: COPY_LEN_MAX as u64,
     magic: *b"HEBEEXEC",
-    version: 1,
-    payload_len: size_of::<HeaderV1>(),
+    version: 2,
+    payload_len: size_of::<HeaderV2>(),
 };
 
 const RUNNING: u32 = 1;
@@ -61,7 +69,7 @@ const EMPTY: u32 = 3;
 /// The header's payload.
 #[derive(Clone, Debug, PartialEq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub(crate) struct HeaderV1 {
+pub(crate) struct HeaderV2 {
     /// 1 running, 2 frozen, 3 empty.
     pub state: U32,
     /// The slot written last, 0 or 1.
@@ -80,7 +88,7 @@ pub(crate) struct HeaderV1 {
     pub len: U64,
 }
 
-const _: () = assert!(size_of::<HeaderV1>() == 64);
+const _: () = assert!(size_of::<HeaderV2>() == 64);
 const _: () = assert!(SLOT_LEN.is_multiple_of(8));
 
 /// What an execution-state area holds.
@@ -114,14 +122,61 @@ pub enum ExecStatus {
     },
 }
 
+/// Whose area it is, and the guard that it must have.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Whose {
+    vm: VmId,
+    guard: Guard,
+}
+
+impl Whose {
+    /// The area of `vm` at `exec` of a store.
+    pub(crate) const fn new(vm: VmId, store_uuid: [u8; 16], exec: Extent) -> Self {
+        let place = Extent {
+            offset: exec.offset + GUARD_OFFSET,
+            len: GUARD_LEN,
+        };
+        Self {
+            vm,
+            guard: Guard::new(store_uuid, place),
+        }
+    }
+
+    /// The area of a segment.
+    pub(crate) fn of(spec: &SegmentSpec) -> Self {
+        Self::new(spec.vm, spec.store_uuid, spec.exec)
+    }
+
+    /// [`StoreError::ExecDamaged`] where the guard is wrong.
+    fn check(&self, media: &impl Media) -> Result<(), StoreError> {
+        let wrong = self.guard.first_wrong(media, GUARD_OFFSET);
+        match wrong.map_err(StoreError::media("read"))? {
+            None => Ok(()),
+            Some(at) => Err(StoreError::ExecDamaged(format!(
+                "something else wrote to it (at byte {at:#x} of the store), and may have written to guest RAM"
+            ))),
+        }
+    }
+}
+
+/// Writes the guard into an area of zeros.
+pub(crate) fn prepare(media: &impl Media, whose: &Whose) -> std::io::Result<()> {
+    whose.guard.write(media, GUARD_OFFSET)
+}
+
 /// Reads and checks an area. Untrusted input.
-pub(crate) fn status(media: &impl Media, vm: VmId) -> Result<ExecStatus, StoreError> {
+pub(crate) fn status(media: &impl Media, whose: &Whose) -> Result<ExecStatus, StoreError> {
     let damaged = |reason: String| Ok(ExecStatus::Damaged { reason });
+    match whose.check(media) {
+        Ok(()) => {}
+        Err(StoreError::ExecDamaged(why)) => return damaged(why),
+        Err(other) => return Err(other),
+    }
     const TRIES_MAX: usize = 4;
     let mut reason = String::new();
     for _ in 0..TRIES_MAX {
         let reading = read(media)?;
-        let (generation, header) = match parse(&reading, vm) {
+        let (generation, header) = match parse(&reading, whose.vm) {
             Ok(Some(parsed)) => parsed,
             Ok(None) => return Ok(ExecStatus::Empty),
             Err(why) => return damaged(why),
@@ -161,7 +216,7 @@ fn read(media: &impl Media) -> Result<Reading, StoreError> {
 }
 
 /// The header, if there is one; or why it is damaged.
-fn parse(reading: &Reading, vm: VmId) -> Result<Option<(u64, HeaderV1)>, String> {
+fn parse(reading: &Reading, vm: VmId) -> Result<Option<(u64, HeaderV2)>, String> {
     let (generation, payload) = match reading {
         Reading::Blank => return Ok(None),
         Reading::Damaged(why) => return Err(format!("its header is unreadable: {why}")),
@@ -177,7 +232,7 @@ fn parse(reading: &Reading, vm: VmId) -> Result<Option<(u64, HeaderV1)>, String>
             ..
         } => (*generation, payload),
     };
-    let header = HeaderV1::read_from_bytes(payload).map_err(|_| "its header is cut short")?;
+    let header = HeaderV2::read_from_bytes(payload).map_err(|_| "its header is cut short")?;
     if header.vm != vm.0 {
         return Err(format!("it belongs to VM {}", VmId(header.vm)));
     }
@@ -196,7 +251,7 @@ fn slot_offset(slot: u32) -> u64 {
 }
 
 /// The state that a frozen header names, if its checksum is right.
-fn load_state(media: &impl Media, header: &HeaderV1) -> Result<Vec<u8>, StoreError> {
+fn load_state(media: &impl Media, header: &HeaderV2) -> Result<Vec<u8>, StoreError> {
     let mut state = vec![0; header.len.get() as usize];
     media
         .load(slot_offset(header.slot.get()), &mut state)
@@ -210,8 +265,9 @@ fn load_state(media: &impl Media, header: &HeaderV1) -> Result<Vec<u8>, StoreErr
 }
 
 /// Loads the frozen state; see [`ExecArea::load`].
-pub(crate) fn load(media: &impl Media, vm: VmId) -> Result<Vec<u8>, StoreError> {
-    let header = match parse(&read(media)?, vm) {
+pub(crate) fn load(media: &impl Media, whose: &Whose) -> Result<Vec<u8>, StoreError> {
+    whose.check(media)?;
+    let header = match parse(&read(media)?, whose.vm) {
         Ok(Some((_, header))) => header,
         Ok(None) => return Err(StoreError::NotFrozen("it is empty".into())),
         Err(why) => return Err(StoreError::ExecDamaged(why)),
@@ -229,7 +285,7 @@ pub(crate) fn load(media: &impl Media, vm: VmId) -> Result<Vec<u8>, StoreError> 
 /// Commits a state; see [`ExecArea::commit_frozen`].
 pub(crate) fn commit_frozen(
     media: &impl Media,
-    vm: VmId,
+    whose: &Whose,
     state: &[u8],
     now_ns: u64,
 ) -> Result<(), StoreError> {
@@ -239,14 +295,15 @@ pub(crate) fn commit_frozen(
             max: EXEC_STATE_LEN_MAX,
         });
     }
+    whose.check(media)?;
     let reading = read(media)?;
-    let newest = parse(&reading, vm).map_err(StoreError::ExecDamaged)?;
+    let newest = parse(&reading, whose.vm).map_err(StoreError::ExecDamaged)?;
     let slot = newest.map_or(0, |(_, header)| 1 - header.slot.get());
     store_state(media, slot_offset(slot), state).map_err(StoreError::media("write"))?;
-    let mut header = HeaderV1::new_zeroed();
+    let mut header = HeaderV2::new_zeroed();
     header.state = U32::new(FROZEN);
     header.slot = U32::new(slot);
-    header.vm = vm.0;
+    header.vm = whose.vm.0;
     header.since_ns = U64::new(now_ns);
     header.state_crc = U32::new(crc32fast::hash(state));
     header.len = U64::new(state.len() as u64);
@@ -265,7 +322,7 @@ fn store_state(media: &impl Media, at: u64, state: &[u8]) -> std::io::Result<()>
     Ok(())
 }
 
-fn put(media: &impl Media, reading: &Reading, header: &HeaderV1) -> Result<(), StoreError> {
+fn put(media: &impl Media, reading: &Reading, header: &HeaderV2) -> Result<(), StoreError> {
     mirror::update(media, &HEADER, reading, header.as_bytes())
         .map_err(StoreError::media("write"))?;
     Ok(())
@@ -274,17 +331,18 @@ fn put(media: &impl Media, reading: &Reading, header: &HeaderV1) -> Result<(), S
 /// Marks the VM as running; see [`ExecArea::mark_running`].
 pub(crate) fn mark_running(
     media: &impl Media,
-    vm: VmId,
+    whose: &Whose,
     boot_id: [u8; 16],
     pid: u32,
     now_ns: u64,
 ) -> Result<(), StoreError> {
+    whose.check(media)?;
     let reading = read(media)?;
-    let newest = parse(&reading, vm).map_err(StoreError::ExecDamaged)?;
-    let mut header = HeaderV1::new_zeroed();
+    let newest = parse(&reading, whose.vm).map_err(StoreError::ExecDamaged)?;
+    let mut header = HeaderV2::new_zeroed();
     header.state = U32::new(RUNNING);
     header.slot = newest.map_or(U32::new(1), |(_, old)| old.slot);
-    header.vm = vm.0;
+    header.vm = whose.vm.0;
     header.since_ns = U64::new(now_ns);
     header.boot_id = boot_id;
     header.pid = U32::new(pid);
@@ -292,13 +350,14 @@ pub(crate) fn mark_running(
 }
 
 /// Marks the VM as ended; see [`ExecArea::mark_empty`].
-pub(crate) fn mark_empty(media: &impl Media, vm: VmId, now_ns: u64) -> Result<(), StoreError> {
+pub(crate) fn mark_empty(media: &impl Media, whose: &Whose, now_ns: u64) -> Result<(), StoreError> {
+    whose.check(media)?;
     let reading = read(media)?;
-    let newest = parse(&reading, vm).map_err(StoreError::ExecDamaged)?;
-    let mut header = HeaderV1::new_zeroed();
+    let newest = parse(&reading, whose.vm).map_err(StoreError::ExecDamaged)?;
+    let mut header = HeaderV2::new_zeroed();
     header.state = U32::new(EMPTY);
     header.slot = newest.map_or(U32::new(1), |(_, old)| old.slot);
-    header.vm = vm.0;
+    header.vm = whose.vm.0;
     header.since_ns = U64::new(now_ns);
     put(media, &reading, &header)
 }
@@ -307,23 +366,28 @@ pub(crate) fn mark_empty(media: &impl Media, vm: VmId, now_ns: u64) -> Result<()
 #[derive(Debug)]
 pub struct ExecArea {
     mapping: Mapping,
-    vm: VmId,
+    whose: Whose,
     /// One change at a time; guards no data of this process.
     writer: Mutex<()>,
 }
 
 impl ExecArea {
-    pub(crate) fn new(mapping: Mapping, vm: VmId) -> Self {
+    pub(crate) fn new(mapping: Mapping, spec: &SegmentSpec) -> Self {
         Self {
             mapping,
-            vm,
+            whose: Whose::of(spec),
             writer: Mutex::new(()),
         }
     }
 
-    /// What the area holds now, checksums verified.
+    /// Writes the guard into an area that was just made.
+    pub(crate) fn prepare(&self) -> std::io::Result<()> {
+        prepare(&self.mapping, &self.whose)
+    }
+
+    /// What the area holds now, guard and checksums verified.
     pub fn status(&self) -> ExecStatus {
-        status(&self.mapping, self.vm).unwrap_or_else(|e| ExecStatus::Damaged {
+        status(&self.mapping, &self.whose).unwrap_or_else(|e| ExecStatus::Damaged {
             reason: e.to_string(),
         })
     }
@@ -333,10 +397,11 @@ impl ExecArea {
     /// before the first write to guest RAM or the first vCPU entry.
     ///
     /// # Errors
-    /// [`StoreError::ExecDamaged`] when the area's header cannot be read.
+    /// [`StoreError::ExecDamaged`] when the area's header cannot be read or its
+    /// guard is wrong; nothing is written then.
     pub fn mark_running(&self, boot_id: [u8; 16], pid: u32) -> Result<(), StoreError> {
         let _one = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        mark_running(&self.mapping, self.vm, boot_id, pid, now_ns())
+        mark_running(&self.mapping, &self.whose, boot_id, pid, now_ns())
     }
 
     /// Records that the VM ended and that nothing can be resumed.
@@ -345,7 +410,7 @@ impl ExecArea {
     /// As for [`ExecArea::mark_running`].
     pub fn mark_empty(&self) -> Result<(), StoreError> {
         let _one = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        mark_empty(&self.mapping, self.vm, now_ns())
+        mark_empty(&self.mapping, &self.whose, now_ns())
     }
 
     /// Commits the state that belongs to guest RAM as it is now. Call it when
@@ -354,20 +419,21 @@ impl ExecArea {
     ///
     /// # Errors
     /// [`StoreError::StateTooLong`], with nothing written;
-    /// [`StoreError::ExecDamaged`] when the area's header cannot be read.
+    /// [`StoreError::ExecDamaged`] when the area's header cannot be read or its
+    /// guard is wrong: such a VM could not be resumed, and had better run on.
     pub fn commit_frozen(&self, state: &[u8]) -> Result<(), StoreError> {
         let _one = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        commit_frozen(&self.mapping, self.vm, state, now_ns())
+        commit_frozen(&self.mapping, &self.whose, state, now_ns())
     }
 
-    /// The frozen state, bounds and checksum verified. What is in it is the
+    /// The frozen state; guard, bounds and checksum verified. What is in it is the
     /// reader's to check.
     ///
     /// # Errors
     /// [`StoreError::NotFrozen`] when the VM runs, ran, or never ran;
     /// [`StoreError::ExecDamaged`].
     pub fn load(&self) -> Result<Vec<u8>, StoreError> {
-        load(&self.mapping, self.vm)
+        load(&self.mapping, &self.whose)
     }
 }
 

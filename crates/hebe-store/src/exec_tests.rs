@@ -7,7 +7,24 @@ use super::*;
 use crate::testing::{Image, TestMedia, every_cut, whole_cuts};
 
 const VM: VmId = VmId([0xaa; 16]);
+const WHOSE: Whose = whose(VM);
 const BOOT: [u8; 16] = [0xbb; 16];
+
+const fn whose(vm: VmId) -> Whose {
+    let exec = Extent {
+        offset: 4 * GRANULE,
+        len: GRANULE,
+    };
+    Whose::new(vm, [0x77; 16], exec)
+}
+
+/// An area as its VMM first sees it.
+fn prepared() -> TestMedia {
+    let media = TestMedia::default();
+    prepare(&media, &WHOSE).expect("guard");
+    media.log.borrow_mut().clear();
+    media
+}
 
 /// A change of the area, as its VMM makes it.
 #[derive(Clone, Debug)]
@@ -18,8 +35,8 @@ enum Step {
 
 fn step(media: &TestMedia, step: &Step) -> Result<(), StoreError> {
     match step {
-        Step::Run(pid) => mark_running(media, VM, BOOT, *pid, u64::from(*pid)),
-        Step::Freeze(state) => commit_frozen(media, VM, state, 1_000),
+        Step::Run(pid) => mark_running(media, &WHOSE, BOOT, *pid, u64::from(*pid)),
+        Step::Freeze(state) => commit_frozen(media, &WHOSE, state, 1_000),
     }
 }
 
@@ -34,8 +51,8 @@ enum Seen {
 
 fn look(image: &Image) -> Seen {
     let media = TestMedia::over(image);
-    let loaded = load(&media, VM);
-    let seen = match status(&media, VM).expect("status") {
+    let loaded = load(&media, &WHOSE);
+    let seen = match status(&media, &WHOSE).expect("status") {
         ExecStatus::Empty => Seen::Empty,
         ExecStatus::Running { pid, boot_id, .. } => {
             assert_eq!(boot_id, BOOT);
@@ -54,7 +71,7 @@ fn look(image: &Image) -> Seen {
 }
 
 fn after(steps: &[Step]) -> TestMedia {
-    let media = TestMedia::default();
+    let media = prepared();
     for s in steps {
         step(&media, s).expect("step");
     }
@@ -81,7 +98,7 @@ fn life() -> Vec<Step> {
 
 #[test]
 fn a_stop_at_any_write_leaves_old_or_new() {
-    let media = TestMedia::default();
+    let media = prepared();
     for s in life() {
         let start = media.snapshot();
         let old = look(&start);
@@ -119,7 +136,7 @@ fn a_stop_during_the_change_after_a_stop_leaves_one_of_them() {
 }
 
 /// Bytes of each header copy that mean something.
-const HEADER_LEN: u64 = (mirror::COPY_HEADER_LEN + size_of::<HeaderV1>()) as u64;
+const HEADER_LEN: u64 = (mirror::COPY_HEADER_LEN + size_of::<HeaderV2>()) as u64;
 
 #[test]
 fn any_one_flipped_bit_of_the_header_loses_nothing() {
@@ -195,43 +212,84 @@ fn one_wiped_copy_is_repaired_by_the_next_change() {
 fn what_does_not_belong_here_is_refused_and_left_alone() {
     let image = after(&[Step::Freeze(state(1, 10))]).snapshot();
     let media = TestMedia::over(&image);
-    let other = VmId([1; 16]);
-    let said = load(&media, other).expect_err("foreign").to_string();
+    let other = whose(VmId([1; 16]));
+    let said = load(&media, &other).expect_err("foreign").to_string();
     assert!(said.contains("belongs to VM aaaaaaaa-aaaa"), "{said}");
-    mark_running(&media, other, BOOT, 1, 1).expect_err("foreign");
-    commit_frozen(&media, other, b"x", 1).expect_err("foreign");
+    mark_running(&media, &other, BOOT, 1, 1).expect_err("foreign");
+    commit_frozen(&media, &other, b"x", 1).expect_err("foreign");
     assert_eq!(media.snapshot(), image);
-    let long = commit_frozen(&media, VM, &vec![0; EXEC_STATE_LEN_MAX + 1], 1);
+    let long = commit_frozen(&media, &WHOSE, &vec![0; EXEC_STATE_LEN_MAX + 1], 1);
     assert!(matches!(long, Err(StoreError::StateTooLong { .. })));
     assert_eq!(media.snapshot(), image);
-    commit_frozen(&media, VM, &vec![5; EXEC_STATE_LEN_MAX], 1).expect("the longest");
-    assert_eq!(load(&media, VM).expect("load").len(), EXEC_STATE_LEN_MAX);
+    commit_frozen(&media, &WHOSE, &vec![5; EXEC_STATE_LEN_MAX], 1).expect("the longest");
+    assert_eq!(
+        load(&media, &WHOSE).expect("load").len(),
+        EXEC_STATE_LEN_MAX
+    );
+}
+
+#[test]
+fn an_overwritten_guard_is_damage_whatever_the_header_says() {
+    for steps in [&life()[..1], &life()[..2], &[]] {
+        let image = after(steps).snapshot();
+        for (at, len) in [(0, 1), (GUARD_LEN - 1, 1), (4096, 8), (0, GUARD_LEN)] {
+            let mut hurt = image.clone();
+            let byte = hurt.bytes(GUARD_OFFSET + at, 1)[0] ^ 1;
+            hurt.write(GUARD_OFFSET + at, &vec![byte; len as usize]);
+            assert_eq!(look(&hurt), Seen::Damaged);
+            let media = TestMedia::over(&hurt);
+            let said = load(&media, &WHOSE).expect_err("refused").to_string();
+            let place = format!("{:#x}", 5 * GRANULE - GUARD_LEN + at - at % 8);
+            assert!(said.contains(&place), "{said}");
+            for s in [Step::Run(9), Step::Freeze(state(9, 9))] {
+                let refused = step(&media, &s);
+                assert!(matches!(refused, Err(StoreError::ExecDamaged(_))));
+            }
+            mark_empty(&media, &WHOSE, 1).expect_err("refused");
+            assert_eq!(media.snapshot(), hurt, "nothing is written");
+        }
+    }
+}
+
+#[test]
+fn an_area_seen_at_another_place_or_of_another_store_is_damage() {
+    let image = after(&life()[..2]).snapshot();
+    let exec = |granule: u64| Extent {
+        offset: granule * GRANULE,
+        len: GRANULE,
+    };
+    for wrong in [
+        Whose::new(VM, [0x77; 16], exec(5)),
+        Whose::new(VM, [0x78; 16], exec(4)),
+    ] {
+        load(&TestMedia::over(&image), &wrong).expect_err("refused");
+    }
 }
 
 #[test]
 fn a_newer_header_is_refused_by_its_version() {
     let newer = Place {
-        version: 2,
+        version: 3,
         ..HEADER
     };
-    let media = TestMedia::default();
-    let payload = [0; size_of::<HeaderV1>()];
+    let media = prepared();
+    let payload = [0; size_of::<HeaderV2>()];
     mirror::write_first(&media, &newer, &payload).expect("write");
-    let said = load(&media, VM).expect_err("newer").to_string();
-    assert!(said.contains("version 2"), "{said}");
-    assert!(mark_running(&media, VM, BOOT, 1, 1).is_err());
+    let said = load(&media, &WHOSE).expect_err("newer").to_string();
+    assert!(said.contains("version 3"), "{said}");
+    assert!(mark_running(&media, &WHOSE, BOOT, 1, 1).is_err());
 }
 
 #[test]
 fn the_header_has_its_golden_bytes() {
-    let media = TestMedia::default();
-    commit_frozen(&media, VM, b"state", 0x0102_0304_0506_0708).expect("freeze");
+    let media = prepared();
+    commit_frozen(&media, &WHOSE, b"state", 0x0102_0304_0506_0708).expect("freeze");
     let image = media.snapshot();
     let mut golden = Vec::new();
     golden.extend_from_slice(b"HEBEEXEC");
-    golden.extend_from_slice(&[1, 0, 0, 0, 64, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    golden.extend_from_slice(&[2, 0, 0, 0, 64, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
     golden.extend_from_slice(&[0; 4]);
-    golden.extend_from_slice(&[0xb0, 0x96, 0xc5, 0xea]);
+    golden.extend_from_slice(&[0xe1, 0x77, 0xc1, 0x04]);
     golden.extend_from_slice(&[2, 0, 0, 0, 0, 0, 0, 0]);
     golden.extend_from_slice(&[0xaa; 16]);
     golden.extend_from_slice(&[8, 7, 6, 5, 4, 3, 2, 1]);
@@ -242,6 +300,7 @@ fn the_header_has_its_golden_bytes() {
         assert_eq!(image.bytes(at, golden.len()), golden);
     }
     assert_eq!(image.bytes(0x2000, 8), b"state\0\0\0");
+    assert_eq!((slot_offset(1), GUARD_OFFSET), (0x10_0000, 0x1f_e000));
 }
 
 proptest! {

@@ -8,6 +8,7 @@ use hebe_types::{Extent, GRANULE, Gpa, SegmentId, VmId, VmName};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
+use crate::guard::Guard;
 use crate::mirror::{COPY_HEADER_LEN, COPY_LEN_MAX, Place};
 use crate::spec::{Placement, SegmentSpec};
 
@@ -22,8 +23,12 @@ pub const EXTENTS_MAX: usize = PLACES - 1;
 pub(crate) const HEAD_GRANULES: u32 = 2;
 /// Bytes of the head.
 pub(crate) const HEAD_LEN: u64 = HEAD_GRANULES as u64 * GRANULE;
+/// Granules of the guard at the end; see the `guard` module.
+pub(crate) const GUARD_GRANULES: u32 = 1;
+/// Bytes of the guard at the end.
+pub(crate) const GUARD_LEN: u64 = GUARD_GRANULES as u64 * GRANULE;
 /// The smallest store: one VM with one granule of RAM.
-pub(crate) const STORE_LEN_MIN: u64 = HEAD_LEN + 2 * GRANULE;
+pub(crate) const STORE_LEN_MIN: u64 = HEAD_LEN + 2 * GRANULE + GUARD_LEN;
 /// The largest store: granule numbers are 32 bits wide.
 pub(crate) const STORE_GRANULES_MAX: u64 = u32::MAX as u64;
 
@@ -34,15 +39,14 @@ const REPORT_SLOT_LEN: u64 = 0x4_0000;
 pub const REPORT_LEN_MAX: usize = (REPORT_SLOT_LEN as usize) - COPY_LEN_MAX;
 
 const TABLE_OFFSET: u64 = GRANULE;
-const FORMAT_VERSION: u32 = 1;
 
 /// The superblock.
 pub(crate) const SUPERBLOCK: Place = Place {
     a: 0,
     b: COPY_LEN_MAX as u64,
     magic: *b"HEBESTOR",
-    version: FORMAT_VERSION,
-    payload_len: size_of::<SuperblockV1>(),
+    version: 2,
+    payload_len: size_of::<SuperblockV2>(),
 };
 
 /// The record in one slot of the table.
@@ -52,13 +56,13 @@ pub(crate) const fn record_place(slot: u32) -> Place {
         a,
         b: a + COPY_LEN_MAX as u64,
         magic: *b"HEBESEGM",
-        version: FORMAT_VERSION,
+        version: 1,
         payload_len: size_of::<RecordV1>(),
     }
 }
 
 const _: () = {
-    assert!(size_of::<SuperblockV1>() == 112);
+    assert!(size_of::<SuperblockV2>() == 112);
     assert!(size_of::<RecordV1>() == 3936);
     assert!(COPY_HEADER_LEN + size_of::<RecordV1>() <= COPY_LEN_MAX);
     assert!(TABLE_OFFSET + SEGMENTS_MAX as u64 * 2 * COPY_LEN_MAX as u64 <= HEAD_LEN);
@@ -68,10 +72,10 @@ const _: () = {
 /// What a store is.
 #[derive(Clone, Debug, PartialEq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub(crate) struct SuperblockV1 {
+pub(crate) struct SuperblockV2 {
     /// Drawn when the store was formatted.
     pub uuid: [u8; 16],
-    /// Bytes of the store, head included.
+    /// Bytes of the store, head and guard included.
     pub capacity: U64,
     /// Physical address it was made at, if known.
     pub phys_start: U64,
@@ -85,12 +89,12 @@ pub(crate) struct SuperblockV1 {
     pub head_granules: U32,
     /// Slots of the table.
     pub slots: U32,
-    /// Zero.
-    pub reserved: U32,
+    /// Granules of the guard at the end.
+    pub guard_granules: U32,
     /// Release that formatted it, zero-padded text.
     pub release: [u8; 32],
     /// Zero.
-    pub reserved2: [U32; 4],
+    pub reserved: [U32; 4],
 }
 
 /// One granule-aligned piece of guest RAM.
@@ -191,7 +195,7 @@ pub(crate) fn unpadded(bytes: &[u8]) -> Option<&str> {
     clean.then(|| std::str::from_utf8(&bytes[..end]).ok())?
 }
 
-impl SuperblockV1 {
+impl SuperblockV2 {
     /// A new store's.
     pub(crate) fn new(
         uuid: [u8; 16],
@@ -210,9 +214,9 @@ impl SuperblockV1 {
             granule: U32::new(GRANULE as u32),
             head_granules: U32::new(HEAD_GRANULES),
             slots: U32::new(slots),
-            reserved: U32::ZERO,
+            guard_granules: U32::new(GUARD_GRANULES),
             release: padded(env!("CARGO_PKG_VERSION")),
-            reserved2: [U32::ZERO; 4],
+            reserved: [U32::ZERO; 4],
         }
     }
 
@@ -222,11 +226,26 @@ impl SuperblockV1 {
         let capacity = sb.capacity.get();
         let sane = sb.granule.get() == GRANULE as u32
             && sb.head_granules.get() == HEAD_GRANULES
+            && sb.guard_granules.get() == GUARD_GRANULES
             && (1..=SEGMENTS_MAX).contains(&sb.slots.get())
             && capacity.is_multiple_of(GRANULE)
             && (STORE_LEN_MIN..=STORE_GRANULES_MAX * GRANULE).contains(&capacity);
         sane.then_some(sb)
             .ok_or("its superblock has impossible values")
+    }
+
+    /// Where segments end and the guard begins.
+    pub(crate) fn segments_end(&self) -> u64 {
+        self.capacity.get() - GUARD_LEN
+    }
+
+    /// The guard at the end.
+    pub(crate) fn guard(&self) -> Guard {
+        let place = Extent {
+            offset: self.segments_end(),
+            len: GUARD_LEN,
+        };
+        Guard::new(self.uuid, place)
     }
 
     /// Physical range it was made at, if known.
@@ -284,7 +303,7 @@ impl RecordV1 {
     pub(crate) fn decode(
         payload: &[u8],
         slot: u32,
-        superblock: &SuperblockV1,
+        superblock: &SuperblockV2,
     ) -> Result<Record, String> {
         let record = Self::read_from_bytes(payload).map_err(|_| "it has a wrong length")?;
         if record.slot.get() != slot {
@@ -302,9 +321,9 @@ impl RecordV1 {
             .get(..record.places_len.get() as usize)
             .ok_or("it has too many extents")?;
         let extents: Vec<Extent> = places.iter().map(PlaceV1::extent).collect();
-        let capacity = superblock.capacity.get();
+        let end = superblock.segments_end();
         if state == State::Scrubbing {
-            in_store(extents.iter().copied(), capacity)?;
+            in_store(extents.iter().copied(), end)?;
             return Ok(Record::Scrubbing(extents));
         }
         if places.len() > EXTENTS_MAX {
@@ -327,7 +346,7 @@ impl RecordV1 {
             ram: ram.collect(),
         };
         spec.check().map_err(|e| e.to_string())?;
-        in_store(spec.extents(), capacity)?;
+        in_store(spec.extents(), end)?;
         let owner = Owner {
             spec,
             created_ns: record.created_ns.get(),
@@ -355,10 +374,10 @@ impl PlaceV1 {
     }
 }
 
-/// Whether every extent lies between the head and the end of the store.
-fn in_store(extents: impl Iterator<Item = Extent>, capacity: u64) -> Result<(), String> {
+/// Whether every extent lies between the head and the guard at `end`.
+fn in_store(extents: impl Iterator<Item = Extent>, end: u64) -> Result<(), String> {
     for e in extents {
-        if e.len == 0 || e.offset < HEAD_LEN || e.offset + e.len > capacity {
+        if e.len == 0 || e.offset < HEAD_LEN || e.offset + e.len > end {
             return Err(format!(
                 "extent {:#x}+{:#x} lies outside the store",
                 e.offset, e.len

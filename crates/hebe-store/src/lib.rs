@@ -12,6 +12,7 @@
 //!             0x01000  superblock, copy B                      slot record copy A, copy B
 //!             0x80000  report, slot 0 (256 KiB)    granule 2…  segments: execution state
 //!             0xc0000  report, slot 1 (256 KiB)                (1 granule), then RAM
+//!                                                  last granule: guard
 //! ```
 //!
 //! Who owns what: the table is written by one manager at a time ([`Store`]
@@ -34,8 +35,9 @@
 //! A manager that opens a store finishes what a killed one left: Allocating
 //! and Scrubbing segments are zeroed and freed. How two copies make a change
 //! atomic is argued in the `mirror` module, what is never handed out in
-//! `alloc`, and why an old frozen state can never win over a newer one in
-//! `exec`.
+//! `alloc`, why an old frozen state can never win over a newer one in `exec`,
+//! and how a kernel that used the range as its own RAM is found out in
+//! `guard`.
 //!
 //! Bytes of a destroyed VM are zeroed when it is dropped, and `create` makes
 //! sure that every byte it hands out reads as zero: it trusts neither an
@@ -44,6 +46,7 @@
 mod alloc;
 mod error;
 mod exec;
+mod guard;
 mod layout;
 mod mapping;
 mod media;

@@ -10,6 +10,9 @@ use std::io;
 
 use hebe_types::Extent;
 
+/// Bytes that [`Media::pages`] shows at a time.
+pub(crate) const PAGE_LEN: usize = 4096;
+
 /// A range of persistent bytes. Offsets are from the start of the range.
 pub(crate) trait Media {
     /// Reads bytes; `offset` is a multiple of 8.
@@ -24,4 +27,15 @@ pub(crate) trait Media {
 
     /// Every store before it is persistent before any store after it.
     fn fence(&self);
+
+    /// Shows every page of an extent of whole pages, with its offset.
+    fn pages(&self, extent: Extent, visit: &mut dyn FnMut(u64, &[u8; PAGE_LEN])) -> io::Result<()> {
+        let mut page = [0; PAGE_LEN];
+        for done in (0..extent.len).step_by(PAGE_LEN) {
+            let at = extent.offset + done;
+            self.load(at, &mut page)?;
+            visit(at, &page);
+        }
+        Ok(())
+    }
 }

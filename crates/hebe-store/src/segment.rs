@@ -106,6 +106,7 @@ impl Segment {
                 let _ = mapping.advise(Advice::LinuxHugepage);
             }
         }
+        segment.exec.prepare().map_err(StoreError::media("write"))?;
         segment.memfd = Some(fd);
         Ok(segment)
     }
@@ -142,7 +143,7 @@ impl Segment {
         }
         let exec = Mapping::of(fd, spec.exec, true).map_err(map("map"))?;
         Ok(Self {
-            exec: ExecArea::new(exec, spec.vm),
+            exec: ExecArea::new(exec, spec),
             spec: spec.clone(),
             ram,
             memfd: None,

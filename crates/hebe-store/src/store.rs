@@ -21,10 +21,10 @@ use serde::Serialize;
 use crate::exec::now_ns;
 use crate::layout::{
     HEAD_LEN, REPORT_LEN_MAX, SEGMENTS_MAX, STORE_GRANULES_MAX, STORE_LEN_MIN, SUPERBLOCK,
-    SuperblockV1,
+    SuperblockV2,
 };
 use crate::mapping::Mapping;
-use crate::media::Media;
+use crate::media::{Media, PAGE_LEN};
 use crate::spec::SegmentSpec;
 use crate::table::{self, Head, SegmentEntry, Table};
 use crate::{StoreError, report};
@@ -51,11 +51,12 @@ pub struct FormatOptions {
 pub struct StoreInfo {
     /// Drawn when it was formatted.
     pub uuid: [u8; 16],
-    /// Bytes, head included.
+    /// Bytes, head and guard included.
     pub capacity: u64,
-    /// Bytes that a new segment can get; 0 while a record is damaged.
+    /// Bytes that a new segment can get; 0 while a record is damaged or
+    /// [`Store::check`] fails.
     pub free: u64,
-    /// Granules of 2 MiB, head included.
+    /// Granules of 2 MiB, head and guard included.
     pub granules_total: u64,
     /// Grows with every change of the table.
     pub generation: u64,
@@ -247,6 +248,17 @@ impl Media for Device {
     fn fence(&self) {
         self.head.fence();
     }
+
+    fn pages(&self, extent: Extent, visit: &mut dyn FnMut(u64, &[u8; PAGE_LEN])) -> io::Result<()> {
+        let (mapping, at) = self.window(extent.offset, extent.len)?;
+        let inside = Extent {
+            offset: at,
+            len: extent.len,
+        };
+        mapping.pages(inside, &mut |offset, page| {
+            visit(extent.offset + offset - at, page);
+        })
+    }
 }
 
 impl Store {
@@ -254,7 +266,7 @@ impl Store {
     ///
     /// # Errors
     /// Without force, [`StoreError::Formatted`], [`StoreError::HeadDamaged`] or
-    /// [`StoreError::Newer`] where a store is or was; nothing is written then.
+    /// [`StoreError::OtherFormat`] where a store is or was; nothing is written then.
     /// [`StoreError::Busy`] while a manager has the store open.
     pub fn format(path: &Path, options: FormatOptions) -> Result<StoreInfo, StoreError> {
         let lock = take_lock(path)?;
@@ -267,7 +279,7 @@ impl Store {
             .map_err(|e| StoreError::media("draw an id for")(e.into()))?;
         let capacity = device.size.min(STORE_GRANULES_MAX * GRANULE);
         let phys = device.phys.map(|(start, _)| (start, capacity));
-        let superblock = SuperblockV1::new(uuid, capacity, SEGMENTS_MAX, phys, now_ns());
+        let superblock = SuperblockV2::new(uuid, capacity, SEGMENTS_MAX, phys, now_ns());
         table::format(&device, &superblock).map_err(StoreError::media("write"))?;
         Self {
             path: path.to_owned(),
@@ -279,9 +291,13 @@ impl Store {
 
     /// Opens a store and checks that the device still holds all of it.
     ///
+    /// A store whose guard is overwritten opens, so that its VMs can be listed,
+    /// every one as damaged; but it is not recovered, and refuses every change.
+    /// [`Store::check`] says so.
+    ///
     /// # Errors
     /// [`StoreError::NoStore`], [`StoreError::HeadDamaged`],
-    /// [`StoreError::Newer`], [`StoreError::Shrank`] and [`StoreError::Moved`]:
+    /// [`StoreError::OtherFormat`], [`StoreError::Shrank`] and [`StoreError::Moved`]:
     /// nothing was written. [`StoreError::Busy`] for a second manager.
     pub fn open(path: &Path, access: Access) -> Result<Self, StoreError> {
         let manage = access == Access::Manage;
@@ -291,7 +307,7 @@ impl Store {
         let superblock = match head {
             Head::Store(superblock) => *superblock,
             Head::Foreign => return Err(StoreError::NoStore(path.to_owned())),
-            Head::Newer(found) => return Err(newer(found)),
+            Head::Newer(found) => return Err(other_format(found)),
             Head::Damaged(reason) => {
                 return Err(StoreError::HeadDamaged {
                     path: path.to_owned(),
@@ -300,8 +316,8 @@ impl Store {
             }
         };
         check_place(&superblock, &device)?;
-        let table = Table::new(device, superblock, generation);
-        if manage {
+        let table = Table::load(device, superblock, generation)?;
+        if manage && table.check().is_ok() {
             table.recover()?;
         }
         Ok(Self {
@@ -351,7 +367,17 @@ impl Store {
         })
     }
 
+    /// Whether anything else used the store's memory since it was made: if
+    /// so, no VM in it may be resumed.
+    ///
+    /// # Errors
+    /// [`StoreError::Overrun`], as found when the store was opened.
+    pub fn check(&self) -> Result<(), StoreError> {
+        self.table.check()
+    }
+
     /// Every segment, and every damaged record, in the order of their slots.
+    /// All are damaged where [`Store::check`] fails.
     ///
     /// # Errors
     /// [`StoreError::Media`] when the store cannot be read.
@@ -365,8 +391,8 @@ impl Store {
     /// # Errors
     /// [`StoreError::OutOfSpace`], [`StoreError::Fragmented`],
     /// [`StoreError::TableFull`], [`StoreError::Exists`],
-    /// [`StoreError::Memory`], [`StoreError::DamagedRecord`]; nothing is left
-    /// behind.
+    /// [`StoreError::Memory`], [`StoreError::DamagedRecord`],
+    /// [`StoreError::Overrun`]; nothing is left behind.
     pub fn create(
         &mut self,
         vm: VmId,
@@ -381,7 +407,7 @@ impl Store {
     /// No VMM may have it mapped: whoever calls this holds the VM's lock.
     ///
     /// # Errors
-    /// [`StoreError::NoSuchSegment`].
+    /// [`StoreError::NoSuchSegment`], [`StoreError::Overrun`].
     pub fn drop_segment(&mut self, id: SegmentId) -> Result<(), StoreError> {
         self.managing()?;
         self.table.drop_segment(id)
@@ -404,9 +430,10 @@ impl Store {
     /// Replaces the report, atomically.
     ///
     /// # Errors
-    /// [`StoreError::ReportTooLong`].
+    /// [`StoreError::ReportTooLong`], [`StoreError::Overrun`].
     pub fn write_report(&mut self, text: &[u8]) -> Result<(), StoreError> {
         self.managing()?;
+        self.check()?;
         if text.len() > REPORT_LEN_MAX {
             return Err(StoreError::ReportTooLong { len: text.len() });
         }
@@ -418,8 +445,8 @@ impl Store {
     }
 }
 
-fn newer(found: u32) -> StoreError {
-    StoreError::Newer {
+fn other_format(found: u32) -> StoreError {
+    StoreError::OtherFormat {
         found,
         known: SUPERBLOCK.version,
     }
@@ -430,7 +457,7 @@ fn refuse_store(device: &Device, path: &Path) -> Result<(), StoreError> {
     let (head, generation) = table::inspect(device).map_err(StoreError::media("read"))?;
     match head {
         Head::Foreign => Ok(()),
-        Head::Newer(found) => Err(newer(found)),
+        Head::Newer(found) => Err(other_format(found)),
         Head::Damaged(reason) => Err(StoreError::HeadDamaged {
             path: path.to_owned(),
             reason,
@@ -452,7 +479,7 @@ fn refuse_store(device: &Device, path: &Path) -> Result<(), StoreError> {
 }
 
 /// Whether the device is still the one the store was made on.
-fn check_place(superblock: &SuperblockV1, device: &Device) -> Result<(), StoreError> {
+fn check_place(superblock: &SuperblockV2, device: &Device) -> Result<(), StoreError> {
     let capacity = superblock.capacity.get();
     if capacity > device.size {
         return Err(StoreError::Shrank {
@@ -483,5 +510,9 @@ impl<M: Media> Media for &M {
 
     fn fence(&self) {
         (**self).fence();
+    }
+
+    fn pages(&self, extent: Extent, visit: &mut dyn FnMut(u64, &[u8; PAGE_LEN])) -> io::Result<()> {
+        (**self).pages(extent, visit)
     }
 }

@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 
 use crate::alloc::{self, NoRoom};
-use crate::exec::{self, ExecStatus};
+use crate::exec::{self, ExecStatus, Whose};
 use crate::layout::{
-    Owner, PLACES, Record, RecordV1, SEGMENTS_MAX, SUPERBLOCK, SuperblockV1, record_place,
+    Owner, PLACES, Record, RecordV1, SEGMENTS_MAX, SUPERBLOCK, SuperblockV2, record_place,
 };
 use crate::media::Media;
 use crate::mirror::{self, COPY_LEN_MAX, Reading};
@@ -37,8 +37,9 @@ pub struct SegmentInfo {
 pub enum SegmentEntry {
     /// A segment.
     Valid(SegmentInfo),
-    /// A record that cannot be believed. Its memory is neither mapped nor
-    /// handed out until the slot is dropped.
+    /// A record that cannot be believed, or one in a store that
+    /// [`crate::Store::check`] refuses. Its memory is neither mapped nor handed
+    /// out until the slot is dropped, or the store made anew.
     Damaged {
         /// The slot.
         slot: u32,
@@ -71,15 +72,17 @@ pub(crate) enum Head {
     /// Written by a newer release.
     Newer(u32),
     /// A store. Boxed for size.
-    Store(Box<SuperblockV1>),
+    Store(Box<SuperblockV2>),
 }
 
 /// A store's table, checked.
 #[derive(Debug)]
 pub(crate) struct Table<M> {
     pub(crate) media: M,
-    superblock: SuperblockV1,
+    superblock: SuperblockV2,
     superblock_generation: u64,
+    /// First wrong word of the guard, as found by [`Table::load`].
+    overrun: Option<u64>,
 }
 
 impl Scan {
@@ -110,12 +113,12 @@ impl Scan {
     }
 
     /// Runs that no record owns; none while a damaged record may own any.
-    fn free_runs(&self, capacity: u64) -> Vec<Extent> {
+    fn free_runs(&self, end: u64) -> Vec<Extent> {
         if self.damaged().is_some() {
             return Vec::new();
         }
         let owned: Vec<Extent> = self.owned().into_iter().map(|(_, e)| e).collect();
-        alloc::free_runs(capacity, &owned)
+        alloc::free_runs(end, &owned)
     }
 }
 
@@ -135,7 +138,7 @@ pub(crate) fn inspect(media: &impl Media) -> io::Result<(Head, u64)> {
             payload,
             generation,
             ..
-        } => match SuperblockV1::decode(&payload) {
+        } => match SuperblockV2::decode(&payload) {
             Ok(superblock) => return Ok((Head::Store(Box::new(superblock)), generation)),
             Err(why) => Head::Damaged(why.into()),
         },
@@ -166,12 +169,14 @@ fn has_traces(media: &impl Media) -> io::Result<bool> {
 
 /// Writes an empty store. The superblock goes first and comes last, so that a
 /// stop in between leaves no store at all.
-pub(crate) fn format(media: &impl Media, superblock: &SuperblockV1) -> io::Result<()> {
+pub(crate) fn format(media: &impl Media, superblock: &SuperblockV2) -> io::Result<()> {
     for at in [SUPERBLOCK.a, SUPERBLOCK.b] {
         media.store(at, &[0; 8])?;
     }
     media.fence();
     report::clear(media)?;
+    let guard = superblock.guard();
+    guard.write(media, guard.place().offset)?;
     for slot in 0..SEGMENTS_MAX {
         let place = record_place(slot);
         if slot < superblock.slots.get() {
@@ -187,25 +192,45 @@ pub(crate) fn format(media: &impl Media, superblock: &SuperblockV1) -> io::Resul
 }
 
 impl<M: Media> Table<M> {
-    /// A table over a superblock that [`inspect`] found.
-    pub(crate) fn new(media: M, superblock: SuperblockV1, superblock_generation: u64) -> Self {
+    /// A table over a superblock that [`inspect`] found, with its guard
+    /// verified.
+    pub(crate) fn load(
+        media: M,
+        superblock: SuperblockV2,
+        superblock_generation: u64,
+    ) -> Result<Self, StoreError> {
+        let guard = superblock.guard();
+        let overrun = guard
+            .first_wrong(&media, guard.place().offset)
+            .map_err(StoreError::media("read"))?;
+        Ok(Self {
+            overrun,
+            ..Self::new(media, superblock, superblock_generation)
+        })
+    }
+
+    /// A table over a superblock that was just written.
+    pub(crate) fn new(media: M, superblock: SuperblockV2, superblock_generation: u64) -> Self {
         Self {
             media,
             superblock,
             superblock_generation,
+            overrun: None,
         }
     }
 
-    pub(crate) fn superblock(&self) -> &SuperblockV1 {
+    /// [`StoreError::Overrun`] where the guard is wrong.
+    pub(crate) fn check(&self) -> Result<(), StoreError> {
+        self.overrun
+            .map_or(Ok(()), |at| Err(StoreError::Overrun { at }))
+    }
+
+    pub(crate) fn superblock(&self) -> &SuperblockV2 {
         &self.superblock
     }
 
     fn uuid(&self) -> [u8; 16] {
         self.superblock.uuid
-    }
-
-    fn capacity(&self) -> u64 {
-        self.superblock.capacity.get()
     }
 
     /// Reads every record, and finds those that overlap.
@@ -297,7 +322,8 @@ impl<M: Media> Table<M> {
         memory: ByteSize,
         now_ns: u64,
     ) -> Result<SegmentSpec, StoreError> {
-        let capacity = ByteSize(self.capacity());
+        self.check()?;
+        let end = self.superblock.segments_end();
         if memory.bytes() == 0 || !memory.bytes().is_multiple_of(GRANULE) {
             return Err(StoreError::Memory(memory));
         }
@@ -314,13 +340,13 @@ impl<M: Media> Table<M> {
         }
         let free_slot = scan.records().find(|(_, r)| **r == Record::Free);
         let (slot, _) = free_slot.ok_or(StoreError::TableFull)?;
-        let runs = scan.free_runs(capacity.bytes());
+        let runs = scan.free_runs(end);
         let free = ByteSize(alloc::total(&runs));
         let out_of_space = StoreError::OutOfSpace {
             needed: ByteSize(memory.bytes().saturating_add(GRANULE)),
             free,
         };
-        if memory >= capacity {
+        if memory.bytes() >= end {
             return Err(out_of_space);
         }
         let plan = alloc::plan(&runs, &ram_ranges(memory)).map_err(|why| match why {
@@ -343,12 +369,16 @@ impl<M: Media> Table<M> {
         Ok(owner.spec)
     }
 
-    /// Allocating, zero, Live. A failure on the way frees the slot again.
+    /// Allocating, zero, guard, Live. A failure on the way frees the slot again.
     fn commit_new(&self, current: &Reading, owner: &Owner) -> Result<(), StoreError> {
         let slot = owner.spec.id.0;
         self.put(slot, current, &RecordV1::owned(owner, false))?;
         let extents: Vec<Extent> = owner.spec.extents().collect();
-        if let Err(e) = self.scrub(&extents) {
+        let window = self.exec_window(owner);
+        let guarded = self.scrub(&extents).and_then(|()| {
+            exec::prepare(&window, &Whose::of(&owner.spec)).map_err(StoreError::media("write"))
+        });
+        if let Err(e) = guarded {
             self.put(
                 slot,
                 &self.reread(slot)?,
@@ -361,6 +391,7 @@ impl<M: Media> Table<M> {
 
     /// Destroys a segment; see [`crate::Store::drop_segment`].
     pub(crate) fn drop_segment(&self, id: SegmentId) -> Result<(), StoreError> {
+        self.check()?;
         let scan = self.scan()?;
         let found = scan.slots.get(id.0 as usize);
         let (reading, slot) = found.ok_or(StoreError::NoSuchSegment(id))?;
@@ -377,7 +408,7 @@ impl<M: Media> Table<M> {
         let free = RecordV1::free(slot, self.uuid());
         mirror::replace(&self.media, &record_place(slot), free.as_bytes())
             .map_err(StoreError::media("write"))?;
-        let runs = self.scan()?.free_runs(self.capacity());
+        let runs = self.scan()?.free_runs(self.superblock.segments_end());
         for piece in runs.chunks(PLACES) {
             self.scrub_and_free(slot, &self.reread(slot)?, piece)?;
         }
@@ -390,11 +421,7 @@ impl<M: Media> Table<M> {
         for (i, (_, slot)) in self.scan()?.slots.iter().enumerate() {
             let i = i as u32;
             match slot {
-                Slot::Good(Record::Live(owner)) => out.push(SegmentEntry::Valid(SegmentInfo {
-                    spec: owner.spec.clone(),
-                    created_ns: owner.created_ns,
-                    exec: self.exec_status(owner)?,
-                })),
+                Slot::Good(Record::Live(owner)) => out.push(self.entry(owner)?),
                 Slot::Good(_) => {}
                 Slot::Damaged(reason) => out.push(SegmentEntry::Damaged {
                     slot: i,
@@ -406,13 +433,26 @@ impl<M: Media> Table<M> {
         Ok(out)
     }
 
-    fn exec_status(&self, owner: &Owner) -> Result<ExecStatus, StoreError> {
-        let base = owner.spec.exec.offset;
-        let area = Window {
+    fn entry(&self, owner: &Owner) -> Result<SegmentEntry, StoreError> {
+        if let Err(overrun) = self.check() {
+            return Ok(SegmentEntry::Damaged {
+                slot: owner.spec.id.0,
+                name: Some(owner.spec.name.clone()),
+                reason: overrun.to_string(),
+            });
+        }
+        Ok(SegmentEntry::Valid(SegmentInfo {
+            spec: owner.spec.clone(),
+            created_ns: owner.created_ns,
+            exec: exec::status(&self.exec_window(owner), &Whose::of(&owner.spec))?,
+        }))
+    }
+
+    fn exec_window(&self, owner: &Owner) -> Window<'_, M> {
+        Window {
             media: &self.media,
-            base,
-        };
-        exec::status(&area, owner.spec.vm)
+            base: owner.spec.exec.offset,
+        }
     }
 
     fn name_hint(&self, slot: u32) -> Result<Option<VmName>, StoreError> {
@@ -432,7 +472,10 @@ impl<M: Media> Table<M> {
     /// Free bytes, and a number that grows with every change of the table.
     pub(crate) fn usage(&self) -> Result<(u64, u64), StoreError> {
         let scan = self.scan()?;
-        let free = alloc::total(&scan.free_runs(self.capacity()));
+        let free = match self.check() {
+            Ok(()) => alloc::total(&scan.free_runs(self.superblock.segments_end())),
+            Err(_) => 0,
+        };
         let records = scan.slots.iter().map(|(reading, _)| match reading {
             Reading::Valid { generation, .. } => *generation,
             _ => 0,

@@ -7,21 +7,31 @@ use std::slice;
 use proptest::prelude::*;
 
 use super::*;
-use crate::layout::HEAD_LEN;
+use crate::layout::{GUARD_LEN, HEAD_LEN};
 use crate::spec::Placement;
-use crate::testing::{Image, TestMedia, cut_at, every_cut};
+use crate::testing::{Image, Op, TestMedia, cut_at, every_cut};
 
 const UUID: [u8; 16] = [0x77; 16];
 
+/// A store without the bytes of its guard, which no change of the table reads
+/// or writes (see [`spares_guard`]): images stay small.
 fn fresh(granules: u64, slots: u32) -> Image {
+    let media = TestMedia::over(&formatted(granules, slots));
+    let guard = superblock(granules, slots).guard().place();
+    media.scrub(guard).expect("scrub");
+    media.snapshot()
+}
+
+fn formatted(granules: u64, slots: u32) -> Image {
     let media = TestMedia::default();
     let superblock = superblock(granules, slots);
     format(&media, &superblock).expect("format");
     media.snapshot()
 }
 
-fn superblock(granules: u64, slots: u32) -> SuperblockV1 {
-    SuperblockV1::new(UUID, granules * GRANULE, slots, None, 5)
+/// Of a store with so many granules before its guard.
+fn superblock(granules: u64, slots: u32) -> SuperblockV2 {
+    SuperblockV2::new(UUID, granules * GRANULE + GUARD_LEN, slots, None, 5)
 }
 
 fn attach(image: &Image) -> Table<TestMedia> {
@@ -36,7 +46,19 @@ fn attach(image: &Image) -> Table<TestMedia> {
 fn managed(image: &Image) -> Table<TestMedia> {
     let table = attach(image);
     table.recover().expect("recover");
+    spares_guard(&table);
     table
+}
+
+/// Nothing was written to the guard, nor behind it.
+fn spares_guard(table: &Table<TestMedia>) {
+    let end = table.superblock.segments_end();
+    let spared = |op: &Op| match op {
+        Op::Store { offset, bytes } => offset + bytes.len() as u64 <= end,
+        Op::Scrub(extent) => extent.offset + extent.len <= end,
+        Op::Fence => true,
+    };
+    assert!(table.media.log.borrow().iter().all(spared));
 }
 
 fn name(i: u8) -> VmName {
@@ -67,8 +89,130 @@ fn granules(spec: &SegmentSpec) -> Vec<u64> {
         .collect()
 }
 
+/// Whether a segment reads as zero where a guest or a VMM could have written.
 fn clean(image: &Image, spec: &SegmentSpec) -> bool {
+    let written = |e: Extent| Extent {
+        len: e.len - if e == spec.exec { 8192 } else { 0 },
+        ..e
+    };
+    spec.extents().all(|e| image.is_zero(written(e)))
+}
+
+/// Whether a segment is wiped, guard and all.
+fn wiped(image: &Image, spec: &SegmentSpec) -> bool {
     spec.extents().all(|e| image.is_zero(e))
+}
+
+/// A store with a frozen VM in slot 0 and a damaged record in slot 1.
+fn with_frozen() -> (Image, SegmentSpec) {
+    let table = managed(&formatted(12, 3));
+    let spec = create(&table, 1, 2).expect("create");
+    let other = create(&table, 2, 2).expect("create");
+    let exec = Window {
+        media: &table.media,
+        base: spec.exec.offset,
+    };
+    exec::commit_frozen(&exec, &Whose::of(&spec), b"state", 1).expect("freeze");
+    let mut image = table.media.snapshot();
+    for at in [record_place(other.id.0).a, record_place(other.id.0).b] {
+        image.flip(at + 60, 1);
+    }
+    (image, spec)
+}
+
+fn loaded(image: &Image) -> Table<TestMedia> {
+    let table = attach(image);
+    let (superblock, generation) = (table.superblock, table.superblock_generation);
+    Table::load(table.media, superblock, generation).expect("load")
+}
+
+#[test]
+fn an_untouched_guard_lets_the_store_be_used() {
+    let (image, spec) = with_frozen();
+    let table = loaded(&image);
+    table.check().expect("untouched");
+    table.recover().expect("recover");
+    let all = table.segments().expect("segments");
+    let SegmentEntry::Valid(info) = &all[0] else {
+        panic!("{all:?}");
+    };
+    assert_eq!(info.spec, spec);
+    assert!(matches!(info.exec, ExecStatus::Frozen { len: 5, .. }));
+}
+
+#[test]
+fn an_overwritten_guard_leaves_nothing_to_resume_and_nothing_is_written() {
+    let (image, spec) = with_frozen();
+    let guard = superblock(12, 3).guard().place();
+    let hits = [
+        (0, 1),
+        (GRANULE - 1, 1),
+        (GRANULE / 2, 4096),
+        (0, GRANULE as usize),
+    ];
+    for (at, len) in hits {
+        for fill in [0, 0x5a, 0xff] {
+            let mut hurt = image.clone();
+            let old = hurt.bytes(guard.offset + at, 1)[0];
+            let byte = if old == fill { !fill } else { fill };
+            hurt.write(guard.offset + at, &vec![byte; len]);
+            let table = loaded(&hurt);
+            assert_eq!(specs(&table), [], "nothing can be resumed");
+            let listed = damaged(&table);
+            assert_eq!(listed[0].0, spec.id.0);
+            assert_eq!(listed[0].1.as_deref(), Some("vm-1"));
+            assert!(listed[0].2.contains("something else used"), "{listed:?}");
+            assert_eq!(listed[1].0, 1, "a damaged record stays listed");
+            assert_eq!(table.usage().expect("usage").0, 0);
+            let refused = [
+                create(&table, 5, 1).map(|_| ()),
+                table.drop_segment(spec.id),
+                table.drop_segment(SegmentId(1)),
+            ];
+            for result in refused {
+                assert!(matches!(result, Err(StoreError::Overrun { .. })));
+            }
+            assert_eq!(table.media.snapshot(), hurt, "nothing is written");
+        }
+    }
+}
+
+#[test]
+fn a_segments_overwritten_guard_costs_that_vm_alone() {
+    let table = managed(&formatted(12, 3));
+    let hurt = create(&table, 1, 2).expect("create");
+    let kept = create(&table, 2, 2).expect("create");
+    let last = hurt.exec.offset + GRANULE - 1;
+    table.media.image.borrow_mut().flip(last, 0);
+    let table = loaded(&table.media.snapshot());
+    let all = table.segments().expect("segments");
+    let damage: Vec<bool> = all
+        .iter()
+        .map(|entry| {
+            let SegmentEntry::Valid(info) = entry else {
+                panic!("{entry:?}");
+            };
+            matches!(info.exec, ExecStatus::Damaged { .. })
+        })
+        .collect();
+    assert_eq!(damage, [true, false]);
+    table.drop_segment(hurt.id).expect("give up");
+    assert!(wiped(&table.media.snapshot(), &hurt));
+    assert_eq!(specs(&table), [kept]);
+}
+
+#[test]
+fn formatting_again_brings_another_pattern() {
+    let media = TestMedia::over(&formatted(12, 3));
+    let mut again = superblock(12, 3);
+    let guard = again.guard().place();
+    let before = media.snapshot().bytes(guard.offset, GRANULE as usize);
+    media.image.borrow_mut().write(guard.offset, &[0; 4096]);
+    again.uuid = [0x88; 16];
+    format(&media, &again).expect("format");
+    loaded(&media.snapshot()).check().expect("a new guard");
+    let after = media.snapshot().bytes(guard.offset, GRANULE as usize);
+    assert_ne!(before[4096..], after[4096..]);
 }
 
 fn specs(table: &Table<TestMedia>) -> Vec<SegmentSpec> {
@@ -156,7 +300,7 @@ fn a_stop_anywhere_in_drop_leaves_the_vm_whole_or_absent() {
             assert!(marked(&image, &doomed, 0x22), "{at}");
         } else {
             absent += 1;
-            assert!(clean(&image, &doomed), "{at}");
+            assert!(wiped(&image, &doomed), "{at}");
             assert_eq!(table.usage().expect("usage").0, 7 * GRANULE);
         }
     });
@@ -181,7 +325,7 @@ fn a_stop_anywhere_in_recovery_is_recovered_from() {
             assert_eq!(damaged(&table), []);
             let image = table.media.snapshot();
             match specs(&table).as_slice() {
-                [] => assert!(clean(&image, &doomed)),
+                [] => assert!(wiped(&image, &doomed)),
                 [one] => assert!(one == &doomed && marked(&image, &doomed, 0x22)),
                 more => panic!("{more:?}"),
             }
@@ -271,7 +415,7 @@ fn a_damaged_record_costs_one_vm_and_hides_no_memory() {
         table.drop_segment(lost.id).expect("give up");
         assert_eq!(damaged(&table), []);
         let image = table.media.snapshot();
-        assert!(marked(&image, &kept, 0x11) && clean(&image, &lost));
+        assert!(marked(&image, &kept, 0x11) && wiped(&image, &lost));
         create(&table, 3, 3).expect("room again");
     }
 }
@@ -351,11 +495,12 @@ fn forge(table: &Table<TestMedia>, slot: u32, change: impl FnOnce(&mut Owner)) {
 #[test]
 fn forged_records_are_listed_and_never_believed() {
     type Change = fn(&mut Owner);
-    let cases: [(Change, &str); 8] = [
+    let cases: [(Change, &str); 9] = [
         (|o| o.spec.id = SegmentId(1), "belongs in slot 1"),
         (|o| o.spec.store_uuid = [1; 16], "another store"),
         (|o| o.spec.ram[0].place.offset = 15 * GRANULE, "outside"),
         (|o| o.spec.ram[0].place.offset = GRANULE, "outside"),
+        (|o| o.spec.exec.offset = 16 * GRANULE, "outside"),
         (|o| o.spec.exec.offset = 10 * GRANULE, "overlap"),
         (|o| o.spec.ram[0].place.len = 0, "granules"),
         (|o| o.spec.ram[0].gpa.0 = GRANULE, "guest-physical"),
@@ -399,7 +544,7 @@ fn a_failing_device_leaves_nothing_allocated() {
 #[test]
 fn superblock_and_record_have_their_golden_bytes() {
     let media = TestMedia::default();
-    let mut sb = SuperblockV1::new(UUID, 16 * GRANULE, 4, Some((0x1_0000_0000, 0x200_0000)), 5);
+    let mut sb = SuperblockV2::new(UUID, 16 * GRANULE, 4, Some((0x1_0000_0000, 0x200_0000)), 5);
     sb.release = [0; 32];
     sb.release[..5].copy_from_slice(b"0.1.0");
     format(&media, &sb).expect("format");
@@ -409,7 +554,7 @@ fn superblock_and_record_have_their_golden_bytes() {
 
     let mut golden = Vec::new();
     golden.extend_from_slice(b"HEBESTOR");
-    golden.extend_from_slice(&[1, 0, 0, 0, 112, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    golden.extend_from_slice(&[2, 0, 0, 0, 112, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
     golden.extend_from_slice(&[0; 4]);
     golden.extend_from_slice(&SUPERBLOCK_CRC.to_le_bytes());
     golden.extend_from_slice(&[0x77; 16]);
@@ -417,7 +562,7 @@ fn superblock_and_record_have_their_golden_bytes() {
     golden.extend_from_slice(&[0, 0, 0, 0, 1, 0, 0, 0]);
     golden.extend_from_slice(&[0, 0, 0, 2, 0, 0, 0, 0]);
     golden.extend_from_slice(&[5, 0, 0, 0, 0, 0, 0, 0]);
-    golden.extend_from_slice(&[0, 0, 0x20, 0, 2, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0]);
+    golden.extend_from_slice(&[0, 0, 0x20, 0, 2, 0, 0, 0, 4, 0, 0, 0, 1, 0, 0, 0]);
     golden.extend_from_slice(b"0.1.0");
     golden.extend_from_slice(&[0; 27 + 16]);
     assert_eq!(image.bytes(0, golden.len()), golden);
@@ -443,7 +588,7 @@ fn superblock_and_record_have_their_golden_bytes() {
 }
 
 /// Computed by another implementation of CRC-32 over the bytes of the test above.
-const SUPERBLOCK_CRC: u32 = 0x0feb_f715;
+const SUPERBLOCK_CRC: u32 = 0xe188_8528;
 /// As above.
 const RECORD_CRC: u32 = 0xaa73_aea0;
 
@@ -487,11 +632,21 @@ fn check(table: &Table<TestMedia>, model: &Model) {
     let mut used = std::collections::BTreeSet::new();
     for (tag, spec) in model {
         assert!(marked(&image, spec, *tag + 1), "RAM of {tag} was touched");
+        let guard = Whose::of(spec);
+        let exec = Window {
+            media: &table.media,
+            base: spec.exec.offset,
+        };
+        let status = exec::status(&exec, &guard).expect("status");
+        assert!(
+            !matches!(status, ExecStatus::Damaged { reason } if reason.contains("wrote to it"))
+        );
         for granule in granules(spec) {
             assert!(granule * GRANULE >= HEAD_LEN && granule < 20);
             assert!(used.insert(granule), "granule {granule} twice");
         }
     }
+    spares_guard(table);
     let free = (18 - used.len() as u64) * GRANULE;
     assert_eq!(table.usage().expect("usage").0, free);
 }
@@ -539,7 +694,7 @@ proptest! {
                     let (vm, spec) = (*vm, spec.clone());
                     table = stoppable(table, stop, |t| t.drop_segment(spec.id).expect("drop"));
                     if !specs(&table).contains(&spec) {
-                        prop_assert!(clean(&table.media.snapshot(), &spec));
+                        prop_assert!(wiped(&table.media.snapshot(), &spec));
                         model.remove(&vm);
                     }
                 }

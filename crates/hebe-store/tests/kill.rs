@@ -68,7 +68,7 @@ fn whatever_a_killed_process_leaves_is_whole() {
     let dir = tempfile::tempdir().expect("dir");
     let path = dir.path().join("store");
     let file = File::create_new(&path).expect("file");
-    file.set_len(12 * GRANULE).expect("length");
+    file.set_len(13 * GRANULE).expect("length");
     Store::format(&path, FormatOptions::default()).expect("format");
     let mut store = Store::open(&path, Access::Manage).expect("open");
     let spec = store

@@ -16,11 +16,12 @@ struct Bench {
     path: PathBuf,
 }
 
+/// A file for a store of so many granules and the guard.
 fn bench(granules: u64) -> Bench {
     let dir = tempfile::tempdir().expect("dir");
     let path = dir.path().join("store");
     let file = File::create_new(&path).expect("file");
-    file.set_len(granules * GRANULE).expect("length");
+    file.set_len((granules + 1) * GRANULE).expect("length");
     Bench { _dir: dir, path }
 }
 
@@ -266,7 +267,7 @@ fn a_shrunken_reservation_is_named_and_nothing_is_written() {
     let before = std::fs::read(&bench.path).expect("read");
     let opened = Store::open(&bench.path, Access::Manage).map(|_| ());
     let said = opened.expect_err("refused").to_string();
-    assert!(said.contains("32MiB") && said.contains("24MiB"), "{said}");
+    assert!(said.contains("34MiB") && said.contains("24MiB"), "{said}");
     let refused = Store::format(&bench.path, FormatOptions::default());
     assert!(matches!(refused, Err(StoreError::Formatted { .. })));
     let mapped = Segment::map(fd(&bench.path), &spec).map(|_| ());
@@ -415,4 +416,117 @@ fn ram_around_the_hole_is_two_ranges() {
     let ranges: Vec<(u64, u64)> = segment.ram().iter().map(|r| (r.gpa.0, r.len)).collect();
     assert_eq!(ranges, [(0, 3 << 30), (4 << 30, 1 << 30)]);
     write_ram(&segment.ram()[1], (1 << 30) - 1, b"x");
+}
+
+/// Everything that is listed, which must all be damaged.
+fn damaged(store: &Store) -> Vec<(Option<VmName>, String)> {
+    let all = store.segments().expect("segments");
+    all.into_iter()
+        .map(|entry| match entry {
+            SegmentEntry::Damaged { name, reason, .. } => (name, reason),
+            valid => panic!("{valid:?}"),
+        })
+        .collect()
+}
+
+#[test]
+fn memory_that_something_else_used_is_named_and_nothing_is_resumed_or_written() {
+    let bench = formatted(8);
+    let mut store = manage(&bench.path);
+    let spec = store
+        .create(VmId([1; 16]), &name("a"), ByteSize(GRANULE))
+        .expect("create");
+    let segment = Segment::map(fd(&bench.path), &spec).expect("map");
+    segment.exec().commit_frozen(b"state").expect("frozen");
+    drop((store, segment));
+    let intact = std::fs::read(&bench.path).expect("read");
+    for at in [8 * GRANULE, 9 * GRANULE - 1] {
+        let mut hurt = intact.clone();
+        hurt[at as usize] ^= 1;
+        std::fs::write(&bench.path, &hurt).expect("write");
+        for access in [Access::Read, Access::Manage] {
+            let mut store = Store::open(&bench.path, access).expect("it can be looked at");
+            let said = store.check().expect_err("overrun").to_string();
+            assert!(said.contains("hebe store init --force"), "{said}");
+            assert_eq!(damaged(&store), [(Some(name("a")), said)]);
+            assert_eq!(store.info().expect("info").free, 0);
+            assert_eq!(store.read_report().expect("report"), None);
+            if access == Access::Manage {
+                let refused = [
+                    store.drop_segment(spec.id),
+                    store.write_report(b"x"),
+                    store
+                        .create(VmId([2; 16]), &name("b"), ByteSize(GRANULE))
+                        .map(|_| ()),
+                ];
+                for result in refused {
+                    assert!(matches!(result, Err(StoreError::Overrun { .. })));
+                }
+            }
+        }
+        let refused = Store::format(&bench.path, FormatOptions::default());
+        assert!(matches!(
+            refused,
+            Err(StoreError::Formatted { segments: 1, .. })
+        ));
+        assert!(std::fs::read(&bench.path).expect("read") == hurt);
+    }
+    // Untouched again, it is as it was; and made anew, it is usable.
+    std::fs::write(&bench.path, &intact).expect("write");
+    assert_eq!(valid(&manage(&bench.path)).len(), 1);
+    std::fs::write(&bench.path, vec![0xa5; intact.len()]).expect("write");
+    let force = FormatOptions { force: true };
+    Store::format(&bench.path, force).expect("anew");
+    let store = manage(&bench.path);
+    store.check().expect("a new guard");
+    assert!(valid(&store).is_empty());
+}
+
+#[test]
+fn the_smallest_store_holds_one_vm() {
+    let bench = formatted(4);
+    let mut store = manage(&bench.path);
+    assert_eq!(store.info().expect("info").granules_total, 5);
+    store
+        .create(VmId([1; 16]), &name("a"), ByteSize(GRANULE))
+        .expect("one");
+    assert_eq!(store.info().expect("info").free, 0);
+    drop(store);
+    let store = Store::open(&bench.path, Access::Read).expect("open");
+    store.check().expect("untouched");
+    assert_eq!(valid(&store).len(), 1);
+}
+
+#[test]
+fn a_store_in_a_range_that_grew_keeps_its_guard() {
+    let bench = formatted(8);
+    let file = OpenOptions::new()
+        .write(true)
+        .open(&bench.path)
+        .expect("file");
+    file.set_len(20 * GRANULE).expect("grow");
+    manage(&bench.path).check().expect("untouched");
+}
+
+#[test]
+fn a_segment_that_something_else_wrote_to_is_not_resumed() {
+    let bench = formatted(8);
+    let mut store = manage(&bench.path);
+    let spec = store
+        .create(VmId([1; 16]), &name("a"), ByteSize(GRANULE))
+        .expect("create");
+    let segment = Segment::map(fd(&bench.path), &spec).expect("map");
+    segment.exec().commit_frozen(b"state").expect("frozen");
+    let file = OpenOptions::new()
+        .write(true)
+        .open(&bench.path)
+        .expect("file");
+    file.write_all_at(&[0; 4096], spec.exec.offset + GRANULE - 4096)
+        .expect("write");
+    let refused = segment.exec().load().expect_err("damaged");
+    assert!(matches!(refused, StoreError::ExecDamaged(_)), "{refused}");
+    segment.exec().mark_running([1; 16], 1).expect_err("kept");
+    assert!(matches!(valid(&store)[0].1, ExecStatus::Damaged { .. }));
+    drop(segment);
+    store.drop_segment(spec.id).expect("given up");
 }
