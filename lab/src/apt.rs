@@ -6,13 +6,14 @@
 //! root; otherwise it prints the line that does.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use crate::cache;
 use crate::progress::Progress;
 use crate::sources::{self, Source};
 
@@ -55,6 +56,8 @@ pub struct PrivateApt {
     dir: PathBuf,
     default_release: Option<String>,
     status: Option<PathBuf>,
+    /// Two runs do not share package lists while they change.
+    _lock: File,
 }
 
 impl PrivateApt {
@@ -72,13 +75,14 @@ impl PrivateApt {
             fs::create_dir_all(dir.join(sub))
                 .with_context(|| format!("cannot create {}", dir.join(sub).display()))?;
         }
-        let text = own.with_suites(suites, with_source).to_deb822();
-        fs::write(dir.join("sources/lab.sources"), text).context("cannot write apt sources")?;
         let apt = Self {
-            dir,
             default_release: prefer.map(str::to_owned),
             status: None,
+            _lock: cache::lock(&dir.join("lock"), progress)?,
+            dir,
         };
+        let text = own.with_suites(suites, with_source).to_deb822();
+        fs::write(apt.dir.join("sources/lab.sources"), text).context("cannot write apt sources")?;
         progress.step(&format!(
             "reading the package lists of {}",
             suites.join(", ")

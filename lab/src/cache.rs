@@ -32,22 +32,6 @@ impl Cache {
         &self.root
     }
 
-    /// Holds the cache against other runs until the returned file is dropped.
-    fn lock(&self, progress: &dyn Progress) -> Result<File> {
-        let path = self.root.join("lock");
-        let lock = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .with_context(|| format!("cannot open {}", path.display()))?;
-        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-            progress.step("waiting for another run that fills the same cache");
-            flock(&lock, FlockOperation::LockExclusive).context("cannot lock the cache")?;
-        }
-        Ok(lock)
-    }
-
     /// The entry `name`; `fill` makes it when it is not there, or when `good`
     /// does not like what is there.
     pub fn filled(
@@ -61,7 +45,7 @@ impl Cache {
         if done.exists() && good(&done) {
             return Ok(done);
         }
-        let _held = self.lock(progress)?;
+        let _held = lock(&self.root.join(format!("{name}.lock")), progress)?;
         // Another run may have filled it while this one waited.
         if done.exists() {
             if good(&done) {
@@ -78,6 +62,22 @@ impl Cache {
         fs::rename(&part, &done).with_context(|| format!("cannot complete {}", done.display()))?;
         Ok(done)
     }
+}
+
+/// Waits for a lock file; it is held until the returned file is dropped.
+pub fn lock(path: &Path, progress: &dyn Progress) -> Result<File> {
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)
+        .with_context(|| format!("cannot open {}", path.display()))?;
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        progress.step("waiting for another run that fetches the same");
+        flock(&file, FlockOperation::LockExclusive)
+            .with_context(|| format!("cannot lock {}", path.display()))?;
+    }
+    Ok(file)
 }
 
 fn remove(folder: &Path) -> Result<()> {

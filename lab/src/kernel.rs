@@ -85,6 +85,7 @@ fn build_in(assets: &Assets, dir: &Path, jobs: u32, progress: &dyn Progress) -> 
     let packages = apt.closure(package, "linux-source-")?;
     let work = dir.join("work");
     let debs = apt.download(&packages, &work.join("debs"))?;
+    drop(apt);
     progress.step("unpacking the kernel's source");
     apt::unpack(&debs, &work)?;
     let archive = only_archive(&work.join("usr/src"))?;

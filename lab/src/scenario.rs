@@ -419,16 +419,29 @@ struct Folder {
 impl Folder {
     fn create(keep: bool) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
+        let runs = workspace_root().join("target/lab/runs");
+        remove_left_disks(&runs);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = workspace_root()
-            .join("target/lab/runs")
-            .join(format!("{}-{number}", std::process::id()));
+        let path = runs.join(format!("{}-{number}", std::process::id()));
         if path.exists() {
             fs::remove_dir_all(&path)
                 .with_context(|| format!("cannot remove {}", path.display()))?;
         }
         fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
         Ok(Self { path, keep })
+    }
+}
+
+/// Disks of runs that were killed; their logs stay.
+fn remove_left_disks(runs: &Path) {
+    for entry in fs::read_dir(runs).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let pid = name.split('-').next().unwrap_or_default();
+        if !Path::new("/proc").join(pid).exists() {
+            // Whoever removes them first is right.
+            let _ = fs::remove_file(entry.path().join("disk.img"));
+            let _ = fs::remove_dir_all(entry.path().join("tree"));
+        }
     }
 }
 
