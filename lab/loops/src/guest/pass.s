@@ -137,6 +137,7 @@ draw_general:
     movq %rax, %gs:{HOLD}
     shrl $2, %eax
     movq %rax, %gs:{HOLD_MASKED}
+    movq $8, %gs:{ROUNDS}
     ret
 
 hold:
@@ -158,11 +159,16 @@ hold:
     # Interrupts on. No register is free: the count is in memory.
 1:  decq %gs:{HOLD}
     jnz 1b
-    # I/O: a write or a read done twice, or not at all, shows.
-    outb %al, %dx
+    # I/O: a read left out, or a write gone, shows. Several rounds, so that a
+    # suspend often falls between two of them.
+4:  outb %al, %dx
     notb %al
     inb %dx, %al
+    notl %esi
     movl (%rbx), %esi
+    incq %gs:{IOS}
+    decq %gs:{ROUNDS}
+    jnz 4b
     # Interrupts off: they pile up, pending.
     cli
 2:  decq %gs:{HOLD_MASKED}
@@ -189,15 +195,14 @@ hold:
     movq %r13, %gs:{SAVED} + 8 * 12
     movq %r14, %gs:{SAVED} + 8 * 13
     movq %r15, %gs:{SAVED} + 8 * 14
-    incq %gs:{IOS}
     xorl %r8d, %r8d
     movq %gs:{SELF}, %r9
-4:  movq {SAVED}(%r9,%r8,8), %rax
+5:  movq {SAVED}(%r9,%r8,8), %rax
     movq {EXPECT}(%r9,%r8,8), %rcx
     CHECK {E_GENERAL}
     incl %r8d
     cmpl $15, %r8d
-    jb 4b
+    jb 5b
     jmp checked_general
 
 # ---- x87, SSE, AVX ----
