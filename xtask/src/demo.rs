@@ -143,15 +143,16 @@ pub fn check(trial: &Trial) -> Result<()> {
             "{name}: its working set is not what it was"
         );
         ensure!(vm.tcp_session_survived, "{name}: its TCP session broke");
+        let drift_ms = vm.wall_clock_off_ms - vm.wall_clock_off_before_ms;
         ensure!(
-            vm.wall_clock_off_ms.abs() < WALL_CLOCK_OFF_MS_MAX,
-            "{name}: its wall clock is {:.0} ms off",
-            vm.wall_clock_off_ms
+            drift_ms.abs() < WALL_CLOCK_DRIFT_MS_MAX,
+            "{name}: its wall clock is {drift_ms:.0} ms off from where it was"
         );
     }
     Ok(())
 }
 
-/// The promise is 100 ms; the status page's way through an emulated machine
-/// is part of what is measured here.
-const WALL_CLOCK_OFF_MS_MAX: f64 = 1000.0;
+/// A guest's clock may be off from its boot on, which is slow here; the reboot
+/// must not move it. The promise is 100 ms; the status page's way through an
+/// emulated machine is part of what is measured.
+const WALL_CLOCK_DRIFT_MS_MAX: f64 = 500.0;

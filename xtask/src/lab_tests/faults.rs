@@ -23,8 +23,11 @@ pub fn run(scene: &Scene) -> Result<()> {
     let guests: Vec<GuestSpec> = (0..2)
         .map(|index| GuestSpec::numbered(index, KERNEL))
         .collect();
+    // The range is the top of the machine's RAM, where a kernel that owns it
+    // takes its first pages: half of the machine's first 4 GiB lie below it.
     let options = LabOptions {
         reserve_mib: 1024,
+        memory_mib: 3072,
         ..LabOptions::default()
     };
     let mut lab = Lab::boot(scene.assets, options, scene.progress)?;

@@ -28,8 +28,11 @@ fn definition(name: &str, change: &[(&str, &str)]) -> String {
         .collect()
 }
 
+/// Fields and their values, as TOML.
+type Changes = &'static [(&'static str, &'static str)];
+
 /// Definitions that must be refused, and a word that the refusal must hold.
-const BAD: [(&str, &[(&str, &str)], &str); 10] = [
+const BAD: [(&str, Changes, &str); 10] = [
     ("zero", &[("memory", "'0MiB'")], "memory"),
     ("odd", &[("memory", "'65537KiB'")], "memory"),
     ("nine", &[("vcpus", "9")], "vcpus"),
