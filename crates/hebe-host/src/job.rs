@@ -124,15 +124,27 @@ impl Job {
 
     /// Brings a frozen or saved VM back, wherever it is.
     pub(crate) fn bring_back(&self, fate: Fate) -> Result<(), Trouble> {
+        let dir = self.host.layout.vm_dir(&self.vm);
+        let alive = VmLock::is_held(&dir);
         if fate == Fate::Save {
-            // Before the VM runs, or its file would be older than its disk.
             let paths = SavedPaths::new(&self.host.layout, &self.vm);
+            if !alive && paths.complete.exists() {
+                // The file is all that is left of the VM: it is restored, or
+                // stays where it is and is listed.
+                return match saving::restore(&self.host, &self.vm) {
+                    Ok(_) => Ok(()),
+                    Err(error) => {
+                        let why = with_cause(&error);
+                        Err(Trouble::certain(format!("saved in its file: {why}")))
+                    }
+                };
+            }
+            // Before the VM runs, or its file would be older than its disk.
             paths
                 .withdraw()
                 .map_err(|e| Trouble::certain(format!("saved, with its VMM waiting: {e}")))?;
         }
-        let dir = self.host.layout.vm_dir(&self.vm);
-        if VmLock::is_held(&dir) {
+        if alive {
             let socket = self.host.layout.socket(&self.vm);
             return vmm::let_run(&socket).map_err(|e| {
                 let why = with_cause(&e);

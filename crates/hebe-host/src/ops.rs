@@ -3,7 +3,9 @@
 //! Every order takes the VM's lock or talks to the VMM that holds it, and is
 //! admitted by [`hebe_flow::life`] first.
 
+use std::fs;
 use std::io;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -184,7 +186,7 @@ pub fn stop(host: &Host, name: &VmName, options: StopOptions) -> Result<(), Host
     let survey = listing::survey(host);
     let row = survey.row(host, name)?;
     if row.life == Life::Starting && options.force {
-        kill(row);
+        kill(host, row);
     } else {
         admit(row, Order::Stop)?;
         power_off(host, row, options)?;
@@ -225,16 +227,31 @@ pub fn power_off(host: &Host, row: &VmRow, options: StopOptions) -> Result<(), H
         });
     }
     if vmm::quit(host, name).is_err() || !ended_within(host, name, END_WAIT) {
-        kill(row);
+        kill(host, row);
     }
     wait_for_end(host, name, END_WAIT).map(drop)
 }
 
-fn kill(row: &VmRow) {
-    let pid = row.pid.and_then(|pid| i32::try_from(pid).ok());
+/// A VMM that does not answer has told no process id: it is found by the
+/// directory on its command line.
+fn kill(host: &Host, row: &VmRow) {
+    let pid = row.pid.or_else(|| vmm_of(&host.layout.vm_dir(&row.name)));
+    let pid = pid.and_then(|pid| i32::try_from(pid).ok());
     if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
     }
+}
+
+/// The process that was started with `--run-dir DIR`.
+fn vmm_of(dir: &Path) -> Option<u32> {
+    let wanted = [b"--run-dir\0", dir.as_os_str().as_encoded_bytes(), b"\0"].concat();
+    let processes = fs::read_dir("/proc").ok()?.flatten();
+    processes
+        .filter(|process| {
+            let arguments = fs::read(process.path().join("cmdline")).unwrap_or_default();
+            arguments.windows(wanted.len()).any(|words| words == wanted)
+        })
+        .find_map(|process| process.file_name().to_str()?.parse().ok())
 }
 
 /// Waits until nobody holds the VM's lock.

@@ -248,6 +248,8 @@ impl Fake {
 
     fn save(&mut self, path: &Path) -> Response {
         if self.told("refuse-save") {
+            // Late enough for what befalls other VMs meanwhile.
+            std::thread::sleep(std::time::Duration::from_millis(300));
             return Response::Failed {
                 message: "the disk is full".into(),
             };
@@ -257,6 +259,13 @@ impl Fake {
         fs::write(path, self.name.as_str()).expect("write");
         self.event("saved-to-file");
         self.state = VmmState::Saved;
+        if self.told("die-after-save") {
+            // The answer still goes out.
+            std::thread::spawn(|| {
+                std::thread::sleep(std::time::Duration::from_millis(50));
+                process::abort();
+            });
+        }
         Response::Saved(SaveReport {
             asked,
             vcpus_stopped: asked,

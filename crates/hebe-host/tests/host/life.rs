@@ -22,6 +22,7 @@ pub const CASES: &[crate::Case] = &[
         died_after_commit,
     ),
     ("a_guest_that_ignores_the_button", ignores_button),
+    ("a_vmm_that_answers_nobody_is_ended_by_force", stuck),
     ("a_guest_that_powers_itself_off_is_stopped", powers_off),
     ("a_transient_vm_is_remembered_until_it_stops", transient),
     ("two_states_need_a_choice", two_states),
@@ -162,6 +163,17 @@ fn ignores_button() {
     let error = ops::stop(&world.host, &name("web"), patient).expect_err("still there");
     assert!(error.to_string().contains("--force"), "{error}");
     assert_eq!(world.state("web"), VmState::Running);
+    ops::stop(&world.host, &name("web"), force()).expect("by force");
+    assert_eq!(world.segments(), 0);
+}
+
+/// A VMM that answers nobody tells no process id either.
+fn stuck() {
+    let world = World::new();
+    world.start(&["web"]);
+    let row_pid = hebe_host::listing::survey(&world.host).rows[&name("web")].pid;
+    let pid = rustix::process::Pid::from_raw(row_pid.expect("up") as i32).expect("pid");
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).expect("stop");
     ops::stop(&world.host, &name("web"), force()).expect("by force");
     assert_eq!(world.segments(), 0);
 }

@@ -23,6 +23,10 @@ pub const CASES: &[crate::Case] = &[
         warm,
     ),
     ("a_saved_reboot_brings_every_vm_back_from_its_file", saved),
+    (
+        "a_saved_vm_whose_vmm_died_is_not_lost_with_its_file",
+        saved_and_died,
+    ),
     ("a_cold_reboot_boots_what_it_shut_down", cold),
     ("a_jump_that_fails_thaws_every_vm", jump_fails),
     (
@@ -132,6 +136,23 @@ fn saved() {
     let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
     let lost = &all.vms[&name("web")];
     assert!(matches!(lost, Resumed::Lost { .. }), "{lost:?}");
+}
+
+/// The VMM is gone when the reboot is undone: the file is all there is.
+fn saved_and_died() {
+    let world = World::new();
+    world.start(&["db", "web"]);
+    world.tell("web", "die-after-save");
+    world.tell("db", "refuse-save");
+    let (why, _, _) = abort(&world, RebootMethod::Saved);
+    assert!(why.contains("the disk is full"), "{why}");
+    let paths = SavedPaths::new(&world.host.layout, &name("web"));
+    match world.state("web") {
+        VmState::Running => assert_eq!(paths.fact(), None, "the file is used up"),
+        VmState::Saved => assert!(paths.fact().is_some(), "its file is there"),
+        other => panic!("web is {other:?}: lost with its file"),
+    }
+    assert_eq!(world.state("db"), VmState::Running);
 }
 
 fn cold() {
