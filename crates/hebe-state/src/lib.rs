@@ -10,6 +10,8 @@
 mod container;
 #[doc(hidden)]
 pub mod fuzzing;
+#[cfg(test)]
+mod testing;
 pub mod v1;
 
 pub use container::{Section, SectionKind, StateError, StateReader, StateWriter};

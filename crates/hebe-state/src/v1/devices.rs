@@ -203,6 +203,7 @@ pub struct RngV1 {}
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{hex, unhex};
     use crate::{StateReader, StateWriter};
 
     /// What release 0.1 writes for [`samples`]. Never edited: a change of a
@@ -314,32 +315,15 @@ mod tests {
         writer.finish()
     }
 
-    fn golden() -> Vec<u8> {
-        let digits: Vec<u8> = GOLDEN
-            .lines()
-            .filter(|line| !line.starts_with('#'))
-            .flat_map(str::bytes)
-            .collect();
-        let byte = |pair: &[u8]| {
-            let text = std::str::from_utf8(pair).expect("ASCII");
-            u8::from_str_radix(text, 16).expect("hexadecimal digits")
-        };
-        digits.chunks(2).map(byte).collect()
-    }
-
     #[test]
     fn the_encoding_is_the_golden_one() {
         let encoded = encode(&samples());
-        let hex: Vec<String> = encoded
-            .chunks(32)
-            .map(|line| line.iter().map(|byte| format!("{byte:02x}")).collect())
-            .collect();
-        assert!(encoded == golden(), "encoded now:\n{}", hex.join("\n"));
+        assert!(encoded == unhex(GOLDEN), "encoded now:\n{}", hex(&encoded));
     }
 
     #[test]
     fn the_golden_bytes_decode_to_the_same_values() {
-        let (bytes, samples) = (golden(), samples());
+        let (bytes, samples) = (unhex(GOLDEN), samples());
         let mut reader = StateReader::parse(&bytes).expect("parse");
         assert_eq!(reader.take(0), Ok(samples.root));
         assert_eq!(reader.take(0), Ok(samples.serial));

@@ -116,3 +116,160 @@ impl Section for AcpiV1 {
     const KIND: SectionKind = SectionKind::Acpi;
     const VERSION: u32 = 1;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{hex, unhex};
+    use crate::{StateError, StateReader, StateWriter};
+
+    /// What release 0.1 writes for [`samples`]. Never edited: a change of a
+    /// struct is a new version beside this one.
+    const GOLDEN: &str = include_str!("../../golden/machine-v1.hex");
+    /// Length of the container's header, the only part that another section
+    /// changes.
+    const HEADER_LEN: usize = 28;
+
+    #[derive(Debug, PartialEq)]
+    struct Samples {
+        vm: VmV1,
+        vcpus: [VcpuV1; 2],
+        irqchip: IrqchipV1,
+        clock: ClockV1,
+        acpi: AcpiV1,
+    }
+
+    fn samples() -> Samples {
+        Samples {
+            vm: VmV1 {
+                id: *b"\x00\x11\x22\x33\x44\x55\x66\x77\x88\x99\xaa\xbb\xcc\xdd\xee\xff",
+                config_toml: "name = \"web\"\nmemory = \"256MiB\"\n".to_owned(),
+                resumes: 300,
+                release: "0.1.0".to_owned(),
+                host_kernel: "6.1.0-50-cloud-amd64".to_owned(),
+            },
+            vcpus: [full_vcpu(), bare_vcpu()],
+            irqchip: IrqchipV1 {
+                chips: vec![vec![1, 2, 3], vec![0xff; 3], vec![]],
+            },
+            clock: ClockV1 {
+                kvmclock_ns: 0x0123_4567_89ab_cdef,
+                realtime_ns: 1_700_000_000_123_456_789,
+                host_tsc: u64::MAX,
+                host_tsc_khz: 2_994_375,
+            },
+            acpi: AcpiV1 { pending_events: 1 },
+        }
+    }
+
+    /// Every field differs from every other, so that none can change places.
+    fn full_vcpu() -> VcpuV1 {
+        VcpuV1 {
+            cpuid: vec![
+                CpuidEntryV1 {
+                    function: 0,
+                    index: 0,
+                    flags: 0,
+                    registers: [0x1f, 0x756e_6547, 0x6c65_746e, 0x4965_6e69],
+                },
+                CpuidEntryV1 {
+                    function: 0x8000_0001,
+                    index: 2,
+                    flags: 1,
+                    registers: [3, 4, 5, u32::MAX],
+                },
+            ],
+            mp_state: 3,
+            regs: vec![0x11; 4],
+            sregs: vec![0x22; 5],
+            xsave: vec![0x33; 130],
+            xcrs: vec![0x44; 6],
+            debug_regs: vec![0x55; 7],
+            lapic: vec![0x66; 8],
+            msrs: vec![(0x10, 0xffff_ffff_ffff), (0xc000_0080, 0xd01)],
+            events: vec![0x77; 9],
+            tsc_khz: 2_400_000,
+            tsc_offset: Some(0xffff_ff00_0000_0001),
+        }
+    }
+
+    fn bare_vcpu() -> VcpuV1 {
+        VcpuV1 {
+            cpuid: vec![],
+            mp_state: 1,
+            regs: vec![],
+            sregs: vec![],
+            xsave: vec![],
+            xcrs: vec![],
+            debug_regs: vec![],
+            lapic: vec![],
+            msrs: vec![],
+            events: vec![],
+            tsc_khz: 0,
+            tsc_offset: None,
+        }
+    }
+
+    fn write(samples: &Samples) -> StateWriter {
+        let mut writer = StateWriter::new();
+        writer.add(0, &samples.vm);
+        for (instance, vcpu) in (0..).zip(&samples.vcpus) {
+            writer.add(instance, vcpu);
+        }
+        writer.add(0, &samples.irqchip);
+        writer.add(0, &samples.clock);
+        writer.add(0, &samples.acpi);
+        writer
+    }
+
+    #[test]
+    fn the_encoding_is_the_golden_one() {
+        let encoded = write(&samples()).finish();
+        assert!(encoded == unhex(GOLDEN), "encoded now:\n{}", hex(&encoded));
+    }
+
+    #[test]
+    fn the_golden_bytes_decode_to_the_same_values() {
+        let bytes = unhex(GOLDEN);
+        let mut reader = StateReader::parse(&bytes).expect("parse");
+        assert_eq!(reader.instances(SectionKind::Vcpu), [0, 1]);
+        let decoded = Samples {
+            vm: reader.take(0).expect("VM"),
+            vcpus: [0, 1].map(|instance| reader.take(instance).expect("vCPU")),
+            irqchip: reader.take(0).expect("interrupt controllers"),
+            clock: reader.take(0).expect("clock"),
+            acpi: reader.take(0).expect("ACPI"),
+        };
+        assert_eq!(decoded, samples());
+        assert_eq!(reader.finish(), Ok(()));
+    }
+
+    #[test]
+    fn the_golden_bytes_with_a_section_of_a_newer_release_are_refused_by_name() {
+        let mut writer = write(&samples());
+        writer.add_raw(4711, 3, 0, b"from later");
+        let bytes = writer.finish();
+        let golden = unhex(GOLDEN);
+        assert!(bytes[HEADER_LEN..].starts_with(&golden[HEADER_LEN..]));
+        let refused = StateReader::parse(&bytes).expect_err("unknown kind");
+        let unknown = StateError::UnknownKind {
+            kind: 4711,
+            version: 3,
+        };
+        assert_eq!(refused, unknown);
+        let sentence = refused.to_string();
+        assert!(
+            sentence.contains("kind 4711 (version 3)") && sentence.contains("newer"),
+            "{sentence}"
+        );
+    }
+
+    #[test]
+    fn cut_payloads_do_not_decode_and_do_not_panic() {
+        let payload = postcard::to_stdvec(&full_vcpu()).expect("encode");
+        for len in 0..payload.len() {
+            let cut = postcard::take_from_bytes::<VcpuV1>(&payload[..len]);
+            assert!(cut.is_err(), "{len} bytes");
+        }
+    }
+}
