@@ -143,6 +143,19 @@ fn forbidden() -> Vec<String> {
     ]
 }
 
+/// What code of layer 0 does without: it decides, and others do the I/O, read
+/// the clock and run threads.
+const IMPURE: [&str; 8] = [
+    "unsafe ",
+    "std::fs",
+    "std::net",
+    "std::os",
+    "std::process",
+    "std::thread",
+    "Instant",
+    "SystemTime",
+];
+
 fn sources(root: &Path) -> Result<Vec<String>> {
     let words = forbidden();
     let mut findings = Vec::new();
@@ -150,21 +163,71 @@ fn sources(root: &Path) -> Result<Vec<String>> {
         let Ok(text) = fs::read_to_string(root.join(&file)) else {
             continue;
         };
-        let shown = file.display();
-        let rust = file.extension().is_some_and(|e| e == "rs");
-        if rust && text.lines().count() > LINES_MAX {
-            findings.push(format!("{shown}: more than {LINES_MAX} lines"));
-        }
-        if file.ends_with("Cargo.lock") {
-            continue;
-        }
-        for (number, line) in text.lines().enumerate() {
-            for word in words.iter().filter(|w| line.contains(w.as_str())) {
-                findings.push(format!("{shown}:{}: holds '{word}'", number + 1));
-            }
+        findings.extend(untidy_lines(&file, &text, &words));
+        findings.extend(impure_lines(&file, &text));
+        if file == Path::new("README.md") {
+            let missing = docs_paths(&text).filter(|path| !root.join(path).exists());
+            findings.extend(missing.map(|path| format!("README.md: there is no {path}")));
         }
     }
     Ok(findings)
+}
+
+fn untidy_lines(file: &Path, text: &str, words: &[String]) -> Vec<String> {
+    let shown = file.display();
+    let extension = file.extension().and_then(|e| e.to_str());
+    let mut findings = Vec::new();
+    if extension == Some("rs") && text.lines().count() > LINES_MAX {
+        findings.push(format!("{shown}: more than {LINES_MAX} lines"));
+    }
+    if file.ends_with("Cargo.lock") {
+        return findings;
+    }
+    // In Markdown two spaces at the end of a line mean something.
+    let bare_ends = matches!(extension, Some("rs" | "toml"));
+    for (number, line) in (1..).zip(text.lines()) {
+        for word in words.iter().filter(|w| line.contains(w.as_str())) {
+            findings.push(format!("{shown}:{number}: holds '{word}'"));
+        }
+        if bare_ends && line.ends_with([' ', '\t']) {
+            findings.push(format!("{shown}:{number}: ends in a blank"));
+        }
+    }
+    findings
+}
+
+fn impure_lines(file: &Path, text: &str) -> Vec<String> {
+    let pure = LAYERS.iter().filter(|(_, layer)| *layer == 0);
+    let is_pure = pure
+        .map(|(name, _)| Path::new("crates").join(name).join("src"))
+        .any(|source| file.starts_with(source));
+    if !is_pure {
+        return Vec::new();
+    }
+    // A module's tests stand at its end.
+    let code = text.split("\n#[cfg(test)]\nmod tests").next();
+    let lines = (1..).zip(code.unwrap_or(text).lines());
+    lines
+        .filter(|(_, line)| !line.trim_start().starts_with("//"))
+        .flat_map(|(number, line)| {
+            let held = IMPURE.iter().filter(move |word| line.contains(**word));
+            held.map(move |word| (number, word.trim_end()))
+        })
+        .map(|(number, word)| {
+            let file = file.display();
+            format!("{file}:{number}: layer 0 is pure and does without '{word}'")
+        })
+        .collect()
+}
+
+/// The paths under `docs/` that a text mentions.
+fn docs_paths(text: &str) -> impl Iterator<Item = &str> {
+    text.match_indices("docs/").map(|(start, _)| {
+        let rest = &text[start..];
+        let in_path = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
+        let end = rest.find(|c| !in_path(c)).unwrap_or(rest.len());
+        rest[..end].trim_end_matches('.')
+    })
 }
 
 fn tracked(root: &Path) -> Result<Vec<PathBuf>> {
@@ -200,5 +263,32 @@ mod tests {
         ]});
         assert_eq!(layers(&metadata).len(), 2);
         assert_eq!(licences(&metadata).len(), 1);
+    }
+    #[test]
+    fn layer_0_is_pure_but_for_comments_and_tests() {
+        let clean = "//! No Instant.\nlet x = 1;\n\n#[cfg(test)]\nmod tests { use std::fs; }\n";
+        let file = Path::new("crates/hebe-flow/src/life.rs");
+        assert_eq!(impure_lines(file, clean), [""; 0]);
+        for word in IMPURE {
+            let text = format!("fn one() {{}}\n    {word}{{}}\n");
+            let findings = impure_lines(file, &text);
+            assert_eq!(findings.len(), 1, "{word}");
+            assert!(findings[0].contains(":2:"), "{findings:?}");
+            let other = Path::new("crates/hebe-sys/src/proc.rs");
+            assert_eq!(impure_lines(other, &text), [""; 0]);
+        }
+    }
+
+    #[test]
+    fn blanks_at_the_ends_of_lines_are_found_where_they_mean_nothing() {
+        let found = |file: &str| untidy_lines(Path::new(file), "a \nb\t\nc\n", &[]).len();
+        assert_eq!((found("x.rs"), found("x.toml"), found("x.md")), (2, 2, 0));
+    }
+
+    #[test]
+    fn paths_of_documents_end_where_the_path_does() {
+        let text = "see [it](docs/lab.md), docs/a-b_c/d.svg. Or docs/words.md.";
+        let paths: Vec<&str> = docs_paths(text).collect();
+        assert_eq!(paths, ["docs/lab.md", "docs/a-b_c/d.svg", "docs/words.md"]);
     }
 }

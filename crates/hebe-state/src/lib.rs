@@ -7,6 +7,8 @@
 //! Payloads are `postcard` encodings of the frozen structs under [`v1`]; a
 //! change of a struct is a new version, never an edit.
 
+#![forbid(unsafe_code)]
+
 mod container;
 #[doc(hidden)]
 pub mod fuzzing;

@@ -2,6 +2,8 @@
 //!
 //! This crate is pure: no unsafe code, no I/O, no clock, no threads.
 
+#![forbid(unsafe_code)]
+
 mod config;
 mod ids;
 mod layout;
