@@ -348,6 +348,28 @@ impl Lab {
         serial::alarms_in(&String::from_utf8_lossy(&bytes))
     }
 
+    /// Fails with a VM's last words if one of the guests is not running.
+    pub fn all_running(&self, guests: &[GuestSpec]) -> Result<()> {
+        let text = self.machine.exec_ok(&["hebe", "list", "--json"])?;
+        let list: serde_json::Value =
+            serde_json::from_str(&text).context("hebe list printed no JSON")?;
+        let rows = list.as_array().or_else(|| list["vms"].as_array());
+        for guest in guests {
+            let row = rows
+                .into_iter()
+                .flatten()
+                .find(|row| row["name"] == guest.name.as_str());
+            if row.is_none_or(|row| row["state"] != "running") {
+                bail!(
+                    "{} does not run: {text}\n{}",
+                    guest.name,
+                    self.console_tail(guest)
+                );
+            }
+        }
+        Ok(())
+    }
+
     fn console_tail(&self, guest: &GuestSpec) -> String {
         let read = |file: &str| {
             let path = format!("/run/hebe/vms/{}/{file}", guest.name);

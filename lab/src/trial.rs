@@ -141,6 +141,7 @@ pub fn reboot(
         probes.push(Probe::start(&lab.ports(guest)?, guest.has_slow_service())?);
     }
     std::thread::sleep(WATCH);
+    lab.all_running(guests)?;
     progress.step(&format!("{} reboot into {kernel}", method.as_str()));
     let mut argv = vec!["hebe", "reboot", "--method", method.as_str()];
     let next = lab.reboot_arguments(kernel);

@@ -68,16 +68,10 @@ fn boot_id(lab: &mut Lab, guest: &GuestSpec) -> Result<String> {
 
 /// Where a VM's execution-state area begins in the store.
 fn exec_offset(lab: &Lab, name: &str) -> Result<u64> {
-    let list = json(lab, &["hebe", "store", "list", "--json"])?;
-    let text = list.to_string();
-    let rows = list["segments"].as_array().or_else(|| list.as_array());
-    let row = rows.into_iter().flatten().find(|row| row["name"] == name);
-    row.and_then(|row| {
-        row["exec"]["offset"]
-            .as_u64()
-            .or_else(|| row["spec"]["exec"]["offset"].as_u64())
-    })
-    .with_context(|| format!("no execution-state area of {name} in {text}"))
+    let show = json(lab, &["hebe", "store", "show", name, "--json"])?;
+    show["spec"]["exec"]["offset"]
+        .as_u64()
+        .with_context(|| format!("no execution-state area of {name} in {show}"))
 }
 
 fn flip(lab: &Lab, offset: u64) -> Result<()> {

@@ -36,7 +36,7 @@ const BAD: [(&str, Changes, &str); 10] = [
     ("zero", &[("memory", "'0MiB'")], "memory"),
     ("odd", &[("memory", "'65537KiB'")], "memory"),
     ("nine", &[("vcpus", "9")], "vcpus"),
-    ("huge", &[("memory", "'8GiB'")], "room"),
+    ("huge", &[("memory", "'8GiB'")], "reserve more"),
     (
         "nokernel",
         &[("kernel", "'/no/such/kernel'")],
