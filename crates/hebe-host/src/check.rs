@@ -4,12 +4,14 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
 
+use hebe_store::StoreError;
 use hebe_sys::kexec;
 
 use crate::cmdline;
 use crate::host::Host;
 use crate::listing::with_cause;
 use crate::preflight::{Check, Level};
+use crate::stores::{StoreAccess, StoreTrouble};
 
 /// Modules that bring a reserved range up as a devdax device.
 const DAX_MODULES: &str = "nd_e820 nd_pmem device_dax dax_pmem";
@@ -24,7 +26,7 @@ pub fn host_check(host: &Host) -> Vec<Check> {
         check_lockdown(&read("/sys/kernel/security/lockdown")),
         check_reservation(&host.system.cmdline()),
         check_dax(Path::new("/sys/bus/dax/devices")),
-        check_store(host),
+        check_store(&*host.store),
         check_tun(Path::new("/dev/net/tun")),
         check_vmm(&host.layout.vmm),
     ];
@@ -168,8 +170,9 @@ fn check_dax(bus: &Path) -> Check {
     }
 }
 
-fn check_store(host: &Host) -> Check {
-    match host.store.view() {
+fn check_store(access: &dyn StoreAccess) -> Check {
+    let found = access.check().and_then(|()| access.view());
+    match found {
         Ok(Some(store)) => Check::ok(
             "store",
             format!(
@@ -185,6 +188,14 @@ fn check_store(host: &Host) -> Check {
             Level::Warn,
             "there is no store: VMs live in memfds and do not outlive the host kernel",
             "reserve memory and run: hebe store init",
+        ),
+        Err(StoreTrouble::Store(StoreError::Overrun { at })) => Check::bad(
+            "store",
+            Level::Fail,
+            format!(
+                "something else used the store's memory since the store was made (its guard is overwritten at byte {at:#x}): no VM in it is resumed, and nothing in it is changed"
+            ),
+            "see that every kernel boots with the same memmap= words, then give the VMs in the store up and make it anew: hebe store init --force",
         ),
         Err(error) => Check::bad(
             "store",
@@ -250,7 +261,12 @@ fn check_dirs(host: &Host) -> Vec<Check> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use hebe_store::{FormatOptions, Store};
+
     use super::*;
+    use crate::stores::DeviceStore;
 
     #[test]
     fn each_check_has_a_remedy_when_it_does_not_hold() {
@@ -280,5 +296,24 @@ mod tests {
         for check in good {
             assert_eq!(check.level, Level::Ok, "{check:?}");
         }
+    }
+
+    /// The store's last granule is the guard.
+    #[test]
+    fn an_overrun_store_is_not_ok_and_has_a_remedy() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("store");
+        let file = fs::File::create(&path).expect("create");
+        file.set_len(32 << 20).expect("size");
+        Store::format(&path, FormatOptions { force: false }).expect("format");
+        let access = DeviceStore::new(Some(path));
+        assert_eq!(check_store(&access).level, Level::Ok);
+        file.write_all_at(b"kernel", (32 << 20) - 4096)
+            .expect("write");
+        let check = check_store(&access);
+        assert_eq!(check.level, Level::Fail, "{check:?}");
+        assert!(check.sentence.contains("0x1fff000"), "{check:?}");
+        let remedy = check.remedy.expect("a remedy");
+        assert!(remedy.contains("hebe store init --force"), "{remedy}");
     }
 }

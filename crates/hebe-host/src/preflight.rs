@@ -159,7 +159,7 @@ impl Verdict {
 /// Decides and checks everything that can be checked while nothing changes.
 /// With `probe`, the kernel is loaded and unloaded again, if none is loaded.
 pub fn preflight(host: &Host, options: &RebootOptions, probe: bool) -> (Verdict, Survey) {
-    let survey = listing::survey(host);
+    let survey = usable(host, listing::survey(host));
     let vms = fates(options.method, &survey);
     let next = wants_kexec(options).then(|| next_kernel(host, options));
     let mut checks = Vec::new();
@@ -183,8 +183,21 @@ pub fn preflight(host: &Host, options: &RebootOptions, probe: bool) -> (Verdict,
     (verdict, survey)
 }
 
-/// A cold reboot resets the machine unless a kernel was asked for; the others
-/// jump, because what is in memory survives nothing else (warm) and because a
+/// A store that something else wrote to takes nothing any more, reports
+/// included: a reboot has to do without it, as without one it cannot read.
+fn usable(host: &Host, survey: Survey) -> Survey {
+    match host.store.check() {
+        Ok(()) => survey,
+        Err(error) => Survey {
+            store: None,
+            store_trouble: Some(with_cause(&error)),
+            ..survey
+        },
+    }
+}
+
+/// A cold reboot resets the machine unless a jump, or anything that only a jump
+/// can use, was asked for; the others jump, because what is in memory survives nothing else (warm) and because a
 /// reset takes long.
 fn wants_kexec(options: &RebootOptions) -> bool {
     match options.method {
@@ -193,6 +206,7 @@ fn wants_kexec(options: &RebootOptions) -> bool {
         RebootMethod::Cold => {
             let asked = options.kexec
                 || options.kernel.is_some()
+                || options.initrd.is_some()
                 || options.append.is_some()
                 || options.cmdline.is_some();
             asked && !options.hard
@@ -382,7 +396,7 @@ fn reset_checks(survey: &Survey) -> Vec<Check> {
                 Level::Fail,
                 format!("VM '{}' is frozen in memory, which a reset may clear", row.name),
                 format!(
-                    "`hebe resume {0}` first, or jump with --kexec, or give it up with `hebe drop {0}`",
+                    "`hebe resume {0}` first, or jump with --kexec, or give it up with `hebe drop {0} --yes`",
                     row.name
                 ),
             )
@@ -390,13 +404,15 @@ fn reset_checks(survey: &Survey) -> Vec<Check> {
         .collect()
 }
 
+/// A store that cannot be read, or that something else wrote to, gives no VM
+/// back to the next kernel.
 fn store_check(survey: &Survey, vms: &[VmVerdict]) -> Check {
     let kept = vms.iter().filter(|v| v.fate == Some(Fate::Keep)).count();
     match (&survey.store, &survey.store_trouble) {
         (_, Some(trouble)) => Check::bad(
             "store",
             if kept > 0 { Level::Fail } else { Level::Warn },
-            format!("the store cannot be read: {trouble}"),
+            format!("the store cannot be used: {trouble}"),
             "see `hebe store list` and `hebe host check`",
         ),
         (Some(store), None) => described(store),
@@ -437,7 +453,7 @@ fn vm_checks(host: &Host, survey: &Survey, vms: &[VmVerdict]) -> Vec<Check> {
                 format!("damaged:{name}"),
                 Level::Warn,
                 format!("VM '{name}' is damaged and stays as it is"),
-                format!("`hebe show {name}` says why, `hebe drop {name}` gives it up"),
+                format!("`hebe show {name}` says why, `hebe drop {name} --yes` gives it up"),
             )),
             _ if vm.fate.is_some() => checks.push(Check::ok(
                 format!("vmm:{name}"),
@@ -542,4 +558,65 @@ fn state_dir_checks(host: &Host, survey: &Survey, vms: &[VmVerdict]) -> Vec<Chec
         ),
     });
     checks
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    /// One thing that can be asked for.
+    type Wish = fn(&mut RebootOptions);
+
+    fn jumps(method: RebootMethod, wishes: &[Wish]) -> bool {
+        let mut options = RebootOptions {
+            method,
+            ..RebootOptions::default()
+        };
+        wishes.iter().for_each(|wish| wish(&mut options));
+        wants_kexec(&options)
+    }
+
+    #[test]
+    fn whatever_only_a_jump_can_use_makes_a_cold_reboot_jump() {
+        let asked: [Wish; 5] = [
+            |o| o.kexec = true,
+            |o| o.kernel = Some("/k".into()),
+            |o| o.initrd = Some("/i".into()),
+            |o| o.append = Some("quiet".into()),
+            |o| o.cmdline = Some("quiet".into()),
+        ];
+        let hard: Wish = |o| o.hard = true;
+        assert!(!jumps(RebootMethod::Cold, &[]));
+        for (number, wish) in asked.into_iter().enumerate() {
+            assert!(jumps(RebootMethod::Cold, &[wish]), "wish {number}");
+        }
+        assert!(jumps(RebootMethod::Saved, &[]));
+        assert!(!jumps(RebootMethod::Saved, &[hard]));
+        assert!(jumps(RebootMethod::Warm, &[]));
+    }
+
+    #[test]
+    fn a_store_that_gives_no_vm_back_stops_a_reboot_that_would_keep_one() {
+        let kept = VmVerdict {
+            vm: "web".parse().expect("name"),
+            state: VmState::Running,
+            fate: Some(Fate::Keep),
+            sentence: String::new(),
+        };
+        let mut survey = Survey {
+            store: None,
+            store_trouble: Some("its guard is overwritten".into()),
+            rows: BTreeMap::new(),
+            definitions: BTreeMap::new(),
+        };
+        let check = store_check(&survey, &[kept]);
+        assert_eq!(check.level, Level::Fail);
+        assert!(check.sentence.contains("guard"), "{check:?}");
+        assert!(check.remedy.is_some());
+        assert_eq!(store_check(&survey, &[]).level, Level::Warn);
+        survey.store_trouble = None;
+        assert_eq!(store_check(&survey, &[]).level, Level::Ok);
+    }
 }

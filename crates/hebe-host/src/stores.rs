@@ -140,6 +140,11 @@ pub struct NewSegment {
 pub trait StoreAccess: Send + Sync {
     /// Everything in it; `None` when this host has no store.
     fn view(&self) -> Result<Option<StoreView>, StoreTrouble>;
+    /// Whether anything else used the store's memory since it was made:
+    /// [`StoreError::Overrun`]. A host without a store has nothing to find.
+    fn check(&self) -> Result<(), StoreTrouble> {
+        Ok(())
+    }
     /// Makes a segment that reads as zero.
     fn create(&self, vm: VmId, name: &VmName, memory: ByteSize)
     -> Result<NewSegment, StoreTrouble>;
@@ -276,6 +281,13 @@ impl StoreAccess for DeviceStore {
                 .map(segment_view)
                 .collect::<Result<_, _>>()?,
         }))
+    }
+
+    fn check(&self) -> Result<(), StoreTrouble> {
+        match self.read()? {
+            Some(store) => Ok(store.check()?),
+            None => Ok(()),
+        }
     }
 
     fn create(
