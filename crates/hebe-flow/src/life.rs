@@ -128,10 +128,10 @@ impl std::fmt::Display for Refused {
                 "it runs already: nothing to do"
             }
             (Life::Frozen | Life::Held, Order::Start) => {
-                "it is frozen in memory: `hebe resume` continues it, `hebe drop` gives it up"
+                "it is frozen in memory: `hebe resume` continues it, `hebe drop --yes` gives it up"
             }
             (Life::Saved | Life::SavedHeld, Order::Start) => {
-                "it is saved in a file: `hebe resume` continues it, `hebe drop` gives it up"
+                "it is saved in a file: `hebe resume` continues it, `hebe drop --yes` gives it up"
             }
             (Life::Running | Life::Paused, Order::Drop) => "it is up: `hebe stop` it first",
             (Life::Absent, _) => "it is not up: `hebe start` boots it",

@@ -168,7 +168,7 @@ fn without_segment(name: &VmName, saved: Option<SavedFact>) -> Decision {
         Some(SavedFact::Complete) => Decision::Restore { stale: None },
         Some(SavedFact::Restoring) => Decision::Leave {
             reason: format!(
-                "a restore was interrupted and nothing shows whether the VM ran: `hebe resume {name} --again` if it did not, `hebe drop {name}` otherwise"
+                "a restore was interrupted and nothing shows whether the VM ran: `hebe resume {name} --again` if it did not, `hebe drop {name} --yes` otherwise"
             ),
         },
         // Named by the list or by its definition only.
@@ -187,7 +187,7 @@ fn with_segment(
     match (&segment.exec, saved) {
         (ExecFact::Damaged(reason), _) => Decision::Leave {
             reason: format!(
-                "its state in segment {id} cannot be used ({reason}): `hebe drop {name}` frees it"
+                "its state in segment {id} cannot be used ({reason}): `hebe drop {name} --yes` gives it up"
             ),
         },
         (ExecFact::Frozen, None) => Decision::Resume { segment: id },

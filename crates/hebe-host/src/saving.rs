@@ -19,7 +19,7 @@ pub fn restore(host: &Host, name: &VmName) -> Result<VmStatus, HostError> {
     let info = paths.read_info().ok_or_else(|| HostError::Refused {
         name: name.clone(),
         why: format!(
-            "{} is missing or damaged, so its saved file cannot be used: put it back, or give the file up with `hebe drop`",
+            "{} is missing or damaged, so its saved file cannot be used: put it back, or give the file up with `hebe drop --yes`",
             paths.info.display()
         ),
     })?;

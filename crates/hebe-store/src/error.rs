@@ -145,7 +145,7 @@ pub enum StoreError {
     TableFull,
     /// A damaged record hides which granules are its own.
     #[error(
-        "segment record {0} is damaged, so free memory cannot be told from that VM's: give that VM up with 'hebe store drop {0}', then try again"
+        "segment record {0} is damaged, so free memory cannot be told from that VM's: give that VM up with 'hebe store drop {0} --yes', then try again"
     )]
     DamagedRecord(SegmentId),
     /// The VM has a segment.
@@ -200,7 +200,7 @@ pub enum StoreError {
     NotFrozen(String),
     /// The execution-state area is damaged.
     #[error(
-        "the execution-state area is damaged: {0}; the VM stays listed, and 'hebe store drop' gives it up"
+        "the execution-state area is damaged: {0}; the VM stays listed, and 'hebe store drop' with --yes gives it up"
     )]
     ExecDamaged(String),
     /// A report that does not fit.

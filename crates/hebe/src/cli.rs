@@ -93,7 +93,7 @@ Examples:
     Drop {
         /// The VM.
         name: VmName,
-        /// Yes, what it was doing is to be lost.
+        /// Yes, even if what it was doing can still be continued, or cannot be read.
         #[arg(long)]
         yes: bool,
     },
@@ -228,9 +228,10 @@ pub struct RebootArgs {
     #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
     /// With saved or cold: reset the machine instead of jumping.
-    #[arg(long, conflicts_with = "kexec")]
+    #[arg(long, conflicts_with_all = ["kexec", "kernel", "initrd", "append", "cmdline"])]
     pub hard: bool,
-    /// With cold: jump instead of resetting the machine.
+    /// With cold: jump instead of resetting the machine, as it does anyway
+    /// where a kernel, initramfs or command line is named.
     #[arg(long)]
     pub kexec: bool,
     /// Say what would happen to each VM, check everything, and stop there.
@@ -304,7 +305,7 @@ Examples:
     Drop {
         /// A VM's name or a segment's number.
         segment: String,
-        /// Yes, even if a state is committed in it.
+        /// Yes, even if a state is committed in it, or it cannot be read.
         #[arg(long)]
         yes: bool,
     },
@@ -372,6 +373,9 @@ mod tests {
             "hebe reboot --method lukewarm",
             "hebe reboot --svg x.svg",
             "hebe reboot --report --dry-run",
+            "hebe reboot --method cold --hard --kexec",
+            "hebe reboot --method cold --hard --initrd i",
+            "hebe reboot --method saved --hard --kernel k",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }

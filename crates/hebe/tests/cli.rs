@@ -2,9 +2,12 @@
 //! VMs whose store is a plain file.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use hebe_store::{Access, Segment, Store};
+use hebe_types::{ByteSize, VmId};
 use serde_json::Value;
 
 struct Host {
@@ -45,6 +48,24 @@ impl Host {
             )
         });
         (output.status.code().expect("exited"), value)
+    }
+
+    /// A VM that is frozen in the store, and damaged there if asked for.
+    fn freeze(&self, name: &str, damaged: bool) {
+        let path = self.root.path().join("store");
+        let mut store = Store::open(&path, Access::Manage).expect("store");
+        let (name, memory) = (name.parse().expect("name"), ByteSize::mib(2));
+        let vm = VmId([store.segments().expect("segments").len() as u8 + 1; 16]);
+        let spec = store.create(vm, &name, memory).expect("segment");
+        let open = fs::File::options().read(true).write(true).open(&path);
+        let file = open.expect("open");
+        let own = file.try_clone().expect("descriptor").into();
+        let segment = Segment::map(own, &spec).expect("map");
+        segment.exec().commit_frozen(b"state").expect("commit");
+        if damaged {
+            let end = spec.exec.offset + spec.exec.len;
+            file.write_all_at(b"stray", end - 4096).expect("write");
+        }
     }
 
     /// Exit status and the one sentence.
@@ -163,6 +184,48 @@ fn a_dry_run_tells_and_a_check_remedies() {
     for one in check["checks"].as_array().expect("checks") {
         assert_eq!(one["level"] == "ok", one["remedy"].is_null(), "{one}");
     }
+}
+
+#[test]
+fn what_may_still_be_continued_is_dropped_with_yes_alone() {
+    for orders in [vec!["drop"], vec!["store", "drop"]] {
+        let host = Host::new();
+        host.hebe(&["store", "init"]);
+        host.freeze("web", false);
+        host.freeze("db", true);
+        for (vm, state) in [("web", "frozen"), ("db", "damaged")] {
+            let plain = [orders.as_slice(), &[vm]].concat();
+            let (status, sentence) = host.fails(&plain);
+            assert_eq!(status, 1, "{sentence}");
+            for word in [state, "lost for good", "--yes"] {
+                assert!(sentence.contains(word), "{sentence}");
+            }
+            assert_eq!(sentence.lines().count(), 1, "{sentence}");
+        }
+        let (_, store) = host.json(&["store", "list"]);
+        assert_eq!(store["segments"].as_array().map(Vec::len), Some(2));
+        for vm in ["web", "db"] {
+            let meant = [orders.as_slice(), &[vm, "--yes"]].concat();
+            assert_eq!(host.fails(&meant).0, 0, "{meant:?}");
+        }
+        let (_, store) = host.json(&["store", "list"]);
+        assert_eq!(store["segments"], Value::Array(vec![]));
+    }
+}
+
+#[test]
+fn a_cold_reboot_never_ignores_an_initramfs() {
+    let host = Host::new();
+    host.hebe(&["store", "init"]);
+    let initrd = host.path("no-initrd");
+    let cold = ["reboot", "--dry-run", "--method", "cold"];
+    let (_, plain) = host.json(&cold);
+    assert_eq!(plain["leave"], "reset");
+    let (status, verdict) = host.json(&[&cold[..], &["--initrd", &initrd]].concat());
+    assert_eq!((status, verdict["leave"].as_str()), (3, Some("kexec")));
+    assert_eq!(verdict["next"]["initrd"], initrd);
+    let both = host.fails(&[&cold[..], &["--initrd", &initrd, "--hard"]].concat());
+    assert_eq!(both.0, 2, "{}", both.1);
 }
 
 #[test]

@@ -153,7 +153,7 @@ fn drop_segment(host: &Host, wanted: &str, yes: bool, out: &Output) -> Outcome {
     );
     if precious && !yes {
         return Err(Failure(format!(
-            "segment {} is {}: say --yes if it is to be lost",
+            "segment {0} is {1} and would be lost for good: say `hebe store drop {0} --yes` if it is to be",
             segment.id,
             exec_text(&segment.exec)
         )));

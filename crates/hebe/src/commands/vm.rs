@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use hebe_host::definitions;
-use hebe_host::listing::{self, VmRow};
+use hebe_host::listing::{self, VmRow, VmState};
 use hebe_host::ops::{self, StopOptions};
 use hebe_host::{Host, HostError};
 use hebe_types::{ConsoleConfig, DiskConfig, NetConfig, StoreKind, VmConfig, VmName};
@@ -221,9 +221,11 @@ fn show_text(show: &Show) -> String {
 pub fn drop_vm(host: &Host, name: &VmName, yes: bool, out: &Output) -> Outcome {
     let survey = listing::survey(host);
     let row = survey.row(host, name)?;
-    if row.life.is_precious() && !yes {
+    // What is damaged may still be read by another release or kernel.
+    let precious = row.life.is_precious() || row.state == VmState::Damaged;
+    if precious && !yes {
         return Err(Failure(format!(
-            "VM '{name}' is {} and would be lost: say `hebe drop {name} --yes` if you mean it",
+            "VM '{name}' is {} and would be lost for good: say `hebe drop {name} --yes` if it is to be",
             row.state.as_str()
         )));
     }
