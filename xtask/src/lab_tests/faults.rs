@@ -28,6 +28,7 @@ pub fn run(scene: &Scene) -> Result<()> {
     let options = LabOptions {
         reserve_mib: 1024,
         memory_mib: 3072,
+        tools: true,
         ..LabOptions::default()
     };
     let mut lab = Lab::boot(scene.assets, options, scene.progress)?;
@@ -176,11 +177,11 @@ fn kills(lab: &mut Lab, guests: &[GuestSpec], rounds: u32) -> Result<()> {
         } else {
             "suspend"
         };
-        let delay_s = delays.next_ms(900) as f64 / 1000.0;
+        let delay_s = delays.next_ms(500) as f64 / 1000.0;
         let script = format!(
             "hebe {order} vm2 & p=$!; sleep {delay_s}; \
              if [ {victim} = hebe ]; then kill -9 $p; else \
-             for d in /proc/[0-9]*; do tr '\\0' ' ' < $d/cmdline 2>/dev/null | grep -q 'hebe-vmm.*vm2' \
+             for d in /proc/[0-9]*; do tr '\\0' ' ' < $d/cmdline 2>/dev/null | grep -q '^[^ ]*hebe-vmm .*vm2' \
              && kill -9 ${{d#/proc/}}; done; fi; wait $p; true"
         );
         lab.machine
