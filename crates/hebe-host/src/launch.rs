@@ -37,7 +37,8 @@ pub const LAUNCH_WAIT: Duration = Duration::from_secs(120);
 /// How a VMM ended, as it wrote it (`exit.json`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExitRecord {
-    /// `power-off`, `reset`, `triple-fault`, `quit`, `frozen`, `saved` or `error`.
+    /// `power-off`, `triple-fault`, `quit`, `frozen`, `saved` or `error`. A reset
+    /// by the guest ends no VMM: it boots again in place.
     pub reason: String,
     /// More, where there is more.
     #[serde(default)]
@@ -64,7 +65,7 @@ impl ExitRecord {
     /// The guest ended by its own will or by order: nothing of it is left to
     /// be continued.
     pub fn is_clean_end(&self) -> bool {
-        matches!(self.reason.as_str(), "power-off" | "reset" | "quit")
+        matches!(self.reason.as_str(), "power-off" | "quit")
     }
 }
 
