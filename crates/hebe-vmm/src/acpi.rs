@@ -87,3 +87,96 @@ impl Acpi {
         self.ending.load(Ordering::SeqCst)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{self, Receiver};
+
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+
+    struct Rig {
+        acpi: Acpi,
+        interrupt: EventFd,
+        events: Receiver<Event>,
+    }
+
+    fn rig(saved: Option<AcpiV1>) -> Rig {
+        let interrupt = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+        let (sender, events) = mpsc::channel();
+        let raised = interrupt.try_clone().expect("eventfd");
+        Rig {
+            acpi: Acpi::new(raised, sender, saved),
+            interrupt,
+            events,
+        }
+    }
+
+    impl Rig {
+        fn writes(&self, port: u16, value: u8) -> Option<Event> {
+            self.acpi.write(port, value);
+            self.events.try_recv().ok()
+        }
+
+        fn interrupts(&self) -> u64 {
+            self.interrupt.read().unwrap_or(0)
+        }
+    }
+
+    #[test]
+    fn only_s5_with_the_enable_bit_powers_off() {
+        let rig = rig(None);
+        let off = layout::SLEEP_TYPE_OFF << 2;
+        let others = (0..=u8::MAX).filter(|v| v & 0b11_1100 != off | SLEEP_ENABLE);
+        for value in others {
+            assert_eq!(rig.writes(layout::PORT_SLEEP_CONTROL, value), None);
+        }
+        assert!(!rig.acpi.is_ending());
+        let event = rig.writes(layout::PORT_SLEEP_CONTROL, off | SLEEP_ENABLE);
+        assert_eq!(event, Some(Event::PowerOff));
+        assert!(rig.acpi.is_ending());
+    }
+
+    #[test]
+    fn only_the_reset_value_resets() {
+        let rig = rig(None);
+        let others = (0..=u8::MAX).filter(|v| *v != layout::RESET_VALUE);
+        for value in others {
+            assert_eq!(rig.writes(layout::PORT_RESET, value), None);
+        }
+        for port in [layout::PORT_SLEEP_STATUS, layout::PORT_EVENTS] {
+            assert_eq!(rig.writes(port, layout::RESET_VALUE), None);
+        }
+        assert!(!rig.acpi.is_ending());
+        let event = rig.writes(layout::PORT_RESET, layout::RESET_VALUE);
+        assert_eq!(event, Some(Event::Reset));
+        assert!(rig.acpi.is_ending());
+    }
+
+    #[test]
+    fn the_power_button_interrupts_and_is_read_once() {
+        let rig = rig(None);
+        rig.acpi.kick();
+        assert_eq!(rig.interrupts(), 0, "nothing is pending");
+        rig.acpi.press_power_button().expect("pressed");
+        assert_eq!(rig.interrupts(), 1);
+        assert_eq!(rig.acpi.read(layout::PORT_SLEEP_STATUS), 0);
+        let events = || rig.acpi.read(layout::PORT_EVENTS);
+        assert_eq!((events(), events()), (layout::EVENT_POWER_BUTTON, 0));
+    }
+
+    #[test]
+    fn a_button_that_the_guest_has_not_seen_is_there_after_a_resume() {
+        let before = rig(None);
+        before.acpi.press_power_button().expect("pressed");
+        let saved = before.acpi.save();
+        assert_eq!(saved, before.acpi.save(), "saving takes nothing away");
+        let after = rig(Some(saved));
+        after.acpi.kick();
+        assert_eq!(after.interrupts(), 1);
+        let seen = after.acpi.read(layout::PORT_EVENTS);
+        assert_eq!(seen, layout::EVENT_POWER_BUTTON);
+        assert_eq!(after.acpi.save().pending_events, 0);
+    }
+}

@@ -49,7 +49,7 @@ pub struct Args {
 fn parse_id(text: &str) -> Result<VmId, String> {
     let digits: String = text.chars().filter(|c| *c != '-').collect();
     let refuse = || format!("'{text}' is not a VM id of 32 hexadecimal digits");
-    if digits.len() != 32 || !digits.is_ascii() {
+    if digits.len() != 32 || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
         return Err(refuse());
     }
     let mut id = [0; 16];
@@ -61,4 +61,43 @@ fn parse_id(text: &str) -> Result<VmId, String> {
 
 fn parse_segment(text: &str) -> Result<SegmentSpec, String> {
     serde_json::from_str(text).map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_of_the_command_line_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn ids_are_32_digits_with_or_without_hyphens() {
+        let id = VmId(*b"\x00\x11\x22\x33\x44\x55\x66\x77\x88\x99\xaa\xbb\xcc\xdd\xee\xff");
+        for text in [
+            "00112233445566778899aabbccddeeff",
+            "00112233-4455-6677-8899-AABBCCDDEEFF",
+            &id.to_string(),
+        ] {
+            assert_eq!(parse_id(text), Ok(id), "{text}");
+        }
+    }
+
+    #[test]
+    fn other_ids_are_refused_with_what_was_said() {
+        for text in [
+            "",
+            "0011",
+            "00112233445566778899aabbccddeeff0",
+            "00112233445566778899aabbccddeefg",
+            "+0112233445566778899aabbccddeeff",
+            "é0112233445566778899aabbccddeef",
+        ] {
+            let refused = parse_id(text).expect_err(text);
+            assert!(refused.contains(&format!("'{text}'")), "{refused}");
+        }
+    }
 }

@@ -82,3 +82,18 @@ fn serial_offset(port: u16) -> Option<u8> {
         .filter(|offset| *offset < 8)
         .map(|offset| offset as u8)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_serial_port_has_eight_registers() {
+        let first = layout::PORT_SERIAL;
+        let offsets: Vec<u8> = (first..first + 8).filter_map(serial_offset).collect();
+        assert_eq!(offsets, [0, 1, 2, 3, 4, 5, 6, 7]);
+        for port in [0, first - 1, first + 8, u16::MAX] {
+            assert_eq!(serial_offset(port), None, "{port:#x}");
+        }
+    }
+}

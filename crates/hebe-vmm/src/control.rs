@@ -142,3 +142,40 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{text}")]
+    struct Link {
+        text: &'static str,
+        #[source]
+        cause: Option<Box<Link>>,
+    }
+
+    fn link(text: &'static str, cause: Option<Link>) -> Link {
+        let cause = cause.map(Box::new);
+        Link { text, cause }
+    }
+
+    #[test]
+    fn causes_are_told_once_and_in_order() {
+        let root = link("no such file", None);
+        assert_eq!(chain(&root), "no such file");
+        let disk = link("disk web.img cannot be opened", Some(root));
+        let whole = link("the VM cannot be built", Some(disk));
+        assert_eq!(
+            chain(&whole),
+            "the VM cannot be built: disk web.img cannot be opened: no such file"
+        );
+    }
+
+    #[test]
+    fn a_cause_that_the_error_ends_in_is_not_repeated() {
+        let root = link("no such file", None);
+        let error = link("cannot open: no such file", Some(root));
+        assert_eq!(chain(&error), "cannot open: no such file");
+    }
+}
