@@ -42,7 +42,12 @@ pub enum Request {
     PowerButton,
     /// End the process. A frozen VM stays frozen in its segment; a running
     /// one is powered off at once.
-    Quit,
+    Quit {
+        /// Refuse unless the VM is in this state; nothing is asked of it
+        /// after the answer. `None` ends it whatever it does.
+        #[serde(default)]
+        expected: Option<VmmState>,
+    },
     /// Turn this connection into the VM's console.
     Console,
 }

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use hebe_api::{ClientError, FreezeReport, Request, VmStatus};
+use hebe_api::{ClientError, FreezeReport, Request, VmStatus, VmmState};
 use hebe_flow::life::{Life, Order};
 use hebe_types::{StoreKind, VmConfig, VmId, VmName};
 
@@ -226,7 +226,7 @@ pub fn power_off(host: &Host, row: &VmRow, options: StopOptions) -> Result<(), H
             seconds: options.timeout.as_secs(),
         });
     }
-    if vmm::quit(host, name).is_err() || !ended_within(host, name, END_WAIT) {
+    if vmm::quit(host, name, None).is_err() || !ended_within(host, name, END_WAIT) {
         kill(host, row);
     }
     wait_for_end(host, name, END_WAIT).map(drop)
@@ -314,7 +314,7 @@ pub fn suspend(host: &Host, name: &VmName) -> Result<FreezeReport, HostError> {
         name: name.clone(),
         source,
     })?;
-    vmm::quit(host, name)?;
+    vmm::quit(host, name, Some(VmmState::Frozen))?;
     wait_for_end(host, name, END_WAIT)?;
     Ok(report)
 }

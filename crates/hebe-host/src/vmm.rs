@@ -75,9 +75,13 @@ pub fn is_refusal(error: &ClientError) -> bool {
 }
 
 /// Ends the VMM; a connection that breaks while it does so is its end.
-pub fn quit(host: &Host, name: &VmName) -> Result<(), HostError> {
+pub fn quit(
+    host: &Host,
+    name: &VmName,
+    expected: Option<VmmState>,
+) -> Result<(), HostError> {
     let socket = host.layout.socket(name);
-    match order(&socket, &Request::Quit, STATUS_WAIT) {
+    match order(&socket, &Request::Quit { expected }, STATUS_WAIT) {
         Ok(()) | Err(ClientError::Broken(_)) => Ok(()),
         Err(source) => Err(HostError::Vmm {
             name: name.clone(),

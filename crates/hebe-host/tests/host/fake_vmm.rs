@@ -187,7 +187,12 @@ impl Fake {
             Request::Save { path } => self.save(path),
             Request::PowerButton if self.told("ignore-button") => Response::Done,
             Request::PowerButton => self.leave("power-off"),
-            Request::Quit => match self.state {
+            Request::Quit { expected } if expected.is_some_and(|e| e != self.state) => {
+                Response::Failed {
+                    message: "in another state".into(),
+                }
+            }
+            Request::Quit { .. } => match self.state {
                 VmmState::Frozen => self.leave("frozen"),
                 VmmState::Saved => self.leave("saved"),
                 _ => self.leave("quit"),
