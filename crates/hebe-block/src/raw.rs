@@ -61,8 +61,8 @@ pub struct BlockBackend {
     /// Written since the last flush that succeeded.
     dirty: AtomicBool,
     /// Held while flushing: a flush that finds nothing to do must not return
-    /// before one that is under way has made it so.
-    flushing: Mutex<()>,
+    /// before one that is under way has made it so. Holds why a flush failed.
+    flushing: Mutex<Option<io::ErrorKind>>,
     bytes_read: AtomicU64,
     bytes_written: AtomicU64,
 }
@@ -107,7 +107,7 @@ impl BlockBackend {
             sectors: bytes / SECTOR_SIZE,
             readonly,
             dirty: AtomicBool::new(false),
-            flushing: Mutex::new(()),
+            flushing: Mutex::new(None),
             bytes_read: AtomicU64::new(0),
             bytes_written: AtomicU64::new(0),
         })
@@ -144,22 +144,30 @@ impl BlockBackend {
     pub fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
         self.check(data.len(), offset)?;
         self.check_writable()?;
+        let written = self.file.write_all_at(data, offset);
+        // After the write, even a failed one: a flush on another thread that
+        // began before it must not clear the mark that stands for it.
         self.dirty.store(true, Ordering::Release);
-        self.file.write_all_at(data, offset)?;
+        written?;
         self.bytes_written
             .fetch_add(data.len() as u64, Ordering::Relaxed);
         Ok(())
     }
 
     /// Makes everything written so far durable (fdatasync). Nothing to do
-    /// when nothing was written since the last time.
+    /// when nothing was written since the last time. A failure stays: the
+    /// kernel reports lost writes once, and drops them.
     pub fn flush(&self) -> io::Result<()> {
-        let _alone = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut failed = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kind) = *failed {
+            return Err(kind.into());
+        }
         if !self.dirty.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
-        self.file.sync_data().inspect_err(|_| {
+        self.file.sync_data().inspect_err(|error| {
             self.dirty.store(true, Ordering::Release);
+            *failed = Some(error.kind());
         })
     }
 

@@ -6,7 +6,7 @@ use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 /// Leaves whose bits are features, with a mask per register (EAX, EBX, ECX,
 /// EDX) of those that must still be there after a reload. Bits that the CPU
 /// or the VMM changes while it runs (OSXSAVE, APIC ids …) are left out.
-const FEATURE_LEAVES: [(u32, u32, [u32; 4]); 6] = [
+const FEATURE_LEAVES: [(u32, u32, [u32; 4]); 9] = [
     (
         0x1,
         0,
@@ -20,9 +20,16 @@ const FEATURE_LEAVES: [(u32, u32, [u32; 4]); 6] = [
     (0x7, 0, [0, !0, !(1 << 4), !0]),
     (0xd, 0, [!0, 0, 0, !0]),
     (0xd, 1, [!0, 0, 0, 0]),
+    (0x7, 1, [!0, !0, !0, !0]),
     (0x8000_0001, 0, [0, 0, !0, !(1 << 9)]),
+    (0x8000_0008, 0, [0, !0, 0, 0]),
+    (0x8000_0021, 0, [!0, 0, 0, 0]),
     (0x4000_0001, 0, [!0, 0, 0, 0]),
 ];
+
+/// Guests are offered no virtualization of their own: its state is not saved.
+const CPUID_1_ECX_VMX: u32 = 1 << 5;
+const CPUID_80000001_ECX_SVM: u32 = 1 << 2;
 
 /// A running guest relies on a feature that this host does not offer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -49,6 +56,7 @@ pub fn guest_cpuid(supported: &CpuId, index: u8, count: u8, tsc_deadline: bool) 
                 if tsc_deadline {
                     entry.ecx |= 1 << 24;
                 }
+                entry.ecx &= !CPUID_1_ECX_VMX;
                 set_bit(&mut entry.edx, 28, count > 1);
             }
             0x4 => {
@@ -71,6 +79,7 @@ pub fn guest_cpuid(supported: &CpuId, index: u8, count: u8, tsc_deadline: bool) 
                 entry.ecx = entry.index & 0xff | level_type << 8;
                 entry.edx = apic_id;
             }
+            0x8000_0001 => entry.ecx &= !CPUID_80000001_ECX_SVM,
             0x8000_0008 => {
                 entry.ecx = (entry.ecx & !0xf0ff) | (u32::from(count) - 1);
             }

@@ -329,6 +329,7 @@ impl Vcpu {
             Ok(VcpuExit::SystemEvent(kind, _)) => {
                 return Some(Stop::Failed(format!("system event {kind}")));
             }
+            Ok(VcpuExit::InternalError) => return Some(self.internal_error()),
             Ok(other) => return Some(Stop::Failed(format!("exit {other:?}"))),
             Err(e) if e.errno() == libc::EINTR => return Some(Stop::Interrupted),
             Err(e) if e.errno() == libc::EAGAIN => return None,
@@ -336,6 +337,20 @@ impl Vcpu {
         };
         self.port_io(io, pio);
         None
+    }
+
+    /// What KVM says of an exit that it cannot explain otherwise.
+    fn internal_error(&mut self) -> Stop {
+        // SAFETY: the last exit was KVM_EXIT_INTERNAL_ERROR, so `internal` is
+        // the live member of the union.
+        let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
+        let count = (internal.ndata as usize).min(internal.data.len());
+        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        Stop::Failed(format!(
+            "KVM internal error {} at {rip:#x}, data {:x?}",
+            internal.suberror,
+            &internal.data[..count]
+        ))
     }
 
     /// Gives a port access to `io` operand by operand: a string instruction

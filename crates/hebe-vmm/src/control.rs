@@ -81,15 +81,22 @@ fn converse(mut stream: UnixStream, vm: &Shared, events: &Sender<Event>) -> io::
                 write_frame(&mut stream, &Response::Done)?;
                 return hub.attach(stream);
             }
-            Request::Quit => {
+            Request::Quit { expected } => {
+                let response = match vm.prepare_quit(expected) {
+                    Ok(()) => Response::Done,
+                    Err(error) => failed(&error),
+                };
                 drop(guard);
-                write_frame(&mut stream, &Response::Done)?;
-                let _ = events.send(Event::Quit);
+                let done = response == Response::Done;
+                // The order stands even if nobody waits for the answer.
+                let written = write_frame(&mut stream, &response);
+                if done {
+                    let _ = events.send(Event::Quit);
+                }
+                written?;
             }
             request => {
-                let response = answer(vm, &request).unwrap_or_else(|error| Response::Failed {
-                    message: chain(&error),
-                });
+                let response = answer(vm, &request).unwrap_or_else(|error| failed(&error));
                 drop(guard);
                 write_frame(&mut stream, &response)?;
             }
@@ -125,8 +132,14 @@ fn answer(vm: &mut Vm, request: &Request) -> Result<Response, VmError> {
             vm.press_power_button()?;
             Response::Done
         }
-        Request::Console | Request::Quit => Response::Done,
+        Request::Console | Request::Quit { .. } => Response::Done,
     })
+}
+
+fn failed(error: &VmError) -> Response {
+    Response::Failed {
+        message: chain(error),
+    }
 }
 
 /// An error and its causes as one line.

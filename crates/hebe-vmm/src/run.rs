@@ -14,7 +14,7 @@ use anyhow::{Context, bail};
 use hebe_api::VmmState;
 use hebe_kvm::Stop;
 use hebe_snapshot::SavedFile;
-use hebe_store::Segment;
+use hebe_store::{ExecStatus, Segment};
 use hebe_sys::clock::stamp_now;
 use hebe_types::{Stamp, VmConfig};
 use serde_json::json;
@@ -165,6 +165,10 @@ fn restore_ram(args: &Args, path: &Path) -> anyhow::Result<(Arc<Segment>, Vec<u8
         let total = saved.ram_ranges().iter().map(|r| r.len).sum();
         Segment::new_memfd(args.vm_id, &args.name, hebe_types::ByteSize(total), false)?
     };
+    // The file's holes stay what the segment holds: it must be a fresh one.
+    if segment.exec().status() != ExecStatus::Empty {
+        bail!("the segment to restore into is not a fresh one: free it with `hebe store drop`");
+    }
     let mut views: Vec<_> = segment
         .ram()
         .iter()
@@ -286,8 +290,13 @@ fn rebuild(
 ) -> anyhow::Result<()> {
     let Some(old) = vm.take() else { return Ok(()) };
     let (identity, segment) = old.dismantle();
-    // What the old vCPUs still said is about a VM that is gone.
-    while inbox.try_recv().is_ok() {}
+    // What the old vCPUs still said is about a VM that is gone; an order to
+    // end is not.
+    while let Ok(event) = inbox.try_recv() {
+        if event == Event::Quit {
+            bail!("ended by order while the guest was being reset");
+        }
+    }
     let mut fresh = Vm::boot(identity, segment, events)?;
     fresh.start()?;
     *vm = Some(fresh);

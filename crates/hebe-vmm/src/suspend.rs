@@ -34,6 +34,9 @@ impl Vm {
 
     /// Lets a paused or saved VM run again.
     pub fn unpause(&mut self) -> Result<(), VmError> {
+        if self.quitting {
+            return Err(VmError::Quitting);
+        }
         if !matches!(self.state, VmmState::Paused | VmmState::Saved) {
             return Err(VmError::NotNow {
                 state: self.state,
@@ -109,6 +112,9 @@ impl Vm {
                 state: self.state,
                 wanted,
             });
+        }
+        if self.quitting {
+            return Err(VmError::Quitting);
         }
         if self.board.is_ending() {
             return Err(VmError::Ending);

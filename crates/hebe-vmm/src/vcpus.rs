@@ -9,6 +9,7 @@
 //!      └── Exit ──► gone
 //! ```
 
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
@@ -74,7 +75,15 @@ impl Vcpus {
             let (board, events) = (board.clone(), events.clone());
             let handle = thread::Builder::new()
                 .name(format!("vcpu{}", vcpu.index()))
-                .spawn(move || obey(vcpu, &inbox, &board, &events))
+                .spawn(move || {
+                    let events_of_panic = events.clone();
+                    let obey = AssertUnwindSafe(|| obey(vcpu, &inbox, &board, &events));
+                    if panic::catch_unwind(obey).is_err() {
+                        // A VM short of a vCPU must not seem to run.
+                        let stop = Stop::Failed("its thread panicked".into());
+                        let _ = events_of_panic.send(Event::VcpuStopped(stop));
+                    }
+                })
                 .map_err(VcpusError::Spawn)?;
             threads.push(VcpuThread {
                 commands,
@@ -154,6 +163,9 @@ impl Drop for Vcpus {
 fn obey(mut vcpu: Vcpu, inbox: &Receiver<Command>, board: &Board, events: &Sender<Event>) {
     vcpu.bind_to_thread();
     let mut running = false;
+    // A vCPU that stopped by itself has no state worth saving: a shutdown
+    // may have reset it.
+    let mut stopped_itself = None;
     loop {
         // While it runs, the inbox is looked at after each kick only.
         let command = if running {
@@ -161,6 +173,7 @@ fn obey(mut vcpu: Vcpu, inbox: &Receiver<Command>, board: &Board, events: &Sende
                 Stop::Interrupted => vcpu.clear_kick(),
                 stop => {
                     running = false;
+                    stopped_itself = Some(stop.clone());
                     let _ = events.send(Event::VcpuStopped(stop));
                 }
             }
@@ -175,10 +188,10 @@ fn obey(mut vcpu: Vcpu, inbox: &Receiver<Command>, board: &Board, events: &Sende
             None => {}
             Some(Command::Run) => running = true,
             Some(Command::Pause(answer)) => {
-                let result = if running {
-                    vcpu.finish_pending_io(board)
-                } else {
-                    Ok(())
+                let result = match &stopped_itself {
+                    Some(stop) => Err(stop.clone()),
+                    None if running => vcpu.finish_pending_io(board),
+                    None => Ok(()),
                 };
                 running = false;
                 let _ = answer.send(result);

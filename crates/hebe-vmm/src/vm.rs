@@ -95,6 +95,17 @@ pub enum VmError {
         /// What was wanted.
         wanted: &'static str,
     },
+    /// It was to be ended in another state.
+    #[error("the VM is {state:?} and was to be ended as {expected:?}: it is left alone")]
+    Unexpected {
+        /// Where it stands.
+        state: VmmState,
+        /// What the order expected.
+        expected: VmmState,
+    },
+    /// The VMM was told to end.
+    #[error("the VMM is ending: wait for it")]
+    Quitting,
     /// The guest is on its way out.
     #[error("the guest is powering off or resetting: wait for it")]
     Ending,
@@ -123,6 +134,8 @@ pub struct Vm {
     pub(crate) state: VmmState,
     pub(crate) resumes: u32,
     pub(crate) resume_report: Option<ResumeReport>,
+    /// An order to end was accepted: nothing starts to run any more.
+    pub(crate) quitting: bool,
 }
 
 /// Who the VM is. Does not change as long as it lives.
@@ -224,12 +237,26 @@ impl Vm {
             state: VmmState::Paused,
             resumes: 0,
             resume_report: None,
+            quitting: false,
         })
     }
 
     /// Where the VM stands.
     pub fn state(&self) -> VmmState {
         self.state
+    }
+
+    /// The VM is about to be ended by order: if it is in the `expected` state,
+    /// it leaves that no more.
+    pub(crate) fn prepare_quit(&mut self, expected: Option<VmmState>) -> Result<(), VmError> {
+        if let Some(expected) = expected.filter(|expected| *expected != self.state) {
+            return Err(VmError::Unexpected {
+                state: self.state,
+                expected,
+            });
+        }
+        self.quitting = true;
+        Ok(())
     }
 
     /// Ends the VM for good: its segment says that there is nothing to
