@@ -22,6 +22,10 @@
 //! | empty | complete or being restored | any | restore: the new segment never ran |
 //! | empty | – | yes | boot |
 //! | empty | – | no | clean up |
+//! | ended | complete | any | restore (the VM ended when it was saved) |
+//! | ended | being restored | any | lost: it ran after the restore began |
+//! | ended | – | yes | boot |
+//! | ended | – | no | clean up |
 //! | none | complete | any | restore |
 //! | none | being restored | any | interrupted: a person must choose |
 //! | none | – | yes | boot |
@@ -38,6 +42,9 @@ use serde::{Deserialize, Serialize};
 pub enum ExecFact {
     /// Nothing: no VM ever ran in it.
     Empty,
+    /// A VM ran in it and ended: nothing can be resumed, and a file that it was
+    /// restored from is older than its disks.
+    Ended,
     /// A VMM ran it last, and no state was committed since.
     Running,
     /// A state is committed.
@@ -102,7 +109,7 @@ pub enum Decision {
         /// The segment of the VM's former life.
         stale: Option<SegmentId>,
     },
-    /// Drop a segment in which nothing ever ran.
+    /// Drop a segment in which nothing ever ran, or whose VM ended.
     Clean {
         /// Which.
         segment: SegmentId,
@@ -196,21 +203,22 @@ fn with_segment(
                 "it is frozen in memory and saved in a file, and only one of them may run: `hebe resume {name} --from memory` or `--from file`"
             ),
         },
-        (ExecFact::Running, Some(SavedFact::Complete)) | (ExecFact::Empty, Some(_)) => {
-            Decision::Restore { stale }
-        }
-        (ExecFact::Running, Some(SavedFact::Restoring)) => Decision::Lost {
+        (ExecFact::Running | ExecFact::Ended, Some(SavedFact::Complete))
+        | (ExecFact::Empty, Some(_)) => Decision::Restore { stale },
+        (ExecFact::Running | ExecFact::Ended, Some(SavedFact::Restoring)) => Decision::Lost {
             reason: format!(
                 "it ran after its restore and stopped without a state: `hebe start {name}` boots it"
             ),
         },
-        (ExecFact::Running | ExecFact::Empty, None) if boot => Decision::Boot { stale },
+        (ExecFact::Running | ExecFact::Ended | ExecFact::Empty, None) if boot => {
+            Decision::Boot { stale }
+        }
         (ExecFact::Running, None) => Decision::Lost {
             reason: format!(
                 "its VMM or the host stopped while it ran: `hebe start {name}` boots it, `hebe drop {name}` frees its memory"
             ),
         },
-        (ExecFact::Empty, None) => Decision::Clean { segment: id },
+        (ExecFact::Empty | ExecFact::Ended, None) => Decision::Clean { segment: id },
     }
 }
 
@@ -264,9 +272,13 @@ mod tests {
         for pending in [false, true] {
             let decision = decided(Some(ExecFact::Running), Some(SavedFact::Complete), pending);
             assert_eq!(decision, Decision::Restore { stale: STALE });
-            // The restored VM ran: the file is old now.
-            let decision = decided(Some(ExecFact::Running), Some(SavedFact::Restoring), false);
-            assert!(matches!(decision, Decision::Lost { .. }), "{decision:?}");
+            let decision = decided(Some(ExecFact::Ended), Some(SavedFact::Complete), pending);
+            assert_eq!(decision, Decision::Restore { stale: STALE });
+            // The restored VM ran: the file is old now, even if it ended well.
+            for ran in [ExecFact::Running, ExecFact::Ended] {
+                let decision = decided(Some(ran), Some(SavedFact::Restoring), pending);
+                assert!(matches!(decision, Decision::Lost { .. }), "{decision:?}");
+            }
         }
         // Nothing shows whether it ran: not decided here.
         let decision = decided(None, Some(SavedFact::Restoring), false);
@@ -287,6 +299,7 @@ mod tests {
         assert_eq!(decided(None, None, true), boot(None));
         assert_eq!(decided(Some(ExecFact::Running), None, true), boot(STALE));
         assert_eq!(decided(Some(ExecFact::Empty), None, true), boot(STALE));
+        assert_eq!(decided(Some(ExecFact::Ended), None, true), boot(STALE));
         let lost = decided(Some(ExecFact::Running), None, false);
         assert!(matches!(lost, Decision::Lost { .. }));
         let clean = decided(Some(ExecFact::Empty), None, false);
@@ -335,6 +348,7 @@ mod tests {
         let execs = [
             None,
             Some(ExecFact::Empty),
+            Some(ExecFact::Ended),
             Some(ExecFact::Running),
             Some(ExecFact::Frozen),
             Some(ExecFact::Damaged("x".into())),

@@ -331,7 +331,7 @@ fn from_persistent(segment: Option<&SegmentView>, saved: Option<SavedFact>) -> O
             let text = "frozen in memory and saved in a file: only one of them may be continued";
             Some((frozen.0, frozen.1, Some(text.into())))
         }
-        (Some(ExecView::Running { .. }), Some(SavedFact::Restoring)) => {
+        (Some(ExecView::Running { .. } | ExecView::Ended), Some(SavedFact::Restoring)) => {
             let text = "it ran after its restore and stopped without a state";
             Some((VmState::Crashed, Life::Crashed, Some(text.into())))
         }

@@ -144,7 +144,9 @@ fn make_memory(host: &Host, config: &VmConfig, vm: VmId) -> Result<Memory, HostE
     };
     if let Some(old) = view.segment_of(&config.name) {
         match &old.exec {
-            ExecView::Empty | ExecView::Running { .. } => host.store.drop_segment(old.id)?,
+            ExecView::Empty | ExecView::Ended | ExecView::Running { .. } => {
+                host.store.drop_segment(old.id)?
+            }
             ExecView::Frozen { .. } | ExecView::Damaged { .. } => {
                 return Err(HostError::Refused {
                     name: config.name.clone(),

@@ -174,6 +174,7 @@ fn facts(
             name: s.name.clone(),
             exec: match &s.exec {
                 ExecView::Empty => ExecFact::Empty,
+                ExecView::Ended => ExecFact::Ended,
                 ExecView::Running { .. } => ExecFact::Running,
                 ExecView::Frozen { .. } => ExecFact::Frozen,
                 ExecView::Damaged { reason } => ExecFact::Damaged(reason.clone()),

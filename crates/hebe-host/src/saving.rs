@@ -2,6 +2,7 @@
 
 use hebe_api::SaveReport;
 use hebe_api::VmStatus;
+use hebe_flow::resume::SavedFact;
 use hebe_types::{ByteSize, VmName};
 
 use crate::files;
@@ -54,6 +55,15 @@ fn memory_for_restore(host: &Host, name: &VmName, info: &SavedInfo) -> Result<Me
     }
     let view = host.store.view()?.ok_or(StoreTrouble::None)?;
     if let Some(old) = view.segment_of(name) {
+        let ran = matches!(old.exec, ExecView::Running { .. } | ExecView::Ended);
+        if ran && SavedPaths::new(&host.layout, name).fact() == Some(SavedFact::Restoring) {
+            return Err(HostError::Refused {
+                name: name.clone(),
+                why: format!(
+                    "it ran after its restore began, so its file is older than its disks: `hebe start {name}` boots it, `hebe drop {name} --yes` gives it up"
+                ),
+            });
+        }
         // What ran before the save: the file holds all of it.
         host.store.drop_segment(old.id)?;
     }

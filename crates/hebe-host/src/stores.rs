@@ -50,6 +50,8 @@ pub enum StoreTrouble {
 pub enum ExecView {
     /// No VM ever ran in it.
     Empty,
+    /// Its VM ran and ended: nothing can be resumed.
+    Ended,
     /// A VMM runs in it, or did when it or its host stopped.
     Running {
         /// The boot of the host in which it ran.
@@ -235,6 +237,7 @@ fn segment_view(entry: &SegmentEntry) -> Result<SegmentView, StoreTrouble> {
             extents: info.spec.ram.len(),
             exec: match &info.exec {
                 ExecStatus::Empty => ExecView::Empty,
+                ExecStatus::Ended => ExecView::Ended,
                 ExecStatus::Running { boot_id, pid, .. } => ExecView::Running {
                     boot_id: *boot_id,
                     pid: *pid,

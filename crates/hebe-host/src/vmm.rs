@@ -75,11 +75,7 @@ pub fn is_refusal(error: &ClientError) -> bool {
 }
 
 /// Ends the VMM; a connection that breaks while it does so is its end.
-pub fn quit(
-    host: &Host,
-    name: &VmName,
-    expected: Option<VmmState>,
-) -> Result<(), HostError> {
+pub fn quit(host: &Host, name: &VmName, expected: Option<VmmState>) -> Result<(), HostError> {
     let socket = host.layout.socket(name);
     match order(&socket, &Request::Quit { expected }, STATUS_WAIT) {
         Ok(()) | Err(ClientError::Broken(_)) => Ok(()),

@@ -10,7 +10,11 @@
 //!   Empty ───────────────► Running ─────────────────────► Frozen
 //!                             ▲        mark_running          │
 //!                             └──────────────────────────────┘
+//!   any ── mark_empty ──► Ended
 //! ```
+//! Empty and Ended differ on purpose: both have nothing to resume, but only
+//! in an Empty area is it certain that no guest ever ran, and thus that a file
+//! that it was to be restored from still fits its disks.
 //! One owner writes: the segment's VMM. `commit_frozen` writes the state into
 //! the slot that the newest header does not name, makes it persistent, and
 //! only then changes the header, as one atomic change (see the `mirror`
@@ -64,13 +68,13 @@ pub(crate) const HEADER: Place = Place {
 
 const RUNNING: u32 = 1;
 const FROZEN: u32 = 2;
-const EMPTY: u32 = 3;
+const ENDED: u32 = 3;
 
 /// The header's payload.
 #[derive(Clone, Debug, PartialEq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(crate) struct HeaderV2 {
-    /// 1 running, 2 frozen, 3 empty.
+    /// 1 running, 2 frozen, 3 ended.
     pub state: U32,
     /// The slot written last, 0 or 1.
     pub slot: U32,
@@ -97,6 +101,8 @@ const _: () = assert!(SLOT_LEN.is_multiple_of(8));
 pub enum ExecStatus {
     /// No VM has run in this segment yet.
     Empty,
+    /// The VM ran and ended by itself or by order; nothing can be resumed.
+    Ended,
     /// A VMM runs the VM, or ran it and was killed.
     Running {
         /// When it began: nanoseconds since 1970.
@@ -183,7 +189,7 @@ pub(crate) fn status(media: &impl Media, whose: &Whose) -> Result<ExecStatus, St
         };
         let since_ns = header.since_ns.get();
         match header.state.get() {
-            EMPTY => return Ok(ExecStatus::Empty),
+            ENDED => return Ok(ExecStatus::Ended),
             RUNNING => {
                 return Ok(ExecStatus::Running {
                     since_ns,
@@ -236,7 +242,7 @@ fn parse(reading: &Reading, vm: VmId) -> Result<Option<(u64, HeaderV2)>, String>
     if header.vm != vm.0 {
         return Err(format!("it belongs to VM {}", VmId(header.vm)));
     }
-    let sane = matches!(header.state.get(), RUNNING | FROZEN | EMPTY)
+    let sane = matches!(header.state.get(), RUNNING | FROZEN | ENDED)
         && header.slot.get() < 2
         && header.len.get() <= SLOT_LEN;
     if sane {
@@ -278,7 +284,7 @@ pub(crate) fn load(media: &impl Media, whose: &Whose) -> Result<Vec<u8>, StoreEr
             "process {} has run it, and RAM is newer than any state",
             header.pid
         ))),
-        _ => Err(StoreError::NotFrozen("it is empty".into())),
+        _ => Err(StoreError::NotFrozen("its VM ended".into())),
     }
 }
 
@@ -355,7 +361,7 @@ pub(crate) fn mark_empty(media: &impl Media, whose: &Whose, now_ns: u64) -> Resu
     let reading = read(media)?;
     let newest = parse(&reading, whose.vm).map_err(StoreError::ExecDamaged)?;
     let mut header = HeaderV2::new_zeroed();
-    header.state = U32::new(EMPTY);
+    header.state = U32::new(ENDED);
     header.slot = newest.map_or(U32::new(1), |(_, old)| old.slot);
     header.vm = whose.vm.0;
     header.since_ns = U64::new(now_ns);
@@ -404,7 +410,8 @@ impl ExecArea {
         mark_running(&self.mapping, &self.whose, boot_id, pid, now_ns())
     }
 
-    /// Records that the VM ended and that nothing can be resumed.
+    /// Records that the VM ended and that nothing can be resumed: from here on
+    /// the area is [`ExecStatus::Ended`], never [`ExecStatus::Empty`] again.
     ///
     /// # Errors
     /// As for [`ExecArea::mark_running`].

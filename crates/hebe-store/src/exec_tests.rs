@@ -31,12 +31,14 @@ fn prepared() -> TestMedia {
 enum Step {
     Run(u32),
     Freeze(Vec<u8>),
+    End,
 }
 
 fn step(media: &TestMedia, step: &Step) -> Result<(), StoreError> {
     match step {
         Step::Run(pid) => mark_running(media, &WHOSE, BOOT, *pid, u64::from(*pid)),
         Step::Freeze(state) => commit_frozen(media, &WHOSE, state, 1_000),
+        Step::End => mark_empty(media, &WHOSE, 2_000),
     }
 }
 
@@ -44,6 +46,7 @@ fn step(media: &TestMedia, step: &Step) -> Result<(), StoreError> {
 #[derive(Clone, Debug, PartialEq)]
 enum Seen {
     Empty,
+    Ended,
     Running(u32),
     Frozen(Vec<u8>),
     Damaged,
@@ -54,6 +57,7 @@ fn look(image: &Image) -> Seen {
     let loaded = load(&media, &WHOSE);
     let seen = match status(&media, &WHOSE).expect("status") {
         ExecStatus::Empty => Seen::Empty,
+        ExecStatus::Ended => Seen::Ended,
         ExecStatus::Running { pid, boot_id, .. } => {
             assert_eq!(boot_id, BOOT);
             Seen::Running(pid)
@@ -93,7 +97,21 @@ fn life() -> Vec<Step> {
         Step::Run(4),
         Step::Freeze(vec![]),
         Step::Run(5),
+        Step::End,
+        Step::Run(6),
     ]
+}
+
+#[test]
+fn an_area_whose_vm_ended_is_not_one_that_never_ran() {
+    assert_eq!(look(&prepared().snapshot()), Seen::Empty);
+    for steps in [
+        vec![Step::End],
+        vec![Step::Run(1), Step::End],
+        vec![Step::Run(1), Step::Freeze(state(1, 9)), Step::End],
+    ] {
+        assert_eq!(look(&after(&steps).snapshot()), Seen::Ended, "{steps:?}");
+    }
 }
 
 #[test]

@@ -202,6 +202,11 @@ impl Fake {
     }
 
     fn leave(&self, reason: &str) -> ! {
+        if reason != "frozen"
+            && let Some(segment) = &self.segment
+        {
+            segment.exec().mark_empty().expect("mark");
+        }
         end(&self.dir, reason, "");
         self.event(reason);
         process::exit(0)

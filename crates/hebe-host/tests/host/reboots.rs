@@ -48,6 +48,10 @@ pub const CASES: &[crate::Case] = &[
         stop_while_restoring,
     ),
     (
+        "a_restored_vm_that_ended_is_not_restored_again",
+        ended_after_restore,
+    ),
+    (
         "a_stop_of_the_machine_before_a_vm_ever_ran",
         stop_before_first_run,
     ),
@@ -320,6 +324,34 @@ fn stop_while_restoring() {
     let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
     assert_eq!(all.vms[&name("web")], Resumed::Restored);
     assert_eq!(world.segments(), 1);
+}
+
+/// The manager was killed between the VM's first step and the withdrawal of
+/// its file; then the guest powered off. Its disk is newer than the file.
+fn ended_after_restore() {
+    let world = World::new();
+    world.start(&["web"]);
+    world.reboot(RebootMethod::Saved);
+    let paths = SavedPaths::new(&world.host.layout, &name("web"));
+    let info = paths.read_info().expect("info");
+    resume_all(&world.host, stamp_now(), false).expect("not busy");
+    paths.prepare(&info).expect("prepare");
+    fs::write(&paths.restoring, "web").expect("write");
+    let wait = Duration::from_secs(5);
+    let socket = world.host.layout.socket(&name("web"));
+    let _ = hebe_host::vmm::order(&socket, &hebe_api::Request::PowerButton, wait);
+    assert!(ops::ended_within(&world.host, &name("web"), wait));
+    assert_eq!(world.state("web"), VmState::Crashed);
+    let again = ops::ResumeOptions {
+        from: None,
+        again: true,
+    };
+    assert!(ops::resume(&world.host, &name("web"), again).is_err());
+    assert!(hebe_host::saving::restore(&world.host, &name("web")).is_err());
+    world.next_boot();
+    let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
+    let web = &all.vms[&name("web")];
+    assert!(matches!(web, Resumed::Lost { .. }), "{web:?}");
 }
 
 fn stop_before_first_run() {

@@ -56,6 +56,7 @@ fn view(host: &Host) -> Result<StoreView, Failure> {
 fn exec_text(exec: &ExecView) -> String {
     match exec {
         ExecView::Empty => "empty".into(),
+        ExecView::Ended => "empty, its VM ended".into(),
         ExecView::Running { pid, .. } => format!("running (process {pid} when it began)"),
         ExecView::Frozen { state_bytes, .. } => format!("frozen, {state_bytes} bytes of state"),
         ExecView::Damaged { reason } => format!("damaged: {reason}"),
