@@ -112,6 +112,14 @@ pub enum Origin {
     File(PathBuf),
 }
 
+impl Origin {
+    /// Whether a state is continued, which the VMM withdraws before the VM
+    /// runs: nobody else can tell whether it did.
+    fn is_state(&self) -> bool {
+        !matches!(self, Self::Boot(_))
+    }
+}
+
 /// One VMM to be started.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Launch {
@@ -159,6 +167,20 @@ pub enum LaunchError {
         /// The end of its log.
         words: String,
     },
+    /// It did not answer, and may already run what it was started to continue.
+    #[error(
+        "VM '{name}' did not answer within {seconds} s: its VMM (process {pid}) goes on, because it may have withdrawn the state it continues; see `hebe list`, and end it with `hebe stop {name} --force` only if the VM may be lost; its last words: {words}"
+    )]
+    Unanswered {
+        /// Which VM.
+        name: VmName,
+        /// How long it had.
+        seconds: u64,
+        /// Its VMM.
+        pid: u32,
+        /// The end of its log.
+        words: String,
+    },
     /// The device could not be had.
     #[error(transparent)]
     Store(#[from] StoreTrouble),
@@ -174,7 +196,8 @@ pub enum LaunchError {
 }
 
 /// Starts a VMM and waits until its VM runs. The caller holds the VM's lock.
-/// On failure no process is left; files and segments are the caller's.
+/// On failure no process is left, and files and segments are the caller's; but
+/// after [`LaunchError::Unanswered`] they are the VMM's, which lives on.
 pub fn launch(
     host: &Host,
     lock: &VmLock,
@@ -294,6 +317,14 @@ fn wait_until_up(
             return Err(LaunchError::Ended {
                 name: order.name.clone(),
                 reason: last_words(dir, Some(status)),
+            });
+        }
+        if left.is_zero() && order.origin.is_state() {
+            return Err(LaunchError::Unanswered {
+                name: order.name.clone(),
+                seconds: wait.as_secs(),
+                pid: child.id(),
+                words: last_words(dir, None),
             });
         }
         if left.is_zero() {

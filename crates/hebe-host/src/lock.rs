@@ -9,8 +9,13 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
+
+/// How long one who takes a lock waits for those who only look at it.
+const LOOKERS_WAIT: Duration = Duration::from_millis(200);
 
 /// The held lock of one VM.
 #[derive(Debug)]
@@ -23,6 +28,23 @@ impl VmLock {
     /// Takes the lock of the VM whose directory is `dir`, creating the
     /// directory. `None` when somebody else holds it.
     pub fn take(dir: &Path) -> io::Result<Option<Self>> {
+        Self::take_as(dir, Kind::Exclusive, LOOKERS_WAIT)
+    }
+
+    /// Takes the lock together with others that do so; `None` when somebody
+    /// holds it alone.
+    pub fn take_shared(dir: &Path) -> io::Result<Option<Self>> {
+        Self::take_as(dir, Kind::Shared, LOOKERS_WAIT)
+    }
+
+    /// [`VmLock::take`], which waits for those who share the lock, and not for
+    /// one who holds it alone.
+    pub fn take_from_sharers(dir: &Path, wait: Duration) -> io::Result<Option<Self>> {
+        Self::take_as(dir, Kind::Exclusive, wait)
+    }
+
+    fn take_as(dir: &Path, kind: Kind, wait: Duration) -> io::Result<Option<Self>> {
+        let began = Instant::now();
         loop {
             fs::DirBuilder::new()
                 .recursive(true)
@@ -41,10 +63,8 @@ impl VmLock {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
                 other => other?,
             };
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => {}
-                Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
-                Err(e) => return Err(e.into()),
+            if !acquire(&file, kind, began + wait)? {
+                return Ok(None);
             }
             // The holder before may have removed the directory: a lock on a
             // file that no longer has the name protects nothing.
@@ -78,9 +98,63 @@ impl VmLock {
     }
 }
 
+/// Alone, or together with others of this kind.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Exclusive,
+    Shared,
+}
+
+/// False when somebody else holds the lock alone, or when others still share
+/// it at `deadline`. A process that looks whether a lock is held shares it for
+/// an instant, and is no holder.
+fn acquire(file: &File, kind: Kind, deadline: Instant) -> io::Result<bool> {
+    let try_lock = |operation| match flock(file, operation) {
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+        Err(e) => Err(io::Error::from(e)),
+    };
+    if kind == Kind::Shared {
+        return try_lock(FlockOperation::NonBlockingLockShared);
+    }
+    let mut pause = Duration::from_micros(200);
+    loop {
+        if try_lock(FlockOperation::NonBlockingLockExclusive)? {
+            return Ok(true);
+        }
+        if !try_lock(FlockOperation::NonBlockingLockShared)? {
+            return Ok(false);
+        }
+        flock(file, FlockOperation::Unlock)?;
+        if Instant::now() >= deadline {
+            return Ok(false);
+        }
+        thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(5));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_looker_of_an_instant_does_not_keep_the_lock_from_anybody() {
+        let root = tempfile::tempdir().expect("dir");
+        let dir = root.path().join("vms/web");
+        drop(VmLock::take(&dir).expect("io").expect("free"));
+        let looker = VmLock::take_shared(&dir).expect("io").expect("free");
+        assert!(VmLock::take_shared(&dir).expect("io").is_some());
+        assert!(VmLock::take(&dir).expect("io").is_none(), "it stays");
+        let end = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(30));
+            drop(looker);
+        });
+        let lock = VmLock::take(&dir).expect("io").expect("after the looker");
+        end.join().expect("join");
+        assert!(VmLock::take_shared(&dir).expect("io").is_none());
+        drop(lock);
+    }
 
     #[test]
     fn one_holder_at_a_time_and_lookers_do_not_count() {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use hebe_flow::life::Life;
 use hebe_flow::reboot::Fate;
+use hebe_flow::resume::SavedFact;
 use hebe_types::{ByteSize, RebootMethod, VmName};
 use serde::Serialize;
 
@@ -11,6 +12,7 @@ use crate::cmdline;
 use crate::definitions;
 use crate::host::Host;
 use crate::listing::{self, Survey, VmRow, VmState, with_cause};
+use crate::saved::SavedPaths;
 use crate::stores::StoreView;
 use crate::system::Leave;
 
@@ -388,7 +390,11 @@ fn reservation(host: &Host, next: &NextKernel, survey: &Survey) -> Check {
 
 /// Nothing in memory is promised to outlive a reset.
 fn reset_checks(survey: &Survey) -> Vec<Check> {
-    let frozen = survey.rows.values().filter(|row| row.life == Life::Frozen);
+    // One whose VMM lives is as frozen: that VMM ends with this kernel too.
+    let frozen = survey
+        .rows
+        .values()
+        .filter(|row| matches!(row.life, Life::Frozen | Life::Held));
     frozen
         .map(|row| {
             Check::bad(
@@ -461,11 +467,27 @@ fn vm_checks(host: &Host, survey: &Survey, vms: &[VmVerdict]) -> Vec<Check> {
             )),
             _ => {}
         }
+        checks.extend(half_saved(host, survey, name));
         if vm.fate.is_some() {
             checks.extend(files_of(host, survey, vm));
         }
     }
     checks
+}
+
+/// A VM that stands still because it was saved counts as saved only if its
+/// file was committed: whoever ordered the save may have been killed before.
+fn half_saved(host: &Host, survey: &Survey, name: &VmName) -> Option<Check> {
+    let held = survey.rows.get(name)?.life == Life::SavedHeld;
+    let complete = SavedPaths::new(&host.layout, name).fact() == Some(SavedFact::Complete);
+    (held && !complete).then(|| {
+        Check::bad(
+            format!("saved:{name}"),
+            Level::Fail,
+            format!("VM '{name}' was being saved, and its file is not complete"),
+            format!("`hebe resume {name}` lets it run again"),
+        )
+    })
 }
 
 /// What the VM needs to come back must be there now.

@@ -7,7 +7,9 @@ use hebe_types::{ByteSize, VmName};
 
 use crate::files;
 use crate::host::{Host, HostError};
-use crate::launch::{ExitRecord, Instance, LAUNCH_WAIT, Launch, Memory, Origin, launch};
+use crate::launch::{
+    ExitRecord, Instance, LAUNCH_WAIT, Launch, LaunchError, Memory, Origin, launch,
+};
 use crate::ops::lock;
 use crate::saved::{SavedInfo, SavedPaths};
 use crate::stores::{ExecView, StoreTrouble};
@@ -42,6 +44,8 @@ pub fn restore(host: &Host, name: &VmName) -> Result<VmStatus, HostError> {
             paths.withdraw()?;
             Ok(status)
         }
+        // The VMM lives: file and segment are its own.
+        Err(error @ LaunchError::Unanswered { .. }) => Err(error.into()),
         Err(error) => {
             undo_restore(host, name, &paths, &order.memory)?;
             Err(error.into())

@@ -3,6 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
+use hebe_host::definitions;
 use hebe_host::listing::{self, VmState};
 use hebe_host::ops::{self, ResumeFrom, ResumeOptions, StopOptions};
 use hebe_host::resume_all::{Resumed, resume_all};
@@ -34,6 +35,10 @@ pub const CASES: &[crate::Case] = &[
     ("a_full_store_is_one_sentence", full_store),
     ("room_of_guests_that_powered_off_is_used", reaped_room),
     ("one_order_at_a_time_concerns_all_vms", one_at_a_time),
+    (
+        "a_silent_vmm_that_continues_a_state_is_not_ended",
+        silent_with_a_state,
+    ),
 ];
 
 fn force() -> StopOptions {
@@ -309,4 +314,45 @@ fn one_at_a_time() {
     assert!(busy.to_string().contains("wait"), "{busy}");
     drop(lock);
     assert!(resume_all(&world.host, stamp_now(), false).is_ok());
+}
+
+/// It may have withdrawn the state already: nobody can tell but itself.
+fn silent_with_a_state() {
+    use hebe_host::launch::{Launch, LaunchError, Memory, Origin, launch};
+    let world = World::new();
+    world.start(&["web"]);
+    ops::suspend(&world.host, &name("web")).expect("suspends");
+    let view = world.host.store.view().expect("view").expect("store");
+    let segment = view.segment_of(&name("web")).expect("segment");
+    let mut order = Launch {
+        name: name("web"),
+        vm: segment.vm.expect("readable"),
+        size: segment.memory,
+        memory: Memory::Segment {
+            id: segment.id,
+            spec: segment.spec.clone(),
+        },
+        origin: Origin::Frozen,
+    };
+    world.tell("web", "hang-start");
+    let wait = Duration::from_millis(200);
+    let lock = ops::lock(&world.host, &name("web")).expect("free");
+    let error = launch(&world.host, &lock, &order, wait).expect_err("silent");
+    drop(lock);
+    let LaunchError::Unanswered { pid, .. } = &error else {
+        panic!("{error}");
+    };
+    assert_eq!(world.state("web"), VmState::Unresponsive, "it has its lock");
+    let pid = rustix::process::Pid::from_raw(*pid as i32).expect("pid");
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it lives");
+    let end = Duration::from_secs(5);
+    assert!(ops::ended_within(&world.host, &name("web"), end));
+    // A boot has nothing to lose.
+    let config = definitions::load(&world.host.layout, &name("web"));
+    order.origin = Origin::Boot(Box::new(config.expect("defined").1));
+    let lock = ops::lock(&world.host, &name("web")).expect("free");
+    let error = launch(&world.host, &lock, &order, wait).expect_err("silent");
+    assert!(matches!(error, LaunchError::Silent { .. }), "{error}");
+    drop(lock);
+    assert_eq!(world.state("web"), VmState::Frozen);
 }

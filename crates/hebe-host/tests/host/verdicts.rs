@@ -1,12 +1,14 @@
 //! Pre-flight: what is refused, and in which words; and the shapes of JSON.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use hebe_flow::reboot::Fate;
 use hebe_host::listing;
 use hebe_host::ops;
 use hebe_host::preflight::{Level, Verdict, preflight};
 use hebe_host::reboot::{RebootEnd, reboot};
+use hebe_host::saved::{SavedInfo, SavedPaths};
 use hebe_types::RebootMethod;
 
 use crate::world::{RESERVED, World, name};
@@ -18,6 +20,7 @@ pub const CASES: &[crate::Case] = &[
     ("saved_vms_need_room_on_a_disk", room),
     ("a_missing_disk_is_refused", disk),
     ("a_reset_is_refused_while_a_vm_is_frozen", reset),
+    ("vms_that_a_killed_manager_left_standing", left_standing),
     ("a_refused_reboot_touches_nothing", refused),
     ("the_json_of_lists_and_verdicts_keeps_its_shape", shapes),
 ];
@@ -136,6 +139,32 @@ fn reset() {
     assert_eq!(failed(&verdict), ["frozen:web"]);
     options.hard = false;
     assert!(preflight(&world.host, &options, true).0.passes());
+}
+
+/// Frozen or saved, with their VMMs alive, because no one told them to end.
+fn left_standing() {
+    let world = World::new();
+    world.start(&["db", "web"]);
+    let wait = Duration::from_secs(5);
+    let layout = &world.host.layout;
+    hebe_host::vmm::freeze(&layout.socket(&name("web")), wait).expect("freezes");
+    let mut options = world.options(RebootMethod::Saved);
+    options.hard = true;
+    let (verdict, _) = preflight(&world.host, &options, true);
+    assert_eq!(failed(&verdict), ["frozen:web"]);
+    let paths = SavedPaths::new(layout, &name("db"));
+    let info = SavedInfo {
+        vm: world.instance("db").expect("instance").vm,
+        memory: hebe_types::ByteSize::mib(4),
+        in_store: true,
+    };
+    paths.prepare(&info).expect("prepare");
+    hebe_host::vmm::save(&layout.socket(&name("db")), &paths.part, wait).expect("saves");
+    let verdict = crate::verdicts::verdict(&world, RebootMethod::Warm);
+    assert_eq!(failed(&verdict), ["saved:db"]);
+    paths.commit().expect("commit");
+    let verdict = crate::verdicts::verdict(&world, RebootMethod::Warm);
+    assert!(verdict.passes(), "{}", verdict.why_not());
 }
 
 fn refused() {
