@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hebe_api::ClientError;
-use hebe_types::VmName;
+use hebe_types::{SegmentId, VmName};
 use serde::Deserialize;
 
 use crate::definitions::DefinitionError;
@@ -15,6 +15,9 @@ use crate::launch::LaunchError;
 use crate::lock::VmLock;
 use crate::stores::{DeviceStore, StoreAccess, StoreTrouble};
 use crate::system::{Machine, System, SystemError};
+
+/// How long an order that concerns all VMs waits for those of single VMs.
+const ORDERS_WAIT: Duration = Duration::from_secs(60);
 
 /// Directories and programs of a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -152,10 +155,23 @@ impl Host {
         }
     }
 
-    /// The lock under which one order at a time concerns all VMs.
+    /// The lock under which one order at a time concerns all VMs. Orders of
+    /// single VMs that are under way are waited for; new ones are refused.
     pub fn lock_all(&self) -> Result<VmLock, HostError> {
         let dir = self.layout.run.join("host");
-        VmLock::take(&dir)
+        let taken = VmLock::take_from_sharers(&dir, ORDERS_WAIT);
+        match taken.map_err(HostError::file("lock", &dir))? {
+            Some(lock) => Ok(lock),
+            None if VmLock::is_held(&dir) => Err(HostError::HostBusy),
+            None => Err(HostError::OrdersBusy),
+        }
+    }
+
+    /// The lock that every order of a single VM shares, so that none happens
+    /// in the midst of one that concerns all.
+    pub fn lock_orders(&self) -> Result<VmLock, HostError> {
+        let dir = self.layout.run.join("host");
+        VmLock::take_shared(&dir)
             .map_err(HostError::file("lock", &dir))?
             .ok_or(HostError::HostBusy)
     }
@@ -200,6 +216,19 @@ pub enum HostError {
         "another `hebe reboot` or `hebe resume --all` is at work on this host: wait until it is done"
     )]
     HostBusy,
+    /// Orders of single VMs go on.
+    #[error("other hebe commands are at work on VMs of this host: wait until they are done")]
+    OrdersBusy,
+    /// The runtime directory lost the lock of a VMM that lives.
+    #[error(
+        "process {pid} is a VMM and still runs in segment {segment}, though its runtime directory was emptied: shut its guest down from inside, or end that process"
+    )]
+    InUse {
+        /// Which segment.
+        segment: SegmentId,
+        /// The VMM.
+        pid: u32,
+    },
     /// The VMM did not do as asked.
     #[error("VM '{name}': {source}")]
     Vmm {

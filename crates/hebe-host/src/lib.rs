@@ -30,6 +30,7 @@ pub mod report;
 pub mod resume_all;
 pub mod saved;
 pub mod saving;
+pub mod segments;
 pub mod store_init;
 pub mod stores;
 pub mod system;

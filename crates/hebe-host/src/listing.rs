@@ -158,7 +158,7 @@ pub fn with_cause(error: &dyn std::error::Error) -> String {
 }
 
 /// VMs that have a runtime directory.
-fn run_dirs(host: &Host) -> Vec<VmName> {
+pub(crate) fn run_dirs(host: &Host) -> Vec<VmName> {
     fs::read_dir(host.layout.run.join("vms"))
         .into_iter()
         .flatten()

@@ -1,7 +1,9 @@
 //! What may be ordered of one VM.
 //!
 //! Every order takes the VM's lock or talks to the VMM that holds it, and is
-//! admitted by [`hebe_flow::life`] first.
+//! admitted by [`hebe_flow::life`] first. Orders that people give share the
+//! host's lock meanwhile, so that none happens in the midst of a reboot; their
+//! parts that a reboot uses too do not.
 
 use std::fs;
 use std::io;
@@ -20,6 +22,7 @@ use crate::listing::{self, Survey, VmRow};
 use crate::lock::VmLock;
 use crate::saved::SavedPaths;
 use crate::saving;
+use crate::segments::{free_segment, refuse_in_use};
 use crate::stores::{ExecView, StoreTrouble};
 use crate::vmm;
 
@@ -47,6 +50,7 @@ pub fn lock(host: &Host, name: &VmName) -> Result<VmLock, HostError> {
 
 /// Boots a VM from its definition.
 pub fn start(host: &Host, name: &VmName) -> Result<VmStatus, HostError> {
+    let _not_all = host.lock_orders()?;
     let (path, config) = definitions::load(&host.layout, name)?;
     let survey = listing::survey(host);
     admit(survey.row(host, name)?, Order::Start)?;
@@ -56,6 +60,7 @@ pub fn start(host: &Host, name: &VmName) -> Result<VmStatus, HostError> {
 
 /// Boots a VM from a definition that lies anywhere, and keeps that definition.
 pub fn run(host: &Host, config: &VmConfig) -> Result<VmStatus, HostError> {
+    let _not_all = host.lock_orders()?;
     let name = &config.name;
     config.validate().map_err(|e| HostError::Refused {
         name: name.clone(),
@@ -105,7 +110,7 @@ pub fn boot(host: &Host, config: &VmConfig) -> Result<VmStatus, HostError> {
         };
         launch(host, &lock, &order, LAUNCH_WAIT).map_err(|error| {
             if let Memory::Segment { id, .. } = order.memory {
-                let _ = host.store.drop_segment(id);
+                let _ = host.store.drop_segment(id, Some(vm));
             }
             error.into()
         })
@@ -145,8 +150,9 @@ fn make_memory(host: &Host, config: &VmConfig, vm: VmId) -> Result<Memory, HostE
     if let Some(old) = view.segment_of(&config.name) {
         match &old.exec {
             ExecView::Empty | ExecView::Ended | ExecView::Running { .. } => {
-                host.store.drop_segment(old.id)?
+                free_segment(host, old)?;
             }
+
             ExecView::Frozen { .. } | ExecView::Damaged { .. } => {
                 return Err(HostError::Refused {
                     name: config.name.clone(),
@@ -185,6 +191,7 @@ pub struct StopOptions {
 
 /// Stops a VM and frees what it held.
 pub fn stop(host: &Host, name: &VmName, options: StopOptions) -> Result<(), HostError> {
+    let _not_all = host.lock_orders()?;
     let survey = listing::survey(host);
     let row = survey.row(host, name)?;
     if row.life == Life::Starting && options.force {
@@ -290,7 +297,7 @@ fn free(host: &Host, lock: VmLock, name: &VmName) -> Result<(), HostError> {
         && let Some(segment) = view.segment_of(name)
         && !matches!(segment.exec, ExecView::Frozen { .. })
     {
-        host.store.drop_segment(segment.id)?;
+        free_segment(host, segment)?;
     }
     definitions::forget_transient(&host.layout, name);
     let dir = host.layout.vm_dir(name);
@@ -299,6 +306,7 @@ fn free(host: &Host, lock: VmLock, name: &VmName) -> Result<(), HostError> {
 
 /// Suspends a VM on memory: freeze, then the VMM ends.
 pub fn suspend(host: &Host, name: &VmName) -> Result<FreezeReport, HostError> {
+    let _not_all = host.lock_orders()?;
     let survey = listing::survey(host);
     let row = survey.row(host, name)?;
     admit(row, Order::Freeze)?;
@@ -348,6 +356,16 @@ pub enum ResumeFrom {
 
 /// Resumes a VM: from memory, from its file, or in the VMM that holds it.
 pub fn resume(host: &Host, name: &VmName, options: ResumeOptions) -> Result<VmStatus, HostError> {
+    let _not_all = host.lock_orders()?;
+    resume_one(host, name, options)
+}
+
+/// [`resume`], for one who holds the lock of all VMs or shares it.
+pub(crate) fn resume_one(
+    host: &Host,
+    name: &VmName,
+    options: ResumeOptions,
+) -> Result<VmStatus, HostError> {
     let survey = listing::survey(host);
     let row = survey.row(host, name)?;
     if matches!(row.life, Life::Held | Life::SavedHeld | Life::Paused) {
@@ -420,17 +438,19 @@ pub fn continue_frozen(host: &Host, order: &Launch) -> Result<VmStatus, HostErro
 
 /// Gives a VM up: its segment, its saved file and its runtime directory.
 pub fn drop_vm(host: &Host, name: &VmName) -> Result<(), HostError> {
+    let _not_all = host.lock_orders()?;
     let survey = listing::survey(host);
     let row = survey.row(host, name)?;
     if row.life.has_vmm() {
         admit(row, Order::Drop)?;
     }
     let lock = lock(host, name)?;
+    let segments = survey.store.iter().flat_map(|s| &s.segments);
+    let own = segments.filter(|s| s.name.as_ref() == Some(name));
+    own.clone().try_for_each(|s| refuse_in_use(host, s))?;
     SavedPaths::new(&host.layout, name).withdraw()?;
-    let store = survey.store.iter();
-    let own = store.flat_map(|s| &s.segments);
-    for segment in own.filter(|s| s.name.as_ref() == Some(name)) {
-        host.store.drop_segment(segment.id)?;
+    for segment in own {
+        free_segment(host, segment)?;
     }
     definitions::forget_transient(&host.layout, name);
     let dir = host.layout.vm_dir(name);

@@ -19,19 +19,25 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
+use hebe_api::VmmState;
 use hebe_flow::reboot::{Effect, Fate, Input, Outcome, Phase, Reboot};
 use hebe_sys::proc;
 use hebe_types::{RebootMethod, Stamp, VmId, VmName};
 
 use crate::host::{Host, HostError};
 use crate::job::{Job, Note, Trouble};
-use crate::listing::{Survey, with_cause};
+use crate::listing::{self, Survey, with_cause};
+use crate::lock::VmLock;
 use crate::ops::{self, StopOptions};
 use crate::preflight::{RebootOptions, Verdict, preflight};
 use crate::report::{ReportPlace, keep_report};
 use crate::saved::Pending;
 use crate::system::Leave;
 use crate::timeline::{EventKind, KernelInfo, Side, Timeline, rate};
+use crate::vmm;
+
+/// How long a VMM may take to answer when everybody else is down.
+const LAST_LOOK_WAIT: Duration = Duration::from_secs(2);
 
 /// How a reboot ended that did not leave the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -207,7 +213,9 @@ impl Driver<'_> {
             Effect::StopServices => self.stop_services(),
             Effect::Prepare => self.prepare(),
             Effect::Record => self.record(),
-            Effect::Jump => Err(with_cause(&self.host.system.leave(self.verdict.leave()))),
+            Effect::Jump => self
+                .last_look()
+                .and_then(|()| Err(with_cause(&self.host.system.leave(self.verdict.leave())))),
             Effect::StartServices => self.start_services(),
             Effect::Unprepare => self.unprepare(),
             Effect::Unload => self.host.system.unload_kernel().map_err(|e| with_cause(&e)),
@@ -343,6 +351,24 @@ impl Driver<'_> {
         pending.write(self.host).map_err(say)
     }
 
+    /// Whatever runs now would be lost. VMs that were frozen or saved by this
+    /// reboot said so themselves and are not asked again: every VM is down.
+    fn last_look(&self) -> Result<(), String> {
+        for name in up(self.host) {
+            let mut vms = self.verdict.vms.iter();
+            let fate = vms.find(|v| v.vm == name).and_then(|v| v.fate);
+            if matches!(fate, Some(Fate::Keep | Fate::Save)) {
+                continue;
+            }
+            let status = vmm::status(&self.host.layout.socket(&name), LAST_LOOK_WAIT);
+            match status.map(|s| s.state) {
+                Ok(VmmState::Frozen | VmmState::Saved) => {}
+                _ => return Err(format!("VM '{name}' came up while the others were stopped")),
+            }
+        }
+        Ok(())
+    }
+
     /// The last work before the jump; every VM is down here, so it is short.
     fn record(&mut self) -> Result<(), String> {
         self.note(EventKind::AllSuspended);
@@ -366,6 +392,13 @@ impl Driver<'_> {
         };
         keep_report(self.host, &self.timeline, place)
     }
+}
+
+/// VMs in whose directory somebody holds the lock.
+fn up(host: &Host) -> impl Iterator<Item = VmName> {
+    listing::run_dirs(host)
+        .into_iter()
+        .filter(|name| VmLock::is_held(&host.layout.vm_dir(name)))
 }
 
 /// The methods, as words for messages.

@@ -22,6 +22,7 @@ use crate::ops;
 use crate::report::{ReportPlace, keep_report, last_report};
 use crate::saved::{self, Pending};
 use crate::saving;
+use crate::segments::free_segment;
 use crate::stores::{ExecView, StoreView};
 use crate::timeline::{EventKind, KernelInfo, Side, Timeline, corrected_clock};
 use crate::vmm;
@@ -240,7 +241,7 @@ impl Work<'_> {
                 saving::restore(self.host, name).map(|status| self.up(Resumed::Restored, status))
             }
             Decision::Boot { .. } => self.boot(name),
-            Decision::Clean { segment } => self.clean(name, *segment),
+            Decision::Clean { .. } => self.clean(name),
             Decision::Leave { reason } => Ok((
                 Resumed::Left {
                     reason: reason.clone(),
@@ -274,7 +275,7 @@ impl Work<'_> {
             )
         });
         if held {
-            ops::resume(self.host, name, ops::ResumeOptions::default())?;
+            ops::resume_one(self.host, name, ops::ResumeOptions::default())?;
         }
         Ok((Resumed::Already, None))
     }
@@ -309,10 +310,12 @@ impl Work<'_> {
         Ok(self.up(Resumed::Booted, status))
     }
 
-    fn clean(&self, name: &VmName, segment: hebe_types::SegmentId) -> Result<Done, HostError> {
+    fn clean(&self, name: &VmName) -> Result<Done, HostError> {
         // Under the VM's lock: a VMM that starts this moment holds it.
         let lock = ops::lock(self.host, name)?;
-        self.host.store.drop_segment(segment)?;
+        if let Some(segment) = self.store.and_then(|s| s.segment_of(name)) {
+            free_segment(self.host, segment)?;
+        }
         let _ = lock.remove_dir();
         Ok((Resumed::Cleaned, None))
     }

@@ -12,6 +12,7 @@ use crate::launch::{
 };
 use crate::ops::lock;
 use crate::saved::{SavedInfo, SavedPaths};
+use crate::segments::free_segment;
 use crate::stores::{ExecView, StoreTrouble};
 use crate::vmm;
 
@@ -69,7 +70,7 @@ fn memory_for_restore(host: &Host, name: &VmName, info: &SavedInfo) -> Result<Me
             });
         }
         // What ran before the save: the file holds all of it.
-        host.store.drop_segment(old.id)?;
+        free_segment(host, old)?;
     }
     let new = host.store.create(info.vm, name, info.memory)?;
     Ok(Memory::Segment {
@@ -91,9 +92,9 @@ fn undo_restore(
         Memory::Segment { .. } => {
             let view = host.store.view()?;
             let segment = view.as_ref().and_then(|v| v.segment_of(name));
-            match segment.map(|s| (&s.exec, s.id)) {
-                Some((ExecView::Empty, id)) => {
-                    host.store.drop_segment(id)?;
+            match segment {
+                Some(fresh) if fresh.exec == ExecView::Empty => {
+                    free_segment(host, fresh)?;
                     true
                 }
                 _ => false,

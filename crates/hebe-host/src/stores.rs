@@ -150,8 +150,9 @@ pub trait StoreAccess: Send + Sync {
     /// Makes a segment that reads as zero.
     fn create(&self, vm: VmId, name: &VmName, memory: ByteSize)
     -> Result<NewSegment, StoreTrouble>;
-    /// Scrubs and frees a segment.
-    fn drop_segment(&self, id: SegmentId) -> Result<(), StoreTrouble>;
+    /// Scrubs and frees the segment that `vm` had when it was listed; `None` for
+    /// one whose record is damaged.
+    fn drop_segment(&self, id: SegmentId, vm: Option<VmId>) -> Result<(), StoreTrouble>;
     /// A descriptor of the device for one VMM.
     fn device(&self) -> Result<OwnedFd, StoreTrouble>;
     /// The report kept in the store, if any.
@@ -306,8 +307,8 @@ impl StoreAccess for DeviceStore {
         })
     }
 
-    fn drop_segment(&self, id: SegmentId) -> Result<(), StoreTrouble> {
-        self.with_manager(|store| store.drop_segment(id))
+    fn drop_segment(&self, id: SegmentId, vm: Option<VmId>) -> Result<(), StoreTrouble> {
+        self.with_manager(|store| store.drop_segment(id, vm))
     }
 
     fn device(&self) -> Result<OwnedFd, StoreTrouble> {

@@ -161,6 +161,11 @@ pub enum StoreError {
     /// No segment in that slot.
     #[error("there is no segment {0} in this store: 'hebe store list' shows those there are")]
     NoSuchSegment(SegmentId),
+    /// The slot holds another VM's segment than the caller listed.
+    #[error(
+        "segment {0} is not what it was when it was listed, and is left alone: see 'hebe store list'"
+    )]
+    Reused(SegmentId),
     /// A placement table that cannot be mapped safely.
     #[error("the segment's placement table is refused: {0}")]
     BadSpec(String),

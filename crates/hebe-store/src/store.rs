@@ -406,11 +406,15 @@ impl Store {
     /// Destroys a segment, zeroes it and frees it; or gives a damaged slot up.
     /// No VMM may have it mapped: whoever calls this holds the VM's lock.
     ///
+    /// `vm` is whose segment it was when it was listed, `None` for a damaged
+    /// record: a slot that was used again since is left alone.
+    ///
     /// # Errors
-    /// [`StoreError::NoSuchSegment`], [`StoreError::Overrun`].
-    pub fn drop_segment(&mut self, id: SegmentId) -> Result<(), StoreError> {
+    /// [`StoreError::NoSuchSegment`], [`StoreError::Reused`],
+    /// [`StoreError::Overrun`].
+    pub fn drop_segment(&mut self, id: SegmentId, vm: Option<VmId>) -> Result<(), StoreError> {
         self.managing()?;
-        self.table.drop_segment(id)
+        self.table.drop_segment(id, vm)
     }
 
     /// The descriptor that a VMM maps its segment from. It does not carry the

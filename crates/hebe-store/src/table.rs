@@ -390,14 +390,20 @@ impl<M: Media> Table<M> {
     }
 
     /// Destroys a segment; see [`crate::Store::drop_segment`].
-    pub(crate) fn drop_segment(&self, id: SegmentId) -> Result<(), StoreError> {
+    pub(crate) fn drop_segment(&self, id: SegmentId, vm: Option<VmId>) -> Result<(), StoreError> {
         self.check()?;
         let scan = self.scan()?;
         let found = scan.slots.get(id.0 as usize);
         let (reading, slot) = found.ok_or(StoreError::NoSuchSegment(id))?;
         match slot {
             Slot::Good(Record::Free) => Err(StoreError::NoSuchSegment(id)),
+            Slot::Good(Record::Allocating(owner) | Record::Live(owner))
+                if vm != Some(owner.spec.vm) =>
+            {
+                Err(StoreError::Reused(id))
+            }
             Slot::Good(record) => self.scrub_and_free(id.0, reading, &extents(record)),
+            Slot::Damaged(_) if vm.is_some() => Err(StoreError::Reused(id)),
             Slot::Damaged(_) => self.give_up(id.0),
         }
     }

@@ -166,8 +166,8 @@ fn an_overwritten_guard_leaves_nothing_to_resume_and_nothing_is_written() {
             assert_eq!(table.usage().expect("usage").0, 0);
             let refused = [
                 create(&table, 5, 1).map(|_| ()),
-                table.drop_segment(spec.id),
-                table.drop_segment(SegmentId(1)),
+                table.drop_segment(spec.id, Some(spec.vm)),
+                table.drop_segment(SegmentId(1), None),
             ];
             for result in refused {
                 assert!(matches!(result, Err(StoreError::Overrun { .. })));
@@ -196,7 +196,7 @@ fn a_segments_overwritten_guard_costs_that_vm_alone() {
         })
         .collect();
     assert_eq!(damage, [true, false]);
-    table.drop_segment(hurt.id).expect("give up");
+    table.drop_segment(hurt.id, Some(hurt.vm)).expect("give up");
     assert!(wiped(&table.media.snapshot(), &hurt));
     assert_eq!(specs(&table), [kept]);
 }
@@ -242,7 +242,7 @@ fn a_stop_anywhere_in_create_leaves_the_vm_there_or_absent() {
     mark(&table, &neighbour, 0x11);
     // Dirt where the new VM will go.
     let dirt = create(&table, 2, 4).expect("dirt");
-    table.drop_segment(dirt.id).expect("drop");
+    table.drop_segment(dirt.id, Some(dirt.vm)).expect("drop");
     mark(&table, &dirt, 0xdd);
     let start = table.media.snapshot();
     table.media.log.borrow_mut().clear();
@@ -284,7 +284,9 @@ fn a_stop_anywhere_in_drop_leaves_the_vm_whole_or_absent() {
     mark(&table, &doomed, 0x22);
     let start = table.media.snapshot();
     table.media.log.borrow_mut().clear();
-    table.drop_segment(doomed.id).expect("drop");
+    table
+        .drop_segment(doomed.id, Some(doomed.vm))
+        .expect("drop");
     let log = table.media.log.borrow().clone();
     let (mut there, mut absent) = (0, 0);
     every_cut(&start, &log, |image, at| {
@@ -314,7 +316,9 @@ fn a_stop_anywhere_in_recovery_is_recovered_from() {
     mark(&table, &doomed, 0x22);
     let start = table.media.snapshot();
     table.media.log.borrow_mut().clear();
-    table.drop_segment(doomed.id).expect("drop");
+    table
+        .drop_segment(doomed.id, Some(doomed.vm))
+        .expect("drop");
     let log = table.media.log.borrow().clone();
     for full in 0..log.len() {
         let stopped = cut_at(&start, &log, full, 3);
@@ -412,7 +416,7 @@ fn a_damaged_record_costs_one_vm_and_hides_no_memory() {
         );
         assert!(marked(&table.media.snapshot(), &lost, 0x22), "untouched");
 
-        table.drop_segment(lost.id).expect("give up");
+        table.drop_segment(lost.id, None).expect("give up");
         assert_eq!(damaged(&table), []);
         let image = table.media.snapshot();
         assert!(marked(&image, &kept, 0x11) && wiped(&image, &lost));
@@ -450,12 +454,12 @@ fn giving_up_can_be_stopped_anywhere() {
     assert_eq!(damaged(&table).len(), 1);
     let start = table.media.snapshot();
     table.media.log.borrow_mut().clear();
-    table.drop_segment(lost.id).expect("give up");
+    table.drop_segment(lost.id, None).expect("give up");
     let log = table.media.log.borrow().clone();
     every_cut(&start, &log, |image, at| {
         let table = managed(image);
         assert_eq!(specs(&table), slice::from_ref(&kept), "{at}");
-        let again = table.drop_segment(lost.id);
+        let again = table.drop_segment(lost.id, None);
         assert!(matches!(again, Ok(()) | Err(StoreError::NoSuchSegment(_))));
         let made = create(&table, 3, 2).expect("room");
         let image = table.media.snapshot();
@@ -523,7 +527,7 @@ fn forged_records_are_listed_and_never_believed() {
         assert!(marked(&table.media.snapshot(), &honest, 0x11));
         // Two that claim the same memory are both doubted; giving the forged
         // one up brings the other back.
-        table.drop_segment(SegmentId(2)).expect("give up");
+        table.drop_segment(SegmentId(2), None).expect("give up");
         assert_eq!(specs(&table), slice::from_ref(&honest));
         assert!(marked(&table.media.snapshot(), &honest, 0x11));
     }
@@ -692,7 +696,7 @@ proptest! {
                 Act::Drop { nth, stop } => {
                     let Some((vm, spec)) = model.iter().nth(nth) else { continue };
                     let (vm, spec) = (*vm, spec.clone());
-                    table = stoppable(table, stop, |t| t.drop_segment(spec.id).expect("drop"));
+                    table = stoppable(table, stop, |t| t.drop_segment(spec.id, Some(spec.vm)).expect("drop"));
                     if !specs(&table).contains(&spec) {
                         prop_assert!(wiped(&table.media.snapshot(), &spec));
                         model.remove(&vm);

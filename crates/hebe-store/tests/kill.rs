@@ -37,7 +37,9 @@ fn child() {
     for entry in store.segments().expect("segments") {
         match entry {
             SegmentEntry::Valid(info) if info.spec.name == name("kept") => kept = Some(info.spec),
-            SegmentEntry::Valid(info) => store.drop_segment(info.spec.id).expect("left over"),
+            SegmentEntry::Valid(info) => store
+                .drop_segment(info.spec.id, Some(info.spec.vm))
+                .expect("left over"),
             damaged => panic!("{damaged:?}"),
         }
     }
@@ -56,8 +58,9 @@ fn child() {
         segment.exec().commit_frozen(&state(n)).expect("frozen");
         if n % 16 == 0 {
             let passing = store.create(VmId([2; 16]), &name("passing"), SIZE);
+            let passing = passing.expect("create");
             store
-                .drop_segment(passing.expect("create").id)
+                .drop_segment(passing.id, Some(passing.vm))
                 .expect("drop");
         }
     }

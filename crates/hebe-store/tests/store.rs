@@ -139,8 +139,12 @@ fn ram_in_pieces_is_contiguous_for_the_guest() {
                 .expect("create")
         })
         .collect();
-    store.drop_segment(specs[0].id).expect("drop");
-    store.drop_segment(specs[2].id).expect("drop");
+    store
+        .drop_segment(specs[0].id, Some(specs[0].vm))
+        .expect("drop");
+    store
+        .drop_segment(specs[2].id, Some(specs[2].vm))
+        .expect("drop");
     let spec = store
         .create(VmId([9; 16]), &name("e"), ByteSize(6 * GRANULE))
         .expect("create");
@@ -183,7 +187,7 @@ fn destroyed_bytes_are_gone_and_a_new_vm_sees_zeros() {
         matches!(full, Err(StoreError::OutOfSpace { .. })),
         "{full:?}"
     );
-    store.drop_segment(spec.id).expect("drop");
+    store.drop_segment(spec.id, Some(spec.vm)).expect("drop");
     let bytes = std::fs::read(&bench.path).expect("read");
     assert!(!bytes.windows(6).any(|w| w == b"secret"));
 
@@ -348,9 +352,14 @@ fn bad_requests_get_a_sentence_and_leave_nothing() {
     );
     assert_eq!(valid(&store).len(), 1);
     assert_eq!(store.info().expect("info").free, 4 * GRANULE);
-    let dropped = store.drop_segment(hebe_types::SegmentId(7));
+    for other in [None, Some(VmId([9; 16]))] {
+        let dropped = store.drop_segment(valid(&store)[0].0.id, other);
+        assert!(matches!(dropped, Err(StoreError::Reused(_))), "{dropped:?}");
+    }
+    assert_eq!(valid(&store).len(), 1, "another VM's segment is left alone");
+    let dropped = store.drop_segment(hebe_types::SegmentId(7), None);
     assert!(matches!(dropped, Err(StoreError::NoSuchSegment(_))));
-    let dropped = store.drop_segment(hebe_types::SegmentId(70_000));
+    let dropped = store.drop_segment(hebe_types::SegmentId(70_000), None);
     assert!(matches!(dropped, Err(StoreError::NoSuchSegment(_))));
 }
 
@@ -453,7 +462,7 @@ fn memory_that_something_else_used_is_named_and_nothing_is_resumed_or_written() 
             assert_eq!(store.read_report().expect("report"), None);
             if access == Access::Manage {
                 let refused = [
-                    store.drop_segment(spec.id),
+                    store.drop_segment(spec.id, Some(spec.vm)),
                     store.write_report(b"x"),
                     store
                         .create(VmId([2; 16]), &name("b"), ByteSize(GRANULE))
@@ -528,5 +537,7 @@ fn a_segment_that_something_else_wrote_to_is_not_resumed() {
     segment.exec().mark_running([1; 16], 1).expect_err("kept");
     assert!(matches!(valid(&store)[0].1, ExecStatus::Damaged { .. }));
     drop(segment);
-    store.drop_segment(spec.id).expect("given up");
+    store
+        .drop_segment(spec.id, Some(spec.vm))
+        .expect("given up");
 }

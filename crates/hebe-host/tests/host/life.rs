@@ -36,6 +36,10 @@ pub const CASES: &[crate::Case] = &[
     ("room_of_guests_that_powered_off_is_used", reaped_room),
     ("one_order_at_a_time_concerns_all_vms", one_at_a_time),
     (
+        "a_vmm_without_its_directory_keeps_its_segment",
+        directory_emptied,
+    ),
+    (
         "a_silent_vmm_that_continues_a_state_is_not_ended",
         silent_with_a_state,
     ),
@@ -355,4 +359,31 @@ fn silent_with_a_state() {
     assert!(matches!(error, LaunchError::Silent { .. }), "{error}");
     drop(lock);
     assert_eq!(world.state("web"), VmState::Frozen);
+}
+
+/// The locks went with the directory; their holder lives.
+fn directory_emptied() {
+    let world = World::new();
+    *world.machine.boot_id.lock().expect("lock") = hebe_sys::proc::boot_id().expect("id");
+    world.start(&["web"]);
+    let pid = listing::survey(&world.host).rows[&name("web")].pid;
+    let pid = pid.expect("up");
+    fs::remove_dir_all(&world.host.layout.run).expect("remove");
+    let refused = [
+        ops::start(&world.host, &name("web")).map(drop),
+        ops::drop_vm(&world.host, &name("web")),
+    ];
+    for result in refused {
+        let error = result.expect_err("it runs").to_string();
+        assert!(error.contains(&format!("process {pid}")), "{error}");
+    }
+    assert_eq!(world.segments(), 1);
+    let process = rustix::process::Pid::from_raw(pid as i32).expect("pid");
+    rustix::process::kill_process(process, rustix::process::Signal::KILL).expect("it lives");
+    let cmdline = format!("/proc/{pid}/cmdline");
+    while fs::read(&cmdline).is_ok_and(|words| !words.is_empty()) {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    ops::drop_vm(&world.host, &name("web")).expect("nobody is in it");
+    assert_eq!(world.segments(), 0);
 }

@@ -56,6 +56,8 @@ pub const CASES: &[crate::Case] = &[
         stop_before_first_run,
     ),
     ("damage_costs_one_vm", damage),
+    ("no_vm_is_ordered_about_during_a_reboot", orders_wait),
+    ("a_vm_that_came_up_meanwhile_stops_the_jump", came_up),
 ];
 
 fn silent(_: &str) {}
@@ -398,4 +400,56 @@ fn damage() {
     ops::drop_vm(&world.host, &name("db")).expect("given up");
     assert!(ops::ended_within(&world.host, &name("db"), Duration::ZERO));
     assert_eq!(world.segments(), 1);
+}
+
+fn orders_wait() {
+    let world = World::new();
+    world.start(&["web"]);
+    world.define("db", "");
+    let all = world.host.lock_all().expect("free");
+    let (db, web) = (name("db"), name("web"));
+    let force = ops::StopOptions {
+        timeout: Duration::ZERO,
+        force: true,
+    };
+    let refused = [
+        ops::start(&world.host, &db).map(drop),
+        ops::stop(&world.host, &web, force),
+        ops::suspend(&world.host, &web).map(drop),
+        ops::resume(&world.host, &web, ops::ResumeOptions::default()).map(drop),
+        ops::drop_vm(&world.host, &web),
+    ];
+    for result in refused {
+        let error = result.expect_err("refused").to_string();
+        assert!(error.contains("wait until it is done"), "{error}");
+    }
+    assert_eq!(world.state("web"), VmState::Running);
+    drop(all);
+    // An order that is under way is waited for.
+    let order = world.host.lock_orders().expect("free");
+    let end = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(300));
+        drop(order);
+    });
+    drop(world.host.lock_all().expect("after the order"));
+    end.join().expect("join");
+    ops::start(&world.host, &db).expect("starts");
+}
+
+/// Started past the host's lock.
+fn came_up() {
+    let world = World::new();
+    world.start(&["web"]);
+    world.define("late", "store = \"memfd\"");
+    let host = world.host.clone();
+    let between = move || {
+        let (_, config) = hebe_host::definitions::load(&host.layout, &name("late")).expect("own");
+        ops::boot(&host, &config).expect("boots");
+    };
+    *world.machine.at_sync.lock().expect("lock") = Some(Box::new(between));
+    let (why, stranded, _) = abort(&world, RebootMethod::Warm);
+    assert!(why.contains("'late'"), "{why}");
+    assert!(stranded.is_empty());
+    assert!(!world.events().iter().any(|e| e.starts_with("host leave")));
+    assert_eq!(world.state("web"), VmState::Running);
 }

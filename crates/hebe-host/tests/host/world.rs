@@ -33,6 +33,8 @@ pub struct FakeMachine {
     pub leaves: AtomicBool,
     pub left: AtomicBool,
     pub realtime_set: Mutex<Option<u64>>,
+    /// What happens to come between, the next time that disks are flushed.
+    pub at_sync: Mutex<Option<Box<dyn FnOnce() + Send>>>,
     /// Given back when the machine leaves, as a kernel does with all locks.
     pub store: Mutex<Option<Arc<DeviceStore>>>,
 }
@@ -87,6 +89,10 @@ impl System for FakeMachine {
     }
     fn sync(&self) {
         self.event("sync");
+        let between = self.at_sync.lock().expect("lock").take();
+        if let Some(between) = between {
+            between();
+        }
     }
     fn run(&self, command: &str, _: Duration) -> Result<(), SystemError> {
         self.event(&format!("run {command}"));
@@ -135,7 +141,7 @@ impl StoreAccess for Absent {
     fn create(&self, _: VmId, _: &VmName, _: ByteSize) -> Result<NewSegment, StoreTrouble> {
         Err(StoreTrouble::None)
     }
-    fn drop_segment(&self, _: SegmentId) -> Result<(), StoreTrouble> {
+    fn drop_segment(&self, _: SegmentId, _: Option<VmId>) -> Result<(), StoreTrouble> {
         Err(StoreTrouble::None)
     }
     fn device(&self) -> Result<OwnedFd, StoreTrouble> {
@@ -198,6 +204,7 @@ impl World {
             left: AtomicBool::new(false),
             realtime_set: Mutex::new(None),
             store: Mutex::new(None),
+            at_sync: Mutex::new(None),
         });
         let mut layout = Layout::below(root.path());
         layout.vmm = std::env::current_exe().expect("exe");

@@ -4,6 +4,7 @@ use hebe_host::Host;
 use hebe_host::HostError;
 use hebe_host::listing::with_cause;
 use hebe_host::lock::VmLock;
+use hebe_host::segments::free_segment;
 use hebe_host::store_init::{InitOptions, init};
 use hebe_host::stores::{ExecView, SegmentView, StoreTrouble, StoreView};
 use hebe_types::ByteSize;
@@ -146,6 +147,7 @@ struct Dropped {
 }
 
 fn drop_segment(host: &Host, wanted: &str, yes: bool, out: &Output) -> Outcome {
+    let _not_all = host.lock_orders()?;
     let store = view(host)?;
     let segment = find(&store, wanted)?;
     let precious = matches!(
@@ -168,9 +170,7 @@ fn drop_segment(host: &Host, wanted: &str, yes: bool, out: &Output) -> Outcome {
         }
         None => None,
     };
-    host.store
-        .drop_segment(segment.id)
-        .map_err(|e| Failure(with_cause(&e)))?;
+    free_segment(host, segment)?;
     let answer = Dropped {
         segment: segment.id.0,
         result: "dropped",
