@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hebe_api::ClientError;
+use hebe_snapshot::SnapshotError;
 use hebe_types::{SegmentId, VmName};
 use serde::Deserialize;
 
@@ -268,6 +269,9 @@ pub enum HostError {
     /// The store refused.
     #[error(transparent)]
     Store(#[from] StoreTrouble),
+    /// A saved file is not fit to be restored.
+    #[error(transparent)]
+    Saved(#[from] SnapshotError),
     /// The machine refused.
     #[error(transparent)]
     System(#[from] SystemError),

@@ -15,7 +15,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use hebe_flow::resume::SavedFact;
 use hebe_types::{ByteSize, VmConfig, VmId, VmName};
@@ -93,6 +93,15 @@ impl SavedPaths {
             Some(SavedFact::Complete)
         } else {
             None
+        }
+    }
+
+    /// The file that a restore would read.
+    pub fn to_restore(&self) -> &Path {
+        if self.complete.exists() {
+            &self.complete
+        } else {
+            &self.restoring
         }
     }
 

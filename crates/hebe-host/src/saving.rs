@@ -3,6 +3,7 @@
 use hebe_api::SaveReport;
 use hebe_api::VmStatus;
 use hebe_flow::resume::SavedFact;
+use hebe_snapshot::SavedFile;
 use hebe_types::{ByteSize, VmName};
 
 use crate::files;
@@ -59,15 +60,20 @@ fn memory_for_restore(host: &Host, name: &VmName, info: &SavedInfo) -> Result<Me
         return Ok(Memory::Memfd);
     }
     let view = host.store.view()?.ok_or(StoreTrouble::None)?;
+    let paths = SavedPaths::new(&host.layout, name);
     if let Some(old) = view.segment_of(name) {
         let ran = matches!(old.exec, ExecView::Running { .. } | ExecView::Ended);
-        if ran && SavedPaths::new(&host.layout, name).fact() == Some(SavedFact::Restoring) {
+        if ran && paths.fact() == Some(SavedFact::Restoring) {
             return Err(HostError::Refused {
                 name: name.clone(),
                 why: format!(
                     "it ran after its restore began, so its file is older than its disks: `hebe start {name}` boots it, `hebe drop {name} --yes` gives it up"
                 ),
             });
+        }
+        if matches!(old.exec, ExecView::Frozen { .. } | ExecView::Damaged { .. }) {
+            // The file is to replace a state that may be the only good one.
+            SavedFile::open(paths.to_restore())?.verify()?;
         }
         // What ran before the save: the file holds all of it.
         free_segment(host, old)?;

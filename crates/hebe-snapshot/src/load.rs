@@ -134,20 +134,7 @@ impl SavedFile {
         for view in ram {
             let mut gpa = view.gpa.0;
             for chunk in view.bytes.chunks_mut(CHUNK as usize) {
-                let (crc, read) =
-                    read_chunk(&self.file, &mut extents, at, chunk).map_err(|source| {
-                        SnapshotError::Io {
-                            what: "read",
-                            path: self.path.clone(),
-                            source,
-                        }
-                    })?;
-                if crcs.next() != Some(&crc) {
-                    return Err(SnapshotError::Damaged {
-                        path: self.path.clone(),
-                        what: format!("RAM at guest address {gpa:#x}"),
-                    });
-                }
+                let read = self.check_chunk(&mut extents, at, chunk, gpa, crcs.next())?;
                 stats.ram_bytes_read += read;
                 stats.ram_bytes += chunk.len() as u64;
                 at += chunk.len() as u64;
@@ -155,6 +142,55 @@ impl SavedFile {
             }
         }
         Ok(stats)
+    }
+
+    /// Reads all of RAM and verifies every checksum, and keeps nothing: before
+    /// something that the file is to replace is given up. The rest was checked
+    /// when the file was opened.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Damaged`] and [`SnapshotError::Io`].
+    pub fn verify(&self) -> Result<(), SnapshotError> {
+        let mut buffer = vec![0u8; CHUNK as usize];
+        let mut at = self.plan.ram_at;
+        let mut crcs = self.chunk_crcs.iter();
+        let mut extents = Extents::new(&self.file, self.plan.file_len);
+        for range in &self.ranges {
+            let mut done = 0;
+            while done < range.len {
+                let len = CHUNK.min(range.len - done);
+                let chunk = &mut buffer[..len as usize];
+                let gpa = range.gpa.0 + done;
+                self.check_chunk(&mut extents, at, chunk, gpa, crcs.next())?;
+                at += len;
+                done += len;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads one chunk, checks it, and says how much of it was no hole.
+    fn check_chunk(
+        &self,
+        extents: &mut Extents<'_>,
+        at: u64,
+        chunk: &mut [u8],
+        gpa: u64,
+        expected: Option<&u32>,
+    ) -> Result<u64, SnapshotError> {
+        let (crc, read) =
+            read_chunk(&self.file, extents, at, chunk).map_err(|source| SnapshotError::Io {
+                what: "read",
+                path: self.path.clone(),
+                source,
+            })?;
+        if expected != Some(&crc) {
+            return Err(SnapshotError::Damaged {
+                path: self.path.clone(),
+                what: format!("RAM at guest address {gpa:#x}"),
+            });
+        }
+        Ok(read)
     }
 
     fn check_target(&self, ram: &[RamViewMut<'_>]) -> Result<(), SnapshotError> {

@@ -58,10 +58,15 @@ impl Sample {
         assert_eq!(saved.state(), STATE);
         let mut low = vec![0; self.low.len()];
         let mut high = vec![0; self.high.len()];
-        saved.load_into(&mut [
+        let verified = saved.verify();
+        let loaded = saved.load_into(&mut [
             RamViewMut::from_slice(Gpa(0), &mut low),
             RamViewMut::from_slice(Gpa(HIGH), &mut high),
-        ])?;
+        ]);
+        let words = |e: &SnapshotError| e.to_string();
+        let said = verified.as_ref().map_err(words).err();
+        assert_eq!(said, loaded.as_ref().map_err(words).err());
+        loaded?;
         Ok((low, high))
     }
 

@@ -18,6 +18,7 @@ use hebe_api::{
     FreezeReport, RamMeter, Request, Response, ResumeReport, SaveReport, VmStatus, VmmState,
     read_frame, write_frame,
 };
+use hebe_snapshot::SavedFile;
 use hebe_store::Segment;
 use hebe_sys::clock::stamp_now;
 use hebe_types::{VmId, VmName};
@@ -104,7 +105,11 @@ fn start(options: &BTreeMap<&str, &str>, dir: PathBuf) -> Result<Fake, String> {
         assert_eq!(state, fake.name.as_str().as_bytes());
     }
     if let Some(file) = options.get("--restore") {
-        let state = fs::read(file).map_err(|e| e.to_string())?;
+        // A real file where a test made one, else what `save` here writes.
+        let state = match SavedFile::open(Path::new(file)) {
+            Ok(saved) => saved.state().to_vec(),
+            Err(_) => fs::read(file).map_err(|e| e.to_string())?,
+        };
         assert_eq!(state, fake.name.as_str().as_bytes());
     }
     if !options.contains_key("--config") {

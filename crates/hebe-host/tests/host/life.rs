@@ -8,6 +8,7 @@ use hebe_host::listing::{self, VmState};
 use hebe_host::ops::{self, ResumeFrom, ResumeOptions, StopOptions};
 use hebe_host::resume_all::{Resumed, resume_all};
 use hebe_host::saved::SavedPaths;
+use hebe_snapshot::RamView;
 use hebe_sys::clock::stamp_now;
 
 use crate::world::{World, name};
@@ -239,7 +240,10 @@ fn two_states() {
         in_store: true,
     };
     paths.prepare(&info).expect("prepare");
-    fs::write(&paths.complete, "web").expect("a file from somewhere");
+    let mut ram = vec![0u8; 4 << 20];
+    ram[..4096].fill(0x5a);
+    let view = RamView::from_slice(hebe_types::Gpa(0), &ram);
+    hebe_snapshot::save(&paths.complete, b"web", &[view]).expect("a file from somewhere");
     let error = ops::resume(&world.host, &name("web"), ResumeOptions::default());
     let text = error.expect_err("two states").to_string();
     assert!(text.contains("--from"), "{text}");
@@ -250,6 +254,15 @@ fn two_states() {
         from: Some(ResumeFrom::File),
         again: false,
     };
+    // A file that cannot replace the frozen state does not cost it.
+    let good = fs::read(&paths.complete).expect("read");
+    let mut bad = good.clone();
+    *bad.iter_mut().rfind(|b| **b == 0x5a).expect("RAM") ^= 1;
+    fs::write(&paths.complete, bad).expect("write");
+    let error = ops::resume(&world.host, &name("web"), options).expect_err("damaged");
+    assert!(error.to_string().contains("is damaged"), "{error}");
+    assert_eq!(world.state("web"), VmState::Frozen);
+    fs::write(&paths.complete, good).expect("write");
     ops::resume(&world.host, &name("web"), options).expect("from the file");
     assert_eq!(world.state("web"), VmState::Running);
     assert!(!paths.complete.exists() && !paths.restoring.exists());
