@@ -59,7 +59,7 @@ const TOOLS: [Tool; 9] = [
     },
 ];
 
-/// The kernel of [`FRAGMENT`]: cached, or built now (about 12 minutes on two
+/// The kernel of `lab/kernel.fragment`: cached, or built now (about 12 minutes on two
 /// processors). A changed fragment is built anew.
 pub fn build(assets: &Assets, jobs: u32, progress: &dyn Progress) -> Result<Kernel> {
     let same = |dir: &Path| {

@@ -65,7 +65,7 @@ pub fn load_module(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Loads a kernel for [`kexec_jump`] (kexec_file_load(2)).
+/// Loads a kernel for the jump by [`reboot`] (kexec_file_load(2)).
 pub fn kexec_load(kernel: &str, initrd: &str, cmdline: &str) -> Result<()> {
     let kernel_file = File::open(kernel).with_context(|| format!("cannot open {kernel}"))?;
     let initrd_file = File::open(initrd).with_context(|| format!("cannot open {initrd}"))?;
