@@ -314,12 +314,26 @@ fn row(
 /// the time here.
 fn clocks_behind_ms(lab: &Lab, guests: &[GuestSpec]) -> Result<Vec<f64>> {
     let limit = Duration::from_secs(10);
+    let behind_ms = |guest: &GuestSpec| -> Result<f64> {
+        let guest_ns = probe::guest_status(&lab.ports(guest)?, limit)?.realtime_ns;
+        let host_ns = lab.machine.agent.status(limit)?.realtime_ns;
+        Ok((i128::from(host_ns) - i128::from(guest_ns)) as f64 / 1e6)
+    };
     guests
         .iter()
-        .map(|guest| {
-            let guest_ns = probe::guest_status(&lab.ports(guest)?, limit)?.realtime_ns;
-            let host_ns = lab.machine.agent.status(limit)?.realtime_ns;
-            Ok((i128::from(host_ns) - i128::from(guest_ns)) as f64 / 1e6)
-        })
+        .map(|guest| again(|| behind_ms(guest)))
         .collect()
+}
+
+/// Asks again a few times: QEMU's user network may lose a connection while
+/// the machine is busy with itself.
+fn again<T>(ask: impl Fn() -> Result<T>) -> Result<T> {
+    const TRIES: u32 = 6;
+    for _ in 1..TRIES {
+        match ask() {
+            Ok(answer) => return Ok(answer),
+            Err(_) => std::thread::sleep(Duration::from_millis(500)),
+        }
+    }
+    ask()
 }
