@@ -54,6 +54,8 @@ pub struct LabOptions {
     pub tools: bool,
     /// Format the store on the first boot (`hebe store init`).
     pub store_init: bool,
+    /// An emulated processor with AVX.
+    pub avx: bool,
     /// More words for the host's command line.
     pub append: String,
     /// Leave the serial log and the disk behind.
@@ -75,6 +77,7 @@ impl Default for LabOptions {
             product: vec![HEBE, HEBE_VMM],
             tools: false,
             store_init: true,
+            avx: false,
             append: String::new(),
             keep_files: false,
         }
@@ -229,6 +232,7 @@ impl Lab {
             disk: Some(image),
             guests: options.guests,
             guest_byte: FIRST_GUEST_BYTE,
+            avx: options.avx,
             dir: folder.path.clone(),
         };
         progress.step(&format!("booting the lab host on {}", options.host));
