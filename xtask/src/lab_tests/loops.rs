@@ -2,10 +2,10 @@
 //! suspended and resumed over and over, by the program `suspend-loop`.
 //!
 //! Where this computer's `/dev/kvm` runs the guest, that is where the many
-//! loops are. The emulated machine does the fault checks and a few loops: its
-//! processor now and then shuts a vCPU of this guest down, about once in
-//! 20 seconds of running, with or without any suspend (seen with one suspend
-//! in 23 s). Such an end, and no other, is tried again with another seed.
+//! loops are. The emulated machine does the fault checks alone: its processor
+//! now and then shuts a vCPU of this guest down, about once in 20 seconds of
+//! running, with or without any suspend (seen with one suspend in 23 s). Such
+//! an end, and no other, is tried again with another seed.
 
 use std::process::Command;
 use std::time::Duration;
@@ -27,8 +27,6 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// Loops where `/dev/kvm` runs the guest.
 const LOOPS: &str = "1000";
 const LOOPS_FULL: &str = "10000";
-/// Loops in the emulated machine.
-const LOOPS_EMULATED: &str = "20";
 /// Tries in the emulated machine.
 const TRIES: u32 = 4;
 /// What a try says that the emulated processor ended.
@@ -78,15 +76,9 @@ fn emulated(scene: &Scene) -> Result<()> {
         ..LabOptions::default()
     };
     let mut lab = Lab::boot(scene.assets, options, scene.progress)?;
-    scene
-        .progress
-        .step("fault checks, and a few suspends and resumes");
+    scene.progress.step("fault checks");
     let checks = ["suspend-loop", "--loops", "0", "--vcpus", "2", "--faults"];
     attempt(&lab, &checks)?;
-    attempt(
-        &lab,
-        &["suspend-loop", "--loops", LOOPS_EMULATED, "--vcpus", "2"],
-    )?;
     lab.machine.check()?;
     lab.machine.power_off()
 }
