@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::apt::{self, Distribution, PrivateApt, Tool};
 use crate::cache::Cache;
+use crate::kernel;
 use crate::progress::Progress;
 
 /// The oldest QEMU whose multi-threaded emulation runs nested guests soundly.
@@ -177,18 +178,19 @@ impl Assets {
         })
     }
 
-    /// A folder in the cache that `fill` makes where `good` finds none.
-    pub fn cached(
+    /// A folder in the cache that `fill` makes where `good` finds none, going
+    /// on with what an ended run left in it.
+    pub fn resumed(
         &self,
         name: &str,
         progress: &dyn Progress,
         good: impl Fn(&Path) -> bool,
         fill: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<PathBuf> {
-        self.cache.filled(name, progress, good, fill)
+        self.cache.resumed(name, progress, good, fill)
     }
 
-    fn needs_debian(&self, option: &str) -> Result<()> {
+    pub(crate) fn needs_debian(&self, option: &str) -> Result<()> {
         if self.distribution.is_debian() {
             return Ok(());
         }
@@ -286,11 +288,8 @@ impl Assets {
         }
         let folder = format!("kernel-{name}");
         let Some((suite, package)) = name.origin() else {
-            let dir = self.cache.root().join(&folder);
-            if !dir.exists() {
-                bail!("the lab's own kernel is not built yet; build it with: cargo xtask kernel");
-            }
-            return cached_kernel(name, &dir);
+            let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+            return kernel::build(self, jobs, progress);
         };
         if !self.cache.root().join(&folder).exists() {
             self.needs_debian("--kernel and --modules")?;
@@ -400,7 +399,7 @@ fn unpacked_qemu(dir: &Path) -> Qemu {
     }
 }
 
-fn named_kernel(name: KernelName, image: &Path, modules: Option<&Path>) -> Result<Kernel> {
+pub(crate) fn named_kernel(name: KernelName, image: &Path, modules: Option<&Path>) -> Result<Kernel> {
     if !image.is_file() {
         bail!("--kernel {}: no such file", image.display());
     }
@@ -413,7 +412,7 @@ fn named_kernel(name: KernelName, image: &Path, modules: Option<&Path>) -> Resul
             "--modules {}: holds no modules.dep; run depmod",
             dir.display()
         ),
-        None => String::new(),
+        None => kernel::release_of(image)?,
     };
     Ok(Kernel {
         name: name.to_string(),
@@ -423,7 +422,7 @@ fn named_kernel(name: KernelName, image: &Path, modules: Option<&Path>) -> Resul
     })
 }
 
-fn cached_kernel(name: KernelName, dir: &Path) -> Result<Kernel> {
+pub(crate) fn cached_kernel(name: KernelName, dir: &Path) -> Result<Kernel> {
     let lib = dir.join("root/lib/modules");
     let (release, modules) = if lib.exists() {
         let release = only_entry(&lib)?;

@@ -41,24 +41,53 @@ impl Cache {
         good: impl Fn(&Path) -> bool,
         fill: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<PathBuf> {
+        self.fill_part(name, progress, good, |part| {
+            if part.exists() {
+                remove(part)?;
+            }
+            fs::create_dir_all(part)
+                .with_context(|| format!("cannot create {}", part.display()))?;
+            fill(part)
+        })
+    }
+
+    /// The same for what takes long: `fill` finds what an ended run left in the
+    /// folder, and goes on from there.
+    pub fn resumed(
+        &self,
+        name: &str,
+        progress: &dyn Progress,
+        good: impl Fn(&Path) -> bool,
+        fill: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<PathBuf> {
+        self.fill_part(name, progress, good, |part| {
+            fs::create_dir_all(part)
+                .with_context(|| format!("cannot create {}", part.display()))?;
+            fill(part)
+        })
+    }
+
+    fn fill_part(
+        &self,
+        name: &str,
+        progress: &dyn Progress,
+        good: impl Fn(&Path) -> bool,
+        fill: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<PathBuf> {
         let done = self.root.join(name);
         if done.exists() && good(&done) {
             return Ok(done);
         }
         let _held = lock(&self.root.join(format!("{name}.lock")), progress)?;
         // Another run may have filled it while this one waited.
-        if done.exists() {
-            if good(&done) {
-                return Ok(done);
-            }
-            remove(&done)?;
+        if done.exists() && good(&done) {
+            return Ok(done);
         }
         let part = self.root.join(format!("{name}.part"));
-        if part.exists() {
-            remove(&part)?;
-        }
-        fs::create_dir_all(&part).with_context(|| format!("cannot create {}", part.display()))?;
         fill(&part)?;
+        if done.exists() {
+            remove(&done)?;
+        }
         fs::rename(&part, &done).with_context(|| format!("cannot complete {}", done.display()))?;
         Ok(done)
     }
@@ -129,5 +158,25 @@ mod tests {
             .filled("a", &Silent, |_| false, write("3"))
             .expect("replaced");
         assert_eq!(fs::read_to_string(done.join("f")).expect("f"), "3");
+    }
+
+    #[test]
+    fn what_takes_long_goes_on_where_it_ended() {
+        let folder = tempfile::tempdir().expect("folder");
+        let cache = Cache {
+            root: folder.path().to_owned(),
+        };
+        let ended = cache.resumed("a", &Silent, |_| true, |dir| {
+            fs::write(dir.join("half"), "1")?;
+            bail!("interrupted")
+        });
+        assert!(ended.is_err() && !folder.path().join("a").exists());
+        let done = cache
+            .resumed("a", &Silent, |_| true, |dir| {
+                assert!(dir.join("half").exists());
+                Ok(())
+            })
+            .expect("completed");
+        assert!(done.join("half").exists());
     }
 }

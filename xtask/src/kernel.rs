@@ -11,14 +11,15 @@ use crate::ui::Spinner;
 /// How to build it.
 #[derive(clap::Args)]
 pub struct KernelArgs {
-    /// Parallel jobs of make.
-    #[arg(long, short, default_value_t = 2)]
-    jobs: u32,
+    /// Parallel jobs of make; as many as processors if not given.
+    #[arg(long, short)]
+    jobs: Option<usize>,
 }
 
 /// Builds the kernel, or says that it is there.
 pub fn run(assets: &Assets, args: &KernelArgs, progress: &Spinner) -> Result<ExitCode> {
-    let kernel = lab::kernel::build(assets, args.jobs, progress)?;
+    let all = || std::thread::available_parallelism().map_or(1, usize::from);
+    let kernel = lab::kernel::build(assets, args.jobs.unwrap_or_else(all), progress)?;
     progress.note(&format!(
         "kernel lab: {} ({})",
         kernel.release,
