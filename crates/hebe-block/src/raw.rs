@@ -144,14 +144,19 @@ impl BlockBackend {
     pub fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
         self.check(data.len(), offset)?;
         self.check_writable()?;
-        let written = self.file.write_all_at(data, offset);
-        // After the write, even a failed one: a flush on another thread that
-        // began before it must not clear the mark that stands for it.
-        self.dirty.store(true, Ordering::Release);
-        written?;
+        self.change(|file| file.write_all_at(data, offset))?;
         self.bytes_written
             .fetch_add(data.len() as u64, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Changes the disk, and marks it as written to *after* that, even if it
+    /// failed: a flush on another thread that began before the change must not
+    /// clear the mark that stands for it.
+    fn change(&self, how: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
+        let result = how(&self.file);
+        self.dirty.store(true, Ordering::Release);
+        result
     }
 
     /// Makes everything written so far durable (fdatasync). Nothing to do
@@ -174,15 +179,25 @@ impl BlockBackend {
     /// Gives `len` bytes from `offset` on back to the host; they read as
     /// zero afterwards. `Unsupported` where the host cannot.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let holes = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        self.discard_by(offset, len, |file| {
+            rustix::fs::fallocate(file, holes, offset, len).map_err(io::Error::from)
+        })
+    }
+
+    fn discard_by(
+        &self,
+        offset: u64,
+        len: u64,
+        punch: impl FnOnce(&File) -> io::Result<()>,
+    ) -> io::Result<()> {
         let size = usize::try_from(len).map_err(|_| beyond())?;
         self.check(size, offset)?;
         self.check_writable()?;
         if len == 0 {
             return Ok(());
         }
-        self.dirty.store(true, Ordering::Release);
-        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        rustix::fs::fallocate(&self.file, punch, offset, len).map_err(io::Error::from)
+        self.change(punch)
     }
 
     /// Bytes read since it was opened.
@@ -250,6 +265,24 @@ mod tests {
         disk.read_at(&mut back, 510).expect("read");
         assert_eq!(&back, b"hello");
         assert_eq!((disk.bytes_read(), disk.bytes_written()), (5, 5));
+    }
+
+    #[test]
+    fn a_flush_in_the_midst_of_a_discard_does_not_hide_it_from_the_next_one() {
+        let file = disk(4096);
+        let disk = BlockBackend::open(file.path(), false).expect("open");
+        disk.discard_by(0, 512, |_| disk.flush()).expect("discard");
+        assert!(disk.dirty.load(Ordering::Acquire));
+        disk.flush().expect("flush");
+        disk.write_at(&[7; 512], 512).expect("write");
+        match disk.discard(512, 512) {
+            Ok(()) => {
+                let mut back = [1; 512];
+                disk.read_at(&mut back, 512).expect("read");
+                assert_eq!(back, [0; 512]);
+            }
+            Err(e) => assert_eq!(e.kind(), io::ErrorKind::Unsupported),
+        }
     }
 
     #[test]
