@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::fs;
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::ExitCode;
@@ -67,6 +67,9 @@ impl Outcome {
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let process_started = stamp_now();
     ignore_hangups();
+    // Two VMMs never run the same RAM. Held until the end is on record:
+    // whoever has the lock then finds no older record, and none half written.
+    let lock = args.lock_fd.map(take_fd).transpose()?;
     let run_dir = args.run_dir.clone();
     let ran = Cell::new(false);
     let result = live(args, process_started, &ran);
@@ -76,18 +79,31 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         Err(error) => ("error", format!("{error:#}")),
     };
     let report = json!({ "reason": reason, "message": message, "ran": ran.get() }).to_string();
-    if let Err(error) = fs::write(run_dir.join("exit.json"), report) {
+    if let Err(error) = write_exit(&run_dir, &report) {
         log::log_error(&format!("exit.json cannot be written: {error}"));
     }
+    drop(lock);
     result
+}
+
+/// Writes `exit.json` whole or not at all: `hebe list` reads it without the
+/// lock.
+fn write_exit(run_dir: &Path, report: &str) -> io::Result<()> {
+    let part = run_dir.join("exit.json.part");
+    let mut file = File::create(&part)?;
+    file.write_all(report.as_bytes())?;
+    match file.sync_all() {
+        // What cannot be synced needs no sync.
+        Err(e) if e.kind() == io::ErrorKind::InvalidInput => {}
+        synced => synced?,
+    }
+    fs::rename(part, run_dir.join("exit.json"))
 }
 
 /// `ran` is set before a vCPU may have entered the guest: until then, what
 /// the VM was resumed or restored from is still good.
 fn live(args: Args, process_started: Stamp, ran: &Cell<bool>) -> anyhow::Result<Outcome> {
     hebe_kvm::install_kick_handler().context("the kick signal's handler cannot be installed")?;
-    // Held to the end: two VMMs never run the same RAM.
-    let _lock = args.lock_fd.map(take_fd).transpose()?;
     let (events, inbox) = mpsc::channel();
     let shared: Shared = Arc::new(Mutex::new(None));
     // Whatever can fail besides the VM itself comes before it: once a vCPU

@@ -1,0 +1,4 @@
+//! `hebe-vmm` as a process: what it takes over, what it leaves behind.
+
+mod ending;
+mod vmm;
