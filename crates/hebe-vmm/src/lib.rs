@@ -19,6 +19,7 @@ mod acpi;
 pub mod args;
 mod board;
 mod control;
+pub mod descriptors;
 mod interrupts;
 mod log;
 mod parts;

@@ -1,4 +1,5 @@
 //! `hebe-vmm` as a process: what it takes over, what it leaves behind.
 
+mod descriptors;
 mod ending;
 mod vmm;
