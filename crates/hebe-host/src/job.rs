@@ -6,7 +6,6 @@ use hebe_flow::reboot::Fate;
 use hebe_types::{Stamp, VmName};
 
 use crate::host::{Host, HostError};
-use crate::launch::{Launch, Memory, Origin};
 use crate::listing::{VmRow, with_cause};
 use crate::lock::VmLock;
 use crate::ops::{self, StopOptions};
@@ -164,20 +163,10 @@ impl Job {
             .map_err(|e| Trouble::certain(format!("in the store, which says: {e}")))?
             .ok_or_else(lost)?;
         let segment = view.segment_of(&self.vm).ok_or_else(lost)?;
-        let (ExecView::Frozen { .. }, Some(vm)) = (&segment.exec, segment.vm) else {
+        if !matches!(segment.exec, ExecView::Frozen { .. }) {
             return Err(lost());
-        };
-        let order = Launch {
-            name: self.vm.clone(),
-            vm,
-            size: segment.memory,
-            memory: Memory::Segment {
-                id: segment.id,
-                spec: segment.spec.clone(),
-            },
-            origin: Origin::Frozen,
-        };
-        match ops::continue_frozen(&self.host, &order) {
+        }
+        match ops::continue_frozen(&self.host, &self.vm, Some(&view)) {
             Ok(_) => Ok(()),
             Err(error) => {
                 let why = with_cause(&error);

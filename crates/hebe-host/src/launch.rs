@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use crate::files;
 use crate::host::Host;
 use crate::lock::VmLock;
-use crate::stores::StoreTrouble;
+use crate::stores::{ExecView, SegmentView, StoreTrouble};
 use crate::vmm;
 
 /// How long a VMM may take until it answers. Reading a large saved file and
@@ -133,6 +133,28 @@ pub struct Launch {
     pub memory: Memory,
     /// What it starts from.
     pub origin: Origin,
+}
+
+impl Launch {
+    /// The one order by which a VMM continues the state in `segment`; `None`
+    /// where no state is committed, or the record cannot be read.
+    pub fn of_frozen(segment: &SegmentView) -> Option<Self> {
+        let (ExecView::Frozen { .. }, Some(name), Some(vm)) =
+            (&segment.exec, &segment.name, segment.vm)
+        else {
+            return None;
+        };
+        Some(Self {
+            name: name.clone(),
+            vm,
+            size: segment.memory,
+            memory: Memory::Segment {
+                id: segment.id,
+                spec: segment.spec.clone(),
+            },
+            origin: Origin::Frozen,
+        })
+    }
 }
 
 /// Why a VMM did not start.
@@ -351,5 +373,47 @@ pub fn last_words(dir: &Path, status: Option<ExitStatus>) -> String {
         (false, _) => lines.join(" | "),
         (true, Some(status)) => format!("hebe-vmm ended without a word ({status})"),
         (true, None) => "none".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_committed_state_of_a_known_vm_is_continued() {
+        let vm = VmId([7; 16]);
+        let frozen = SegmentView {
+            id: SegmentId(3),
+            name: "web".parse().ok(),
+            vm: Some(vm),
+            memory: ByteSize::mib(4),
+            extents: 1,
+            exec: ExecView::Frozen {
+                state_bytes: 9,
+                frozen_ns: 1,
+            },
+            spec: "{}".into(),
+        };
+        let order = Launch::of_frozen(&frozen).expect("a state");
+        assert_eq!((order.vm, order.size), (vm, ByteSize::mib(4)));
+        assert_eq!(order.origin, Origin::Frozen);
+        assert!(matches!(order.memory, Memory::Segment { id, .. } if id == frozen.id));
+        let running = ExecView::Running {
+            boot_id: [0; 16],
+            pid: 1,
+        };
+        let damaged = ExecView::Damaged {
+            reason: "crc".into(),
+        };
+        for exec in [ExecView::Empty, ExecView::Ended, running, damaged] {
+            let other = SegmentView {
+                exec,
+                ..frozen.clone()
+            };
+            assert_eq!(Launch::of_frozen(&other), None, "{other:?}");
+        }
+        let nameless = SegmentView { vm: None, ..frozen };
+        assert_eq!(Launch::of_frozen(&nameless), None);
     }
 }

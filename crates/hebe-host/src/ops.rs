@@ -18,12 +18,12 @@ use hebe_types::{StoreKind, VmConfig, VmId, VmName};
 use crate::definitions;
 use crate::host::{Host, HostError};
 use crate::launch::{ExitRecord, LAUNCH_WAIT, Launch, Memory, Origin, launch};
-use crate::listing::{self, Survey, VmRow};
+use crate::listing::{self, VmRow};
 use crate::lock::VmLock;
 use crate::saved::SavedPaths;
 use crate::saving;
 use crate::segments::{free_segment, refuse_in_use};
-use crate::stores::{ExecView, StoreTrouble};
+use crate::stores::{ExecView, StoreTrouble, StoreView};
 use crate::vmm;
 
 /// How long a VMM may take to end after it was told to.
@@ -384,10 +384,10 @@ pub(crate) fn resume_one(
     let file = SavedPaths::new(&host.layout, name).fact();
     let frozen = row.life == Life::Frozen;
     match (frozen, file, options.from) {
-        (true, None, _) => resume_frozen(host, name, &survey),
+        (true, None, _) => continue_frozen(host, name, survey.store.as_ref()),
         (true, Some(_), Some(ResumeFrom::Memory)) => {
             SavedPaths::new(&host.layout, name).withdraw()?;
-            resume_frozen(host, name, &survey)
+            continue_frozen(host, name, survey.store.as_ref())
         }
         (true, Some(_), None) => Err(HostError::Refused {
             name: name.clone(),
@@ -407,33 +407,23 @@ pub(crate) fn resume_one(
     }
 }
 
-fn resume_frozen(host: &Host, name: &VmName, survey: &Survey) -> Result<VmStatus, HostError> {
-    let segment = survey.store.as_ref().and_then(|s| s.segment_of(name));
-    let (Some(segment), Some(vm)) = (segment, segment.and_then(|s| s.vm)) else {
-        return Err(HostError::Refused {
+/// Starts a VMM around the segment that is frozen. Nothing else happens here,
+/// because a whole host of VMs waits for it: no scrubbing, nothing durable. On
+/// failure the VM stays frozen: its VMM withdraws the state only when it runs.
+pub fn continue_frozen(
+    host: &Host,
+    name: &VmName,
+    store: Option<&StoreView>,
+) -> Result<VmStatus, HostError> {
+    let segment = store.and_then(|s| s.segment_of(name));
+    let order = segment
+        .and_then(Launch::of_frozen)
+        .ok_or_else(|| HostError::Refused {
             name: name.clone(),
-            why: "its segment cannot be told: `hebe store list` shows them".into(),
-        });
-    };
-    let order = Launch {
-        name: name.clone(),
-        vm,
-        size: segment.memory,
-        memory: Memory::Segment {
-            id: segment.id,
-            spec: segment.spec.clone(),
-        },
-        origin: Origin::Frozen,
-    };
-    continue_frozen(host, &order)
-}
-
-/// Starts a VMM around a frozen segment. Nothing else happens here, because a
-/// whole host of VMs waits for it: no scrubbing, nothing durable. On failure
-/// the VM stays frozen: its VMM withdraws the state only when it runs.
-pub fn continue_frozen(host: &Host, order: &Launch) -> Result<VmStatus, HostError> {
-    let lock = lock(host, &order.name)?;
-    Ok(launch(host, &lock, order, LAUNCH_WAIT)?)
+            why: "no segment holds a state of it: `hebe store list` shows them".into(),
+        })?;
+    let lock = lock(host, name)?;
+    Ok(launch(host, &lock, &order, LAUNCH_WAIT)?)
 }
 
 /// Gives a VM up: its segment, its saved file and its runtime directory.

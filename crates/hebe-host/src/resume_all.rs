@@ -15,7 +15,6 @@ use serde::Serialize;
 
 use crate::definitions;
 use crate::host::{Host, HostError};
-use crate::launch::{Launch, Memory, Origin};
 use crate::listing::with_cause;
 use crate::lock::VmLock;
 use crate::ops;
@@ -234,8 +233,7 @@ impl Work<'_> {
     fn carry_out(&self, name: &VmName, decision: &Decision) -> Done {
         let outcome = match decision {
             Decision::Already => self.already(name),
-            Decision::Resume { .. } => self
-                .resume(name)
+            Decision::Resume { .. } => ops::continue_frozen(self.host, name, self.store)
                 .map(|status| self.up(Resumed::Resumed, status)),
             Decision::Restore { .. } => {
                 saving::restore(self.host, name).map(|status| self.up(Resumed::Restored, status))
@@ -278,27 +276,6 @@ impl Work<'_> {
             ops::resume_one(self.host, name, ops::ResumeOptions::default())?;
         }
         Ok((Resumed::Already, None))
-    }
-
-    fn resume(&self, name: &VmName) -> Result<VmStatus, HostError> {
-        let segment = self.store.and_then(|s| s.segment_of(name));
-        let (Some(segment), Some(vm)) = (segment, segment.and_then(|s| s.vm)) else {
-            return Err(HostError::Refused {
-                name: name.clone(),
-                why: "its segment went away: `hebe store list` shows them".into(),
-            });
-        };
-        let order = Launch {
-            name: name.clone(),
-            vm,
-            size: segment.memory,
-            memory: Memory::Segment {
-                id: segment.id,
-                spec: segment.spec.clone(),
-            },
-            origin: Origin::Frozen,
-        };
-        ops::continue_frozen(self.host, &order)
     }
 
     fn boot(&self, name: &VmName) -> Result<Done, HostError> {

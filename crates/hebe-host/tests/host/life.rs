@@ -335,22 +335,13 @@ fn one_at_a_time() {
 
 /// It may have withdrawn the state already: nobody can tell but itself.
 fn silent_with_a_state() {
-    use hebe_host::launch::{Launch, LaunchError, Memory, Origin, launch};
+    use hebe_host::launch::{Launch, LaunchError, Origin, launch};
     let world = World::new();
     world.start(&["web"]);
     ops::suspend(&world.host, &name("web")).expect("suspends");
     let view = world.host.store.view().expect("view").expect("store");
     let segment = view.segment_of(&name("web")).expect("segment");
-    let mut order = Launch {
-        name: name("web"),
-        vm: segment.vm.expect("readable"),
-        size: segment.memory,
-        memory: Memory::Segment {
-            id: segment.id,
-            spec: segment.spec.clone(),
-        },
-        origin: Origin::Frozen,
-    };
+    let mut order = Launch::of_frozen(segment).expect("frozen");
     world.tell("web", "hang-start");
     let wait = Duration::from_millis(200);
     let lock = ops::lock(&world.host, &name("web")).expect("free");
