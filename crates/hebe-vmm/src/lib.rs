@@ -11,8 +11,8 @@
 //! ```
 //!
 //! Threads: one per vCPU, one per virtio device, one that accepts control
-//! connections and one per connection, and the main one, which waits for the
-//! VM's end. There is no async runtime: a pause must be able to say exactly
+//! connections and one per connection, one that waits for signals, and the
+//! main one, which waits for the VM's end. There is no async runtime: a pause must be able to say exactly
 //! who still runs.
 
 mod acpi;
@@ -24,6 +24,7 @@ mod interrupts;
 mod log;
 mod parts;
 mod run;
+mod signals;
 mod suspend;
 mod vcpus;
 mod vm;

@@ -22,6 +22,7 @@ use serde_json::json;
 use crate::args::Args;
 use crate::control::{self, Shared};
 use crate::log;
+use crate::signals;
 use crate::vm::{Event, Identity, Vm};
 
 /// How a VMM ended.
@@ -31,6 +32,8 @@ pub enum Outcome {
     PowerOff,
     /// The operator ended the VMM of a VM that was not suspended.
     Quit,
+    /// A signal ended the VMM of a VM that was not suspended.
+    Terminated,
     /// The VM is frozen in its segment.
     Frozen,
     /// The VM is saved in a file.
@@ -45,16 +48,26 @@ impl Outcome {
     /// 0 for an end that somebody wanted, 11 for a triple fault, 1 otherwise.
     pub fn exit_code(&self) -> ExitCode {
         match self {
-            Self::PowerOff | Self::Quit | Self::Frozen | Self::Saved => ExitCode::SUCCESS,
+            Self::PowerOff | Self::Quit | Self::Terminated | Self::Frozen | Self::Saved => {
+                ExitCode::SUCCESS
+            }
             Self::TripleFault => ExitCode::from(11),
             Self::Failed(_) => ExitCode::FAILURE,
+        }
+    }
+
+    fn message(&self) -> String {
+        match self {
+            Self::Terminated => "powered off by a signal to its VMM".to_owned(),
+            Self::Failed(message) => message.clone(),
+            _ => String::new(),
         }
     }
 
     fn reason(&self) -> &'static str {
         match self {
             Self::PowerOff => "power-off",
-            Self::Quit => "quit",
+            Self::Quit | Self::Terminated => "quit",
             Self::Frozen => "frozen",
             Self::Saved => "saved",
             Self::TripleFault => "triple-fault",
@@ -74,8 +87,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let ran = Cell::new(false);
     let result = live(args, process_started, &ran);
     let (reason, message) = match &result {
-        Ok(Outcome::Failed(message)) => ("error", message.clone()),
-        Ok(outcome) => (outcome.reason(), String::new()),
+        Ok(outcome) => (outcome.reason(), outcome.message()),
         Err(error) => ("error", format!("{error:#}")),
     };
     let report = json!({ "reason": reason, "message": message, "ran": ran.get() }).to_string();
@@ -100,11 +112,22 @@ fn write_exit(run_dir: &Path, report: &str) -> io::Result<()> {
     fs::rename(part, run_dir.join("exit.json"))
 }
 
-/// `ran` is set before a vCPU may have entered the guest: until then, what
-/// the VM was resumed or restored from is still good.
+/// What a VM needs to come up.
+struct Start<'a> {
+    args: &'a Args,
+    process_started: Stamp,
+    events: &'a Sender<Event>,
+    inbox: &'a Receiver<Event>,
+    /// Set before a vCPU may have entered the guest: until then, what the VM
+    /// was resumed or restored from is still good.
+    ran: &'a Cell<bool>,
+}
+
 fn live(args: Args, process_started: Stamp, ran: &Cell<bool>) -> anyhow::Result<Outcome> {
     hebe_kvm::install_kick_handler().context("the kick signal's handler cannot be installed")?;
     let (events, inbox) = mpsc::channel();
+    // Before any other thread starts: none must take the signals.
+    signals::forward(events.clone()).context("SIGTERM cannot be waited for")?;
     let shared: Shared = Arc::new(Mutex::new(None));
     // Whatever can fail besides the VM itself comes before it: once a vCPU
     // has run, there is no way back to what it was resumed from. Clients that
@@ -113,10 +136,17 @@ fn live(args: Args, process_started: Stamp, ran: &Cell<bool>) -> anyhow::Result<
     let listener = control::listen(&args.run_dir.join("vmm.sock"))?;
     control::serve(listener, shared.clone(), events.clone())
         .context("the control thread cannot be started")?;
+    let start = Start {
+        args: &args,
+        process_started,
+        events: &events,
+        inbox: &inbox,
+        ran,
+    };
     let vm = if args.resume || args.restore.is_some() {
-        take_back(&args, process_started, &events, ran)?
+        start.take_back()?
     } else {
-        boot(&args, &events, ran)?
+        start.boot()?
     };
     vm.announce();
     *place = Some(vm);
@@ -125,52 +155,59 @@ fn live(args: Args, process_started: Stamp, ran: &Cell<bool>) -> anyhow::Result<
     wait(&shared, &events, &inbox)
 }
 
-fn boot(args: &Args, events: &Sender<Event>, ran: &Cell<bool>) -> anyhow::Result<Vm> {
-    let config = read_config(args)?;
-    if config.name != args.name {
-        bail!(
-            "the definition is of VM '{}', not of '{}'",
-            config.name,
-            args.name
-        );
-    }
-    config.validate()?;
-    let segment = Arc::new(map_segment(args, &config)?);
-    let identity = Identity {
-        id: args.vm_id,
-        config,
-        run_dir: args.run_dir.clone(),
-    };
-    let mut vm = Vm::boot(identity, segment, events)?;
-    ran.set(true);
-    vm.start()?;
-    Ok(vm)
-}
-
-/// Resumes or restores. Nothing is withdrawn until the VM is whole again: a
-/// failure leaves the state where it was.
-fn take_back(
-    args: &Args,
-    process_started: Stamp,
-    events: &Sender<Event>,
-    ran: &Cell<bool>,
-) -> anyhow::Result<Vm> {
-    let (segment, state) = match &args.restore {
-        None => {
-            let segment = Arc::new(map_given_segment(args)?);
-            let state = segment.exec().load()?;
-            (segment, state)
+impl Start<'_> {
+    fn boot(&self) -> anyhow::Result<Vm> {
+        let args = self.args;
+        let config = read_config(args)?;
+        if config.name != args.name {
+            bail!(
+                "the definition is of VM '{}', not of '{}'",
+                config.name,
+                args.name
+            );
         }
-        Some(path) => restore_ram(args, path)?,
-    };
-    let state_read = stamp_now();
-    let run_dir = args.run_dir.clone();
-    let mut vm = Vm::resume(args.vm_id, run_dir, segment, &state, events)?;
-    let constructed = stamp_now();
-    ran.set(true);
-    vm.start()?;
-    vm.set_resume_report(process_started, state_read, constructed);
-    Ok(vm)
+        config.validate()?;
+        let segment = Arc::new(map_segment(args, &config)?);
+        let identity = Identity {
+            id: args.vm_id,
+            config,
+            run_dir: args.run_dir.clone(),
+        };
+        let mut vm = Vm::boot(identity, segment, self.events)?;
+        self.set_off(&mut vm)?;
+        Ok(vm)
+    }
+
+    /// Resumes or restores. Nothing is withdrawn until the VM is whole again:
+    /// a failure leaves the state where it was.
+    fn take_back(&self) -> anyhow::Result<Vm> {
+        let args = self.args;
+        let (segment, state) = match &args.restore {
+            None => {
+                let segment = Arc::new(map_given_segment(args)?);
+                let state = segment.exec().load()?;
+                (segment, state)
+            }
+            Some(path) => restore_ram(args, path)?,
+        };
+        let state_read = stamp_now();
+        let run_dir = args.run_dir.clone();
+        let mut vm = Vm::resume(args.vm_id, run_dir, segment, &state, self.events)?;
+        let constructed = stamp_now();
+        self.set_off(&mut vm)?;
+        vm.set_resume_report(self.process_started, state_read, constructed);
+        Ok(vm)
+    }
+
+    /// Lets the VM run, unless a signal came first: what it comes from is
+    /// then kept.
+    fn set_off(&self, vm: &mut Vm) -> anyhow::Result<()> {
+        if self.inbox.try_recv() == Ok(Event::Terminated) {
+            bail!("ended by a signal before the VM ran");
+        }
+        self.ran.set(true);
+        Ok(vm.start()?)
+    }
 }
 
 fn restore_ram(args: &Args, path: &Path) -> anyhow::Result<(Arc<Segment>, Vec<u8>)> {
@@ -251,7 +288,7 @@ fn take_fd(fd: RawFd) -> anyhow::Result<OwnedFd> {
 
 /// A closed terminal or a vanished client must not end a VM.
 fn ignore_hangups() {
-    for signal in [libc::SIGHUP, libc::SIGPIPE, libc::SIGINT] {
+    for signal in [libc::SIGHUP, libc::SIGPIPE] {
         // SAFETY: ignoring a signal installs no handler.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
@@ -269,7 +306,7 @@ fn wait(
             bail!("the VM's threads are gone")
         };
         let mut guard = shared.lock().unwrap_or_else(PoisonError::into_inner);
-        let outcome = match event {
+        let outcome = match &event {
             Event::Reset => {
                 log::note("reset by the guest");
                 rebuild(&mut guard, events, inbox)?;
@@ -278,9 +315,10 @@ fn wait(
             Event::PowerOff => Outcome::PowerOff,
             Event::VcpuStopped(Stop::Shutdown) => Outcome::TripleFault,
             Event::VcpuStopped(stop) => Outcome::Failed(format!("{stop:?}")),
-            Event::Quit => match guard.as_ref().map(Vm::state) {
+            Event::Quit | Event::Terminated => match guard.as_ref().map(Vm::state) {
                 Some(VmmState::Frozen) => Outcome::Frozen,
                 Some(VmmState::Saved) => Outcome::Saved,
+                _ if event == Event::Terminated => Outcome::Terminated,
                 _ => Outcome::Quit,
             },
         };
@@ -292,7 +330,14 @@ fn wait(
                 Outcome::Frozen | Outcome::TripleFault | Outcome::Failed(_) => {
                     vm.dismantle();
                 }
-                Outcome::PowerOff | Outcome::Quit | Outcome::Saved => vm.withdraw(),
+                // Who orders the end has made the file a saved VM's; a signal
+                // may come before that.
+                Outcome::Saved if event == Event::Terminated => {
+                    vm.dismantle();
+                }
+                Outcome::PowerOff | Outcome::Quit | Outcome::Terminated | Outcome::Saved => {
+                    vm.withdraw();
+                }
             }
         }
         return Ok(outcome);
@@ -309,7 +354,7 @@ fn rebuild(
     // What the old vCPUs still said is about a VM that is gone; an order to
     // end is not.
     while let Ok(event) = inbox.try_recv() {
-        if event == Event::Quit {
+        if matches!(event, Event::Quit | Event::Terminated) {
             bail!("ended by order while the guest was being reset");
         }
     }

@@ -30,6 +30,8 @@ pub enum Event {
     VcpuStopped(Stop),
     /// The operator ends the VMM.
     Quit,
+    /// A signal ends the VMM.
+    Terminated,
 }
 
 /// Why a VM cannot be built, suspended or resumed.

@@ -1,9 +1,21 @@
 //! How a VMM ends.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::thread;
+use std::time::Duration;
 
+use hebe_api::{Request, Response};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::guest;
 use crate::vmm::{Vmm, fifo};
+
+fn signal(vmm: &Vmm, signal: Signal) {
+    let pid = Pid::from_child(&vmm.child);
+    kill_process(pid, signal).expect("kill");
+}
 
 #[test]
 fn the_lock_is_held_until_the_end_is_on_record() {
@@ -24,4 +36,65 @@ fn the_lock_is_held_until_the_end_is_on_record() {
     assert!(!vmm.child.wait().expect("wait").success());
     assert!(!vmm.is_locked());
     assert!(vmm.dir.path().join("exit.json").exists());
+}
+
+#[test]
+fn a_signal_powers_a_running_vm_off_and_is_on_record() {
+    if guest::cannot_run() {
+        return;
+    }
+    for number in [Signal::TERM, Signal::INT] {
+        let mut vmm = Vmm::run(guest::IDLE, "");
+        signal(&vmm, number);
+        let (success, record) = vmm.wait();
+        assert!(success, "{number:?}");
+        assert_eq!(record["reason"], "quit");
+        assert_eq!(record["ran"], true);
+        assert!(record["message"].to_string().contains("signal"), "{record}");
+    }
+}
+
+#[test]
+fn a_signal_leaves_a_frozen_vm_frozen() {
+    if guest::cannot_run() {
+        return;
+    }
+    let mut vmm = Vmm::run(guest::IDLE, "");
+    let frozen = vmm.ask(&Request::Freeze);
+    assert!(matches!(frozen, Ok(Response::Frozen(_))), "{frozen:?}");
+    signal(&vmm, Signal::TERM);
+    let (success, record) = vmm.wait();
+    assert!(success);
+    assert_eq!(record["reason"], "frozen");
+}
+
+#[test]
+fn a_signal_that_comes_before_the_vm_runs_keeps_it_from_running() {
+    if guest::cannot_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("dir");
+    let kernel = dir.path().join("kernel");
+    std::fs::write(&kernel, guest::image(guest::IDLE)).expect("kernel");
+    let (config, mut definition) = std::io::pipe().expect("pipe");
+    let mut vmm = Vmm::start(dir, "", |command| {
+        let config = OwnedFd::from(config);
+        command.args(["--config-fd", &config.as_raw_fd().to_string()]);
+        vec![config]
+    });
+    // From here on it waits for its definition.
+    drop(vmm.connect());
+    signal(&vmm, Signal::TERM);
+    thread::sleep(Duration::from_millis(300));
+    let kernel = kernel.display();
+    write!(
+        definition,
+        "name = 'web'\nmemory = '8MiB'\nkernel = '{kernel}'\n"
+    )
+    .expect("write");
+    drop(definition);
+    let (success, record) = vmm.wait();
+    assert!(!success);
+    assert_eq!(record["ran"], false, "{record}");
+    assert!(record["message"].to_string().contains("signal"), "{record}");
 }

@@ -2,4 +2,5 @@
 
 mod descriptors;
 mod ending;
+mod guest;
 mod vmm;

@@ -4,8 +4,13 @@ use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
+use hebe_api::{Client, ClientError, Request, Response, VmStatus, VmmState};
 use rustix::fs::{FlockOperation, flock};
+
+use crate::guest;
 
 /// A VMM in a directory of its own, which holds the VM's lock.
 pub struct Vmm {
@@ -38,6 +43,58 @@ impl Vmm {
         keep.push(lock);
         let child = hebe_sys::proc::spawn_detached(command, keep).expect("spawn");
         Self { child, dir }
+    }
+
+    /// Starts one with a guest that runs.
+    pub fn run(code: &[u8], disks: &str) -> Self {
+        let dir = tempfile::tempdir().expect("dir");
+        let kernel = dir.path().join("kernel");
+        fs::write(&kernel, guest::image(code)).expect("kernel");
+        let kernel = kernel.display();
+        let config = format!("name = 'web'\nmemory = '8MiB'\nkernel = '{kernel}'\n{disks}");
+        let vmm = Self::start(dir, &config, |_| Vec::new());
+        assert_eq!(vmm.status().state, VmmState::Running);
+        vmm
+    }
+
+    /// A connection to its control socket.
+    pub fn connect(&self) -> Client {
+        let until = Instant::now() + Duration::from_secs(60);
+        loop {
+            match Client::connect(&self.dir.path().join("vmm.sock")) {
+                Ok(client) => return client,
+                Err(e) => assert!(Instant::now() < until, "{e}: {}", self.log()),
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Asks it.
+    pub fn ask(&self, request: &Request) -> Result<Response, ClientError> {
+        self.connect().call(request)
+    }
+
+    /// How its VM is.
+    pub fn status(&self) -> VmStatus {
+        match self.ask(&Request::Status) {
+            Ok(Response::Status(status)) => status,
+            other => panic!("{other:?}: {}", self.log()),
+        }
+    }
+
+    /// What it wrote to standard error.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+    }
+
+    /// Waits for its end; returns whether its status was 0, and `exit.json`.
+    pub fn wait(&mut self) -> (bool, serde_json::Value) {
+        let status = self.child.wait().expect("wait");
+        let text = fs::read(self.dir.path().join("exit.json")).expect("exit.json");
+        (
+            status.success(),
+            serde_json::from_slice(&text).expect("JSON"),
+        )
     }
 
     /// Whether somebody holds the VM's lock.
