@@ -1,9 +1,11 @@
-//! System calls that no crate wraps: kexec, DAX set-up, tap; and the clock
-//! that survives a kexec.
+//! System calls that no crate wraps: kexec, live update, DAX set-up, tap; and
+//! the clock that survives a kexec.
 
 pub mod clock;
 pub mod dax;
+pub mod fdpass;
 pub mod kexec;
 pub mod lock;
+pub mod luo;
 pub mod proc;
 pub mod tap;
