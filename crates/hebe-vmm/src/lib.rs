@@ -20,6 +20,9 @@ pub mod args;
 mod board;
 mod control;
 pub mod descriptors;
+#[cfg(test)]
+#[path = "../tests/process/guest.rs"]
+mod guest;
 mod interrupts;
 mod log;
 mod parts;

@@ -23,7 +23,7 @@ use crate::args::Args;
 use crate::control::{self, Shared};
 use crate::log;
 use crate::signals;
-use crate::vm::{Event, Identity, Vm};
+use crate::vm::{Event, Identity, Vm, mark_ended};
 
 /// How a VMM ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -309,8 +309,10 @@ fn wait(
         let outcome = match &event {
             Event::Reset => {
                 log::note("reset by the guest");
-                rebuild(&mut guard, events, inbox)?;
-                continue;
+                match rebuild(&mut guard, events, inbox) {
+                    None => continue,
+                    Some(outcome) => outcome,
+                }
             }
             Event::PowerOff => Outcome::PowerOff,
             Event::VcpuStopped(Stop::Shutdown) => Outcome::TripleFault,
@@ -322,7 +324,10 @@ fn wait(
                 _ => Outcome::Quit,
             },
         };
-        log::note(outcome.reason());
+        match &outcome {
+            Outcome::Failed(why) => log::log_error(why),
+            outcome => log::note(outcome.reason()),
+        }
         if let Some(vm) = guard.take() {
             match outcome {
                 // The segment keeps what it says: a frozen state, or that the
@@ -344,22 +349,109 @@ fn wait(
     }
 }
 
+/// Boots the VM anew in the RAM that it had. Returns how the VMM ends if that
+/// is not to be, or fails; the segment then says that the VM ended by order,
+/// or still that it ran.
 fn rebuild(
     vm: &mut Option<Vm>,
     events: &Sender<Event>,
     inbox: &Receiver<Event>,
-) -> anyhow::Result<()> {
-    let Some(old) = vm.take() else { return Ok(()) };
-    let (identity, segment) = old.dismantle();
+) -> Option<Outcome> {
+    let (identity, segment) = vm.take()?.dismantle();
     // What the old vCPUs still said is about a VM that is gone; an order to
     // end is not.
     while let Ok(event) = inbox.try_recv() {
-        if matches!(event, Event::Quit | Event::Terminated) {
-            bail!("ended by order while the guest was being reset");
-        }
+        let outcome = match event {
+            Event::Quit => Outcome::Quit,
+            Event::Terminated => Outcome::Terminated,
+            _ => continue,
+        };
+        mark_ended(&segment);
+        return Some(outcome);
     }
-    let mut fresh = Vm::boot(identity, segment, events)?;
-    fresh.start()?;
-    *vm = Some(fresh);
-    Ok(())
+    let built = Vm::boot(identity, segment, events).and_then(|mut fresh| {
+        fresh.start()?;
+        Ok(fresh)
+    });
+    match built {
+        Ok(fresh) => {
+            *vm = Some(fresh);
+            None
+        }
+        Err(error) => Some(Outcome::Failed(format!(
+            "the guest reset itself, and does not boot again: {}",
+            control::chain(&error)
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use hebe_store::ExecStatus;
+    use hebe_types::VmId;
+
+    use super::*;
+    use crate::guest;
+
+    /// A VM that runs and halts, its segment, and what it says.
+    fn running(dir: &Path, events: &Sender<Event>) -> anyhow::Result<(Vm, Arc<Segment>)> {
+        hebe_kvm::install_kick_handler()?;
+        let kernel = dir.join("kernel");
+        fs::write(&kernel, guest::image(guest::IDLE))?;
+        let kernel = kernel.display();
+        let text = format!("name = 'web'\nmemory = '8MiB'\nkernel = '{kernel}'\n");
+        let config: VmConfig = toml::from_str(&text)?;
+        let id = VmId([0x11; 16]);
+        let segment = Segment::new_memfd(id, &config.name, config.memory, false)?;
+        let segment = Arc::new(segment);
+        let run_dir = dir.to_owned();
+        let identity = Identity {
+            id,
+            config,
+            run_dir,
+        };
+        let mut vm = Vm::boot(identity, segment.clone(), events)?;
+        vm.start()?;
+        Ok((vm, segment))
+    }
+
+    #[test]
+    fn an_order_to_end_during_a_reset_is_obeyed_and_a_failed_boot_is_told() {
+        if guest::cannot_run() {
+            return;
+        }
+        let dir = tempfile::tempdir().expect("dir");
+        for (event, outcome) in [
+            (Event::Quit, Outcome::Quit),
+            (Event::Terminated, Outcome::Terminated),
+        ] {
+            let (events, inbox) = mpsc::channel();
+            let (vm, segment) = running(dir.path(), &events).expect("vm");
+            let mut place = Some(vm);
+            // Said before the reset, and of no interest after it.
+            events
+                .send(Event::VcpuStopped(Stop::Shutdown))
+                .expect("send");
+            events.send(event).expect("send");
+            assert_eq!(rebuild(&mut place, &events, &inbox), Some(outcome));
+            assert!(place.is_none());
+            assert_eq!(segment.exec().status(), ExecStatus::Ended);
+        }
+        let (events, inbox) = mpsc::channel();
+        let (vm, segment) = running(dir.path(), &events).expect("vm");
+        let mut place = Some(vm);
+        assert_eq!(rebuild(&mut place, &events, &inbox), None);
+        let state = place.as_ref().map(Vm::state);
+        assert_eq!(state, Some(VmmState::Running));
+        fs::remove_file(dir.path().join("kernel")).expect("remove");
+        match rebuild(&mut place, &events, &inbox) {
+            Some(Outcome::Failed(why)) => assert!(why.contains("kernel"), "{why}"),
+            other => panic!("{other:?}"),
+        }
+        let status = segment.exec().status();
+        assert!(matches!(status, ExecStatus::Running { .. }), "{status:?}");
+        assert!(inbox.recv_timeout(Duration::ZERO).is_err());
+    }
 }

@@ -265,9 +265,7 @@ impl Vm {
     /// resume.
     pub(crate) fn withdraw(self) {
         let (_, segment) = self.dismantle();
-        if let Err(error) = segment.exec().mark_empty() {
-            log::log_error(&format!("the segment cannot be marked as empty: {error}"));
-        }
+        mark_ended(&segment);
     }
 
     /// Ends threads, devices and KVM's VM; what is left can be built anew.
@@ -387,6 +385,13 @@ impl Vm {
             running: stamp_now(),
             ram_touched: self.meter(),
         });
+    }
+}
+
+/// The VM of this segment ended by order: there is nothing to resume.
+pub(crate) fn mark_ended(segment: &Segment) {
+    if let Err(error) = segment.exec().mark_empty() {
+        log::log_error(&format!("the segment cannot be marked as empty: {error}"));
     }
 }
 

@@ -4,13 +4,20 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use hebe_api::{Request, Response};
+use hebe_api::{Request, Response, VmmState};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::guest;
 use crate::vmm::{Vmm, fifo};
+
+/// Waits for a byte from the serial port and resets the machine by the
+/// keyboard controller:
+/// `mov dx,0x3fd; 1: in al,dx; test al,1; jz 1b; mov al,0xfe; out 0x64,al`.
+const RESET_WHEN_TOLD: &[u8] = &[
+    0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb, 0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd,
+];
 
 fn signal(vmm: &Vmm, signal: Signal) {
     let pid = Pid::from_child(&vmm.child);
@@ -97,4 +104,34 @@ fn a_signal_that_comes_before_the_vm_runs_keeps_it_from_running() {
     assert!(!success);
     assert_eq!(record["ran"], false, "{record}");
     assert!(record["message"].to_string().contains("signal"), "{record}");
+}
+
+#[test]
+fn a_guest_that_resets_boots_again_and_a_boot_that_fails_is_on_record() {
+    if guest::cannot_run() {
+        return;
+    }
+    let mut vmm = Vmm::run(RESET_WHEN_TOLD, "");
+    let reset = |vmm: &Vmm| {
+        let mut client = vmm.connect();
+        let attached = client.call(&Request::Console);
+        assert!(matches!(attached, Ok(Response::Done)), "{attached:?}");
+        client.into_stream().write_all(b"!").expect("type");
+    };
+    reset(&vmm);
+    let until = Instant::now() + Duration::from_secs(60);
+    while !vmm.log().contains("reset by the guest") {
+        assert!(Instant::now() < until, "no reset: {}", vmm.log());
+        thread::sleep(Duration::from_millis(2));
+    }
+    assert_eq!(vmm.status().state, VmmState::Running);
+    std::fs::remove_file(vmm.dir.path().join("kernel")).expect("remove");
+    reset(&vmm);
+    let (success, record) = vmm.wait();
+    assert!(!success);
+    assert_eq!(record["reason"], "error");
+    let message = record["message"].to_string();
+    assert!(message.contains("does not boot again"), "{message}");
+    assert!(message.contains("kernel"), "{message}");
+    assert!(vmm.log().contains("does not boot again"), "{}", vmm.log());
 }
