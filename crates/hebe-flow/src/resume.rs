@@ -31,6 +31,7 @@
 //! | none | – | yes | boot |
 //! | damaged | any | any | left where it is, with the reason |
 //! | more than one segment | any | any | left where they are |
+//! | any, mapped by a VMM that nobody can reach | any | any | left, whatever the segment says |
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -86,6 +87,9 @@ pub struct Facts {
     pub autostart: BTreeSet<VmName>,
     /// VMs whose VMM lives.
     pub alive: BTreeSet<VmName>,
+    /// VMs whose VMM lives, has the segment mapped, and cannot be reached; with
+    /// one sentence that says so and the way out.
+    pub stranded: BTreeMap<VmName, String>,
 }
 
 /// What to do with one VM.
@@ -142,6 +146,7 @@ pub fn plan(facts: &Facts) -> BTreeMap<VmName, Decision> {
         .chain(&facts.pending)
         .chain(&facts.autostart)
         .chain(&facts.alive)
+        .chain(facts.stranded.keys())
         .collect();
     names
         .into_iter()
@@ -155,6 +160,10 @@ pub fn plan(facts: &Facts) -> BTreeMap<VmName, Decision> {
 fn decide(facts: &Facts, name: &VmName, segments: &[&SegmentFact]) -> Decision {
     if facts.alive.contains(name) {
         return Decision::Already;
+    }
+    if let Some(reason) = facts.stranded.get(name) {
+        let reason = reason.clone();
+        return Decision::Leave { reason };
     }
     let saved = facts.saved.get(name).copied();
     let boot = facts.pending.contains(name) || facts.autostart.contains(name);
@@ -379,5 +388,19 @@ mod tests {
         facts.alive.insert(name());
         facts.saved.insert(name(), SavedFact::Complete);
         assert_eq!(plan(&facts)[&name()], Decision::Already);
+        // One that cannot be reached still has the memory.
+        for exec in [ExecFact::Frozen, ExecFact::Running, ExecFact::Empty] {
+            let facts = Facts {
+                segments: vec![segment(exec)],
+                pending: [name()].into(),
+                stranded: [(name(), "process 7".to_owned())].into(),
+                ..Facts::default()
+            };
+            let left = plan(&facts).remove(&name());
+            assert!(
+                matches!(&left, Some(Decision::Leave { reason }) if reason == "process 7"),
+                "{left:?}"
+            );
+        }
     }
 }

@@ -222,13 +222,17 @@ pub enum HostError {
     OrdersBusy,
     /// The runtime directory lost the lock of a VMM that lives.
     #[error(
-        "process {pid} is a VMM and still runs in segment {segment}, though its runtime directory was emptied: shut its guest down from inside, or end that process"
+        "{} still has the memory of segment {segment} mapped, though its runtime directory was emptied: shut its guest down from inside, or end it with `hebe stop {} --force`",
+        pid.map_or("a VMM".to_owned(), |pid| format!("the VMM of process {pid}")),
+        name.as_ref().map_or("NAME", VmName::as_str)
     )]
     InUse {
         /// Which segment.
         segment: SegmentId,
-        /// The VMM.
-        pid: u32,
+        /// Its VM.
+        name: Option<VmName>,
+        /// The VMM, where it can be found.
+        pid: Option<u32>,
     },
     /// The VMM did not do as asked.
     #[error("VM '{name}': {source}")]

@@ -393,6 +393,7 @@ mod tests {
                 state_bytes: 9,
                 frozen_ns: 1,
             },
+            held: false,
             spec: "{}".into(),
         };
         let order = Launch::of_frozen(&frozen).expect("a state");

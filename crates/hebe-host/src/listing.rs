@@ -16,6 +16,7 @@ use crate::host::{Host, HostError};
 use crate::launch::{ExitRecord, Instance, last_words};
 use crate::lock::VmLock;
 use crate::saved;
+use crate::segments;
 use crate::stores::{ExecView, SegmentView, StoreView};
 use crate::vmm;
 
@@ -210,6 +211,9 @@ fn row(
                 Some(with_cause(&error)),
             ),
         }
+    } else if let Some((pid, why)) = segments::stranded(host, store, &row.name) {
+        row.pid = pid;
+        (VmState::Unresponsive, Life::Starting, Some(why.to_string()))
     } else {
         let several = store.is_some_and(|s| {
             let own = s.segments.iter();

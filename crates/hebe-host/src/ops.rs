@@ -18,7 +18,7 @@ use hebe_types::{StoreKind, VmConfig, VmId, VmName};
 use crate::definitions;
 use crate::host::{Host, HostError};
 use crate::launch::{ExitRecord, LAUNCH_WAIT, Launch, Memory, Origin, launch};
-use crate::listing::{self, VmRow};
+use crate::listing::{self, VmRow, VmState};
 use crate::lock::VmLock;
 use crate::saved::SavedPaths;
 use crate::saving;
@@ -33,10 +33,16 @@ const END_WAIT: Duration = Duration::from_secs(30);
 pub fn admit(row: &VmRow, order: Order) -> Result<(), HostError> {
     match row.life.order(order) {
         Ok(_) => Ok(()),
-        Err(refused) => Err(HostError::Refused {
-            name: row.name.clone(),
-            why: format!("{} ({refused})", row.state.as_str()),
-        }),
+        Err(refused) => {
+            // Of a VM that does not answer only what is known of it helps.
+            let known = row.detail.as_ref();
+            let known = known.filter(|_| row.state == VmState::Unresponsive);
+            let refused = known.cloned().unwrap_or_else(|| refused.to_string());
+            Err(HostError::Refused {
+                name: row.name.clone(),
+                why: format!("{} ({refused})", row.state.as_str()),
+            })
+        }
     }
 }
 
@@ -291,15 +297,18 @@ pub fn wait_for_end(host: &Host, name: &VmName, wait: Duration) -> Result<VmLock
     lock(host, name)
 }
 
-/// Frees the segment and the directory of a VM that ended.
+/// Frees the segment and the directory of a VM that ended. A state that is
+/// committed stays, and with it what the VM may have to be booted from.
 fn free(host: &Host, lock: VmLock, name: &VmName) -> Result<(), HostError> {
-    if let Some(view) = host.store.view()?
-        && let Some(segment) = view.segment_of(name)
-        && !matches!(segment.exec, ExecView::Frozen { .. })
-    {
+    let view = host.store.view()?;
+    let segment = view.as_ref().and_then(|v| v.segment_of(name));
+    let frozen = segment.is_some_and(|s| matches!(s.exec, ExecView::Frozen { .. }));
+    if let Some(segment) = segment.filter(|_| !frozen) {
         free_segment(host, segment)?;
     }
-    definitions::forget_transient(&host.layout, name);
+    if !frozen {
+        definitions::forget_transient(&host.layout, name);
+    }
     let dir = host.layout.vm_dir(name);
     lock.remove_dir().map_err(HostError::file("remove", &dir))
 }
@@ -437,7 +446,7 @@ pub fn drop_vm(host: &Host, name: &VmName) -> Result<(), HostError> {
     let lock = lock(host, name)?;
     let segments = survey.store.iter().flat_map(|s| &s.segments);
     let own = segments.filter(|s| s.name.as_ref() == Some(name));
-    own.clone().try_for_each(|s| refuse_in_use(host, s))?;
+    own.clone().try_for_each(refuse_in_use)?;
     SavedPaths::new(&host.layout, name).withdraw()?;
     for segment in own {
         free_segment(host, segment)?;

@@ -21,7 +21,7 @@ use crate::ops;
 use crate::report::{ReportPlace, keep_report, last_report};
 use crate::saved::{self, Pending};
 use crate::saving;
-use crate::segments::free_segment;
+use crate::segments::{self, free_segment};
 use crate::stores::{ExecView, StoreView};
 use crate::timeline::{EventKind, KernelInfo, Side, Timeline, corrected_clock};
 use crate::vmm;
@@ -166,7 +166,7 @@ fn facts(
     for config in &pending.vms {
         configs.insert(config.name.clone(), config.clone());
     }
-    let segments: Vec<SegmentFact> = store
+    let found: Vec<SegmentFact> = store
         .iter()
         .flat_map(|s| &s.segments)
         .map(|s| SegmentFact {
@@ -182,21 +182,27 @@ fn facts(
         })
         .collect();
     let saved = saved::all(&host.layout);
-    let names = segments
+    let names = found
         .iter()
         .filter_map(|s| s.name.as_ref())
         .chain(saved.keys())
         .chain(configs.keys());
-    let alive = names
-        .filter(|name| VmLock::is_held(&host.layout.vm_dir(name)))
-        .cloned()
-        .collect();
+    let mut alive = BTreeSet::new();
+    let mut stranded = BTreeMap::new();
+    for name in names {
+        if VmLock::is_held(&host.layout.vm_dir(name)) {
+            alive.insert(name.clone());
+        } else if let Some((_, why)) = segments::stranded(host, store, name) {
+            stranded.insert(name.clone(), why.to_string());
+        }
+    }
     let facts = Facts {
-        segments,
+        segments: found,
         saved,
         pending: pending.names(),
         autostart: automatic,
         alive,
+        stranded,
     };
     (facts, configs)
 }

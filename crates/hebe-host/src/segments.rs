@@ -1,35 +1,74 @@
 //! Giving segments up, with a look at who may still be in them.
 //!
 //! A VM's lock says who owns it, and lies in the runtime directory. Where that
-//! directory was emptied, the locks are gone and their holders live on; what
-//! the segment itself says is all that is left to find such a VMM by.
+//! directory was emptied, the locks are gone and their holders live on. What is
+//! never lost is the lock that a VMM has on the segment itself, as long as it
+//! maps it ([`SegmentView::held`]): it refuses a second VMM and a drop, and here
+//! it tells such a VMM from a VM that nobody has.
 
 use std::fs;
+use std::thread;
+use std::time::Duration;
 
-use hebe_types::VmId;
+use hebe_store::StoreError;
+use hebe_types::{VmId, VmName};
 
 use crate::host::{Host, HostError};
-use crate::stores::{ExecView, SegmentView};
+use crate::stores::{SegmentView, StoreTrouble, StoreView};
 
-/// Frees a segment, unless a VMM runs in it. The caller holds the VM's lock.
+/// How long a VMM that let its VM's lock go may need to end altogether.
+const END_WAIT: Duration = Duration::from_millis(50);
+
+/// Frees a segment, unless a VMM has it mapped. The caller holds the VM's lock.
 pub fn free_segment(host: &Host, segment: &SegmentView) -> Result<(), HostError> {
-    refuse_in_use(host, segment)?;
-    Ok(host.store.drop_segment(segment.id, segment.vm)?)
+    refuse_in_use(segment)?;
+    match host.store.drop_segment(segment.id, segment.vm) {
+        Err(StoreTrouble::Store(StoreError::Held(_))) => Err(in_use(segment, None)),
+        other => Ok(other?),
+    }
 }
 
-/// Refuses where the VMM that marked the segment as running in this boot is
-/// still there.
-pub fn refuse_in_use(host: &Host, segment: &SegmentView) -> Result<(), HostError> {
-    let (ExecView::Running { boot_id, pid }, Some(vm)) = (&segment.exec, segment.vm) else {
-        return Ok(());
-    };
-    if *boot_id != host.system.boot_id() || !is_vmm_of(*pid, vm) {
-        return Ok(());
+/// Refuses where a VMM of the segment's VM is still there.
+pub fn refuse_in_use(segment: &SegmentView) -> Result<(), HostError> {
+    let holder = segment.vm.filter(|_| segment.held).and_then(vmm_of);
+    match holder {
+        Some(pid) => Err(in_use(segment, Some(pid))),
+        // Without a process it may be gone by now: the store has the last word.
+        None => Ok(()),
     }
-    Err(HostError::InUse {
+}
+
+fn in_use(segment: &SegmentView, pid: Option<u32>) -> HostError {
+    HostError::InUse {
         segment: segment.id,
-        pid: *pid,
-    })
+        name: segment.name.clone(),
+        pid,
+    }
+}
+
+/// What is said of a VM whose VMM lives and lost its runtime directory, with
+/// that VMM's process where it can be found. The caller saw that nobody holds
+/// the VM's lock.
+pub(crate) fn stranded(
+    host: &Host,
+    store: Option<&StoreView>,
+    name: &VmName,
+) -> Option<(Option<u32>, HostError)> {
+    let segment = store?.held_of(name)?;
+    let pid = segment.vm.and_then(vmm_of);
+    if pid.is_none() {
+        thread::sleep(END_WAIT);
+        host.store.view().ok().flatten()?.held_of(name)?;
+    }
+    Some((pid, in_use(segment, pid)))
+}
+
+/// The living process that was started as the VMM of that VM.
+fn vmm_of(vm: VmId) -> Option<u32> {
+    let processes = fs::read_dir("/proc").ok()?.flatten();
+    processes
+        .filter_map(|process| process.file_name().to_str()?.parse().ok())
+        .find(|pid| is_vmm_of(*pid, vm))
 }
 
 /// Whether a process is the VMM of that VM; process ids are used again.

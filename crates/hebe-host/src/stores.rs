@@ -95,6 +95,8 @@ pub struct SegmentView {
     /// Its state.
     #[serde(flatten)]
     pub exec: ExecView,
+    /// Somebody has it mapped: a VMM that runs its VM, or holds it frozen.
+    pub held: bool,
     /// The `hebe_store::SegmentSpec` as JSON, for the VMM and for `store show`.
     #[serde(skip)]
     pub spec: String,
@@ -126,6 +128,12 @@ impl StoreView {
             .iter()
             .filter(|s| s.name.as_ref() == Some(name));
         own.next().filter(|_| own.next().is_none())
+    }
+
+    /// A segment of a VM that somebody has mapped.
+    pub fn held_of(&self, name: &VmName) -> Option<&SegmentView> {
+        let mut own = self.segments.iter();
+        own.find(|s| s.held && s.name.as_ref() == Some(name))
     }
 }
 
@@ -228,7 +236,7 @@ impl DeviceStore {
     }
 }
 
-fn segment_view(entry: &SegmentEntry) -> Result<SegmentView, StoreTrouble> {
+fn segment_view(store: &Store, entry: &SegmentEntry) -> Result<SegmentView, StoreTrouble> {
     Ok(match entry {
         SegmentEntry::Valid(info) => SegmentView {
             id: info.spec.id,
@@ -251,6 +259,7 @@ fn segment_view(entry: &SegmentEntry) -> Result<SegmentView, StoreTrouble> {
                     reason: reason.clone(),
                 },
             },
+            held: store.is_held(&info.spec)?,
             spec: serde_json::to_string(&info.spec)?,
         },
         SegmentEntry::Damaged { slot, name, reason } => SegmentView {
@@ -262,6 +271,7 @@ fn segment_view(entry: &SegmentEntry) -> Result<SegmentView, StoreTrouble> {
             exec: ExecView::Damaged {
                 reason: reason.clone(),
             },
+            held: false,
             spec: String::new(),
         },
     })
@@ -282,7 +292,7 @@ impl StoreAccess for DeviceStore {
             phys_range: info.phys_range,
             segments: segments
                 .iter()
-                .map(segment_view)
+                .map(|entry| segment_view(&store, entry))
                 .collect::<Result<_, _>>()?,
         }))
     }

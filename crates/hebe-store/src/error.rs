@@ -161,6 +161,16 @@ pub enum StoreError {
     /// No segment in that slot.
     #[error("there is no segment {0} in this store: 'hebe store list' shows those there are")]
     NoSuchSegment(SegmentId),
+    /// Somebody has the segment mapped.
+    #[error(
+        "a VMM has the memory of segment {0} mapped: two never run the same RAM, and it is not freed under one; see 'hebe list', and end that VMM first"
+    )]
+    Held(SegmentId),
+    /// Somebody has a segment of the store mapped.
+    #[error(
+        "a VMM has memory of store {0} mapped: see 'hebe list', and end every VMM before the store is made anew"
+    )]
+    InUse(PathBuf),
     /// The slot holds another VM's segment than the caller listed.
     #[error(
         "segment {0} is not what it was when it was listed, and is left alone: see 'hebe store list'"

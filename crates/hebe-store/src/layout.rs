@@ -239,6 +239,15 @@ impl SuperblockV2 {
         self.capacity.get() - GUARD_LEN
     }
 
+    /// Between the head and the guard.
+    pub(crate) fn bounds(&self) -> Bounds {
+        Bounds {
+            uuid: Some(self.uuid),
+            start: HEAD_LEN,
+            end: self.segments_end(),
+        }
+    }
+
     /// The guard at the end.
     pub(crate) fn guard(&self) -> Guard {
         let place = Extent {
@@ -300,16 +309,12 @@ impl RecordV1 {
     }
 
     /// Decodes and checks one record. Untrusted input.
-    pub(crate) fn decode(
-        payload: &[u8],
-        slot: u32,
-        superblock: &SuperblockV2,
-    ) -> Result<Record, String> {
+    pub(crate) fn decode(payload: &[u8], slot: u32, bounds: &Bounds) -> Result<Record, String> {
         let record = Self::read_from_bytes(payload).map_err(|_| "it has a wrong length")?;
         if record.slot.get() != slot {
             return Err(format!("it belongs in slot {}", record.slot));
         }
-        if record.store_uuid != superblock.uuid {
+        if bounds.uuid.is_some_and(|uuid| record.store_uuid != uuid) {
             return Err("it belongs to another store".into());
         }
         let state = State::from_number(record.state.get()).ok_or("its state is unknown")?;
@@ -321,9 +326,8 @@ impl RecordV1 {
             .get(..record.places_len.get() as usize)
             .ok_or("it has too many extents")?;
         let extents: Vec<Extent> = places.iter().map(PlaceV1::extent).collect();
-        let end = superblock.segments_end();
         if state == State::Scrubbing {
-            in_store(extents.iter().copied(), end)?;
+            bounds.hold(extents.iter().copied())?;
             return Ok(Record::Scrubbing(extents));
         }
         if places.len() > EXTENTS_MAX {
@@ -346,7 +350,7 @@ impl RecordV1 {
             ram: ram.collect(),
         };
         spec.check().map_err(|e| e.to_string())?;
-        in_store(spec.extents(), end)?;
+        bounds.hold(spec.extents())?;
         let owner = Owner {
             spec,
             created_ns: record.created_ns.get(),
@@ -374,15 +378,28 @@ impl PlaceV1 {
     }
 }
 
-/// Whether every extent lies between the head and the guard at `end`.
-fn in_store(extents: impl Iterator<Item = Extent>, end: u64) -> Result<(), String> {
-    for e in extents {
-        if e.len == 0 || e.offset < HEAD_LEN || e.offset + e.len > end {
-            return Err(format!(
-                "extent {:#x}+{:#x} lies outside the store",
-                e.offset, e.len
-            ));
+/// Whose a record must be, and where what it claims may lie.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bounds {
+    /// The store; `None` where each segment has an id of its own.
+    pub uuid: Option<[u8; 16]>,
+    /// First byte that a segment may have.
+    pub start: u64,
+    /// Where segments end.
+    pub end: u64,
+}
+
+impl Bounds {
+    /// Whether every extent lies inside.
+    fn hold(&self, extents: impl Iterator<Item = Extent>) -> Result<(), String> {
+        for e in extents {
+            if e.len == 0 || e.offset < self.start || e.offset + e.len > self.end {
+                return Err(format!(
+                    "extent {:#x}+{:#x} lies outside the store",
+                    e.offset, e.len
+                ));
+            }
         }
+        Ok(())
     }
-    Ok(())
 }

@@ -47,6 +47,7 @@ mod alloc;
 mod error;
 mod exec;
 mod guard;
+mod hold;
 mod layout;
 mod mapping;
 mod media;

@@ -2,6 +2,10 @@
 //!
 //! Mapping neither reads nor writes RAM: nothing is populated, locked
 //! or advised that would touch a page.
+//!
+//! Whoever maps a segment of a store is its one holder: the mapping carries
+//! the lock of the [`crate::hold`] module, and nobody else can map the segment,
+//! drop it or format the store as long as it lasts.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,6 +18,7 @@ use rustix::mm::Advice;
 
 use crate::StoreError;
 use crate::exec::ExecArea;
+use crate::hold;
 use crate::mapping::Mapping;
 use crate::spec::{Placement, SegmentSpec};
 use crate::store::backing;
@@ -43,6 +48,8 @@ pub struct Segment {
     ram: Vec<MappedRam>,
     exec: ExecArea,
     memfd: Option<OwnedFd>,
+    /// Those of a segment in files of its own; none for one in a store.
+    files: Vec<OwnedFd>,
     _mappings: Vec<Mapping>,
 }
 
@@ -54,12 +61,33 @@ impl Segment {
     /// # Errors
     /// [`StoreError::BadSpec`] for a table that is not safe to map,
     /// [`StoreError::BeyondEnd`] when the device or file is too short (a later
-    /// access would be SIGBUS).
+    /// access would be SIGBUS), [`StoreError::Held`] while another process has
+    /// it mapped.
     pub fn map(fd: OwnedFd, spec: &SegmentSpec) -> Result<Self, StoreError> {
         let file = File::from(fd);
         let size = backing(&file, Path::new("the store's descriptor"))?.size;
-        let segment = Self::map_from(file.as_fd(), size, spec)?;
+        spec.check()?;
+        // Lasts as long as the mapping, though the descriptor is closed here.
+        hold::take(file.as_fd(), spec.id, &[spec.exec])?;
+        let segment = Self::map_from(&[(file.as_fd(), size)], spec)?;
         drop(file);
+        Ok(segment)
+    }
+
+    /// Maps a segment that lies in files of its own, one behind the other, and
+    /// keeps them for [`Segment::files`]. Huge pages are asked for.
+    ///
+    /// # Errors
+    /// As for [`Segment::map`]; [`StoreError::BadSpec`] for a file that is not
+    /// whole granules long.
+    pub fn map_files(fds: Vec<OwnedFd>, spec: &SegmentSpec) -> Result<Self, StoreError> {
+        let mut files = Vec::with_capacity(fds.len());
+        for fd in &fds {
+            files.push((fd.as_fd(), file_len(fd.as_fd())?));
+        }
+        let mut segment = Self::map_from(&files, spec)?;
+        segment.advise_hugepages();
+        segment.files = fds;
         Ok(segment)
     }
 
@@ -89,7 +117,7 @@ impl Segment {
         ftruncate(&fd, spec.end()).map_err(media)?;
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         fcntl_add_seals(&fd, seals).map_err(media)?;
-        let mapped = Self::map_from(fd.as_fd(), spec.end(), &spec);
+        let mapped = Self::map_from(&[(fd.as_fd(), spec.end())], &spec);
         let mut segment = match mapped {
             // Shared huge pages are reserved when they are mapped.
             Err(StoreError::Media { source, .. }) if hugepages => {
@@ -101,18 +129,17 @@ impl Segment {
             other => other?,
         };
         if !hugepages {
-            for mapping in &segment._mappings {
-                // Advice only: not every kernel has huge pages for shared memory.
-                let _ = mapping.advise(Advice::LinuxHugepage);
-            }
+            segment.advise_hugepages();
         }
         segment.exec.prepare().map_err(StoreError::media("write"))?;
         segment.memfd = Some(fd);
         Ok(segment)
     }
 
-    fn map_from(fd: BorrowedFd<'_>, size: u64, spec: &SegmentSpec) -> Result<Self, StoreError> {
+    /// Maps from files that follow each other in the segment's address space.
+    fn map_from(files: &[(BorrowedFd<'_>, u64)], spec: &SegmentSpec) -> Result<Self, StoreError> {
         spec.check()?;
+        let size = files.iter().map(|(_, len)| len).sum();
         if spec.end() > size {
             return Err(StoreError::BeyondEnd {
                 needed: spec.end(),
@@ -128,7 +155,11 @@ impl Segment {
             for p in &spec.ram {
                 if (range.gpa.0..end).contains(&p.gpa.0) {
                     let at = p.gpa.0 - range.gpa.0;
-                    mapping.place(at, fd, p.place, true).map_err(map("map"))?;
+                    for (fd, done, piece) in pieces(files, p.place) {
+                        mapping
+                            .place(at + done, fd, piece, true)
+                            .map_err(map("map"))?;
+                    }
                 }
             }
             for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
@@ -141,12 +172,16 @@ impl Segment {
             });
             mappings.push(mapping);
         }
-        let exec = Mapping::of(fd, spec.exec, true).map_err(map("map"))?;
+        // One granule, and files are whole granules: it lies in one of them.
+        let exec = pieces(files, spec.exec).next();
+        let (fd, _, place) = exec.ok_or_else(|| StoreError::BadSpec("it has no files".into()))?;
+        let exec = Mapping::of(fd, place, true).map_err(map("map"))?;
         Ok(Self {
             exec: ExecArea::new(exec, spec),
             spec: spec.clone(),
             ram,
             memfd: None,
+            files: Vec::new(),
             _mappings: mappings,
         })
     }
@@ -167,14 +202,60 @@ impl Segment {
         &self.exec
     }
 
+    fn advise_hugepages(&self) {
+        for mapping in &self._mappings {
+            // Advice only: not every kernel has huge pages for shared memory.
+            let _ = mapping.advise(Advice::LinuxHugepage);
+        }
+    }
+
+    /// The files of a segment that has its own, in their order; none for one in
+    /// a store. Whoever gets them keeps the VM's memory, should this process end.
+    pub fn files(&self) -> &[OwnedFd] {
+        &self.files
+    }
+
     /// The memory behind a `memfd` segment; none for one in a store.
     pub fn memfd(&self) -> Option<BorrowedFd<'_>> {
         self.memfd.as_ref().map(AsFd::as_fd)
     }
 }
 
+/// Length of a file that holds a part of a segment.
+pub(crate) fn file_len(fd: BorrowedFd<'_>) -> Result<u64, StoreError> {
+    let stat = rustix::fs::fstat(fd).map_err(|e| StoreError::media("look at")(e.into()))?;
+    let regular = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file();
+    match u64::try_from(stat.st_size) {
+        Ok(len) if regular && len > 0 && len.is_multiple_of(GRANULE) => Ok(len),
+        _ => Err(StoreError::BadSpec(
+            "one of its files is not made of 2MiB granules".into(),
+        )),
+    }
+}
+
+/// The parts of an extent, each in one file: the file, how far into the extent
+/// it begins, and its place in the file.
+fn pieces<'a>(
+    files: &'a [(BorrowedFd<'a>, u64)],
+    extent: Extent,
+) -> impl Iterator<Item = (BorrowedFd<'a>, u64, Extent)> {
+    let end = extent.offset + extent.len;
+    let mut base = 0;
+    files.iter().filter_map(move |(fd, len)| {
+        let file = base..base + len;
+        base = file.end;
+        let from = extent.offset.max(file.start);
+        let to = end.min(file.end);
+        let place = Extent {
+            offset: from.checked_sub(file.start)?,
+            len: to.checked_sub(from).filter(|len| *len > 0)?,
+        };
+        Some((*fd, from - extent.offset, place))
+    })
+}
+
 /// Execution-state area first, then RAM in order.
-fn memfd_spec(vm: VmId, name: &VmName, memory: ByteSize) -> SegmentSpec {
+pub(crate) fn memfd_spec(vm: VmId, name: &VmName, memory: ByteSize) -> SegmentSpec {
     let mut offset = GRANULE;
     let ram = ram_ranges(memory).into_iter().map(|range| {
         let place = Extent {

@@ -19,6 +19,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use serde::Serialize;
 
 use crate::exec::now_ns;
+use crate::hold;
 use crate::layout::{
     HEAD_LEN, REPORT_LEN_MAX, SEGMENTS_MAX, STORE_GRANULES_MAX, STORE_LEN_MIN, SUPERBLOCK,
     SuperblockV2,
@@ -179,6 +180,14 @@ impl Device {
         })
     }
 
+    /// From the first byte to the last.
+    fn whole(&self) -> Extent {
+        Extent {
+            offset: 0,
+            len: self.size,
+        }
+    }
+
     /// Maps the granules around a range outside the head, and says where in
     /// the mapping the range begins.
     fn window(&self, offset: u64, len: u64) -> io::Result<(Mapping, u64)> {
@@ -267,12 +276,16 @@ impl Store {
     /// # Errors
     /// Without force, [`StoreError::Formatted`], [`StoreError::HeadDamaged`] or
     /// [`StoreError::OtherFormat`] where a store is or was; nothing is written then.
-    /// [`StoreError::Busy`] while a manager has the store open.
+    /// [`StoreError::Busy`] while a manager has the store open;
+    /// [`StoreError::InUse`] while a VMM has a segment mapped, force or not.
     pub fn format(path: &Path, options: FormatOptions) -> Result<StoreInfo, StoreError> {
         let lock = take_lock(path)?;
         let device = Device::open(path, true)?;
         if !options.force {
             refuse_store(&device, path)?;
+        }
+        if hold::is_held(device.file.as_fd(), &[device.whole()])? {
+            return Err(StoreError::InUse(path.to_owned()));
         }
         let mut uuid = [0; 16];
         getrandom(&mut uuid, GetRandomFlags::empty())
@@ -403,22 +416,37 @@ impl Store {
         self.table.create(vm, name, memory, now_ns())
     }
 
+    /// Whether somebody has the segment mapped: a VMM that runs its VM, or
+    /// holds it frozen.
+    ///
+    /// # Errors
+    /// [`StoreError::Media`] when that cannot be told.
+    pub fn is_held(&self, spec: &SegmentSpec) -> Result<bool, StoreError> {
+        hold::is_held(self.table.media.file.as_fd(), &[spec.exec])
+    }
+
     /// Destroys a segment, zeroes it and frees it; or gives a damaged slot up.
-    /// No VMM may have it mapped: whoever calls this holds the VM's lock.
+    /// Whoever calls this holds the VM's lock.
     ///
     /// `vm` is whose segment it was when it was listed, `None` for a damaged
     /// record: a slot that was used again since is left alone.
     ///
     /// # Errors
     /// [`StoreError::NoSuchSegment`], [`StoreError::Reused`],
-    /// [`StoreError::Overrun`].
+    /// [`StoreError::Overrun`], [`StoreError::Held`] while a VMM has it mapped.
     pub fn drop_segment(&mut self, id: SegmentId, vm: Option<VmId>) -> Result<(), StoreError> {
         self.managing()?;
+        self.table.check()?;
+        let memory = self.table.memory_of(id, vm)?;
+        // A file of its own: what is taken through it is given back with it.
+        let file = open_file(&self.path, true)?;
+        hold::take(file.as_fd(), id, &memory)?;
         self.table.drop_segment(id, vm)
     }
 
-    /// The descriptor that a VMM maps its segment from. It does not carry the
-    /// manager's lock.
+    /// A descriptor to map a segment from. It does not carry the manager's
+    /// lock; but whoever maps through it and whoever else does so are one
+    /// holder: a VMM's is opened anew.
     pub fn device_fd(&self) -> BorrowedFd<'_> {
         self.table.media.file.as_fd()
     }

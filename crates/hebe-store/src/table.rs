@@ -57,6 +57,22 @@ pub(crate) enum Slot {
     Damaged(String),
 }
 
+impl Slot {
+    /// Whether this is the segment that `vm` had when it was listed.
+    fn check_drop(&self, id: SegmentId, vm: Option<VmId>) -> Result<(), StoreError> {
+        match self {
+            Self::Good(Record::Free) => Err(StoreError::NoSuchSegment(id)),
+            Self::Good(Record::Allocating(owner) | Record::Live(owner))
+                if vm != Some(owner.spec.vm) =>
+            {
+                Err(StoreError::Reused(id))
+            }
+            Self::Damaged(_) if vm.is_some() => Err(StoreError::Reused(id)),
+            Self::Good(_) | Self::Damaged(_) => Ok(()),
+        }
+    }
+}
+
 /// Every slot with the reading it was decoded from.
 struct Scan {
     slots: Vec<(Reading, Slot)>,
@@ -235,12 +251,13 @@ impl<M: Media> Table<M> {
 
     /// Reads every record, and finds those that overlap.
     fn scan(&self) -> Result<Scan, StoreError> {
+        let bounds = self.superblock.bounds();
         let mut slots = Vec::new();
         for slot in 0..self.superblock.slots.get() {
             let reading = mirror::read(&self.media, &record_place(slot))
                 .map_err(StoreError::media("read"))?;
             let decoded = match &reading {
-                Reading::Valid { payload, .. } => RecordV1::decode(payload, slot, &self.superblock),
+                Reading::Valid { payload, .. } => RecordV1::decode(payload, slot, &bounds),
                 Reading::Blank => Err("it was wiped".into()),
                 Reading::Damaged(why) => Err((*why).into()),
                 Reading::Newer(version) => Err(format!(
@@ -395,17 +412,34 @@ impl<M: Media> Table<M> {
         let scan = self.scan()?;
         let found = scan.slots.get(id.0 as usize);
         let (reading, slot) = found.ok_or(StoreError::NoSuchSegment(id))?;
+        slot.check_drop(id, vm)?;
         match slot {
-            Slot::Good(Record::Free) => Err(StoreError::NoSuchSegment(id)),
-            Slot::Good(Record::Allocating(owner) | Record::Live(owner))
-                if vm != Some(owner.spec.vm) =>
-            {
-                Err(StoreError::Reused(id))
-            }
             Slot::Good(record) => self.scrub_and_free(id.0, reading, &extents(record)),
-            Slot::Damaged(_) if vm.is_some() => Err(StoreError::Reused(id)),
             Slot::Damaged(_) => self.give_up(id.0),
         }
+    }
+
+    /// Memory that would go with a segment: for a damaged record, all that no
+    /// other is known to own.
+    ///
+    /// # Errors
+    /// Those of [`Table::drop_segment`].
+    pub(crate) fn memory_of(
+        &self,
+        id: SegmentId,
+        vm: Option<VmId>,
+    ) -> Result<Vec<Extent>, StoreError> {
+        let scan = self.scan()?;
+        let found = scan.slots.get(id.0 as usize);
+        let (_, slot) = found.ok_or(StoreError::NoSuchSegment(id))?;
+        slot.check_drop(id, vm)?;
+        Ok(match slot {
+            Slot::Good(record) => extents(record),
+            Slot::Damaged(_) => {
+                let owned: Vec<Extent> = scan.owned().into_iter().map(|(_, e)| e).collect();
+                alloc::free_runs(self.superblock.segments_end(), &owned)
+            }
+        })
     }
 
     /// Gives a damaged slot up. Its memory is known only by what others do not

@@ -541,3 +541,65 @@ fn a_segment_that_something_else_wrote_to_is_not_resumed() {
         .drop_segment(spec.id, Some(spec.vm))
         .expect("given up");
 }
+
+/// Two VMMs never run the same RAM, and none runs in memory that was freed.
+#[test]
+fn a_segment_has_one_holder_as_long_as_it_is_mapped() {
+    let bench = formatted(16);
+    let mut store = manage(&bench.path);
+    let size = ByteSize(2 * GRANULE);
+    let spec = store
+        .create(VmId([1; 16]), &name("web"), size)
+        .expect("web");
+    let other = store.create(VmId([2; 16]), &name("db"), size).expect("db");
+    assert!(!store.is_held(&spec).expect("look"));
+    let segment = Segment::map(fd(&bench.path), &spec).expect("map");
+    segment.exec().commit_frozen(b"state").expect("frozen");
+    assert!(store.is_held(&spec).expect("look"));
+    assert!(
+        !store.is_held(&other).expect("look"),
+        "its neighbour is not"
+    );
+    let looker = Store::open(&bench.path, Access::Read).expect("open");
+    assert!(looker.is_held(&spec).expect("look"));
+    let second = Segment::map(fd(&bench.path), &spec).map(|_| ());
+    assert!(matches!(second, Err(StoreError::Held(id)) if id == spec.id));
+    let dropped = store.drop_segment(spec.id, Some(spec.vm));
+    assert!(matches!(dropped, Err(StoreError::Held(_))), "{dropped:?}");
+    assert_eq!(segment.exec().load().expect("untouched"), b"state");
+    drop((store, looker));
+    let made = Store::format(&bench.path, FormatOptions { force: true });
+    assert!(matches!(made, Err(StoreError::InUse(_))), "{made:?}");
+    drop(segment);
+    let mut store = manage(&bench.path);
+    let again = Segment::map(fd(&bench.path), &spec).expect("free again");
+    drop(again);
+    store.drop_segment(spec.id, Some(spec.vm)).expect("free");
+    store.drop_segment(other.id, Some(other.vm)).expect("free");
+}
+
+/// Nobody can tell which memory a damaged record owns: none that is mapped and
+/// has no other owner is given away with it.
+#[test]
+fn a_damaged_record_is_not_given_up_under_its_vmm() {
+    let bench = formatted(16);
+    let mut store = manage(&bench.path);
+    let size = ByteSize(2 * GRANULE);
+    let spec = store
+        .create(VmId([1; 16]), &name("web"), size)
+        .expect("web");
+    let other = store.create(VmId([2; 16]), &name("db"), size).expect("db");
+    let segment = Segment::map(fd(&bench.path), &spec).expect("map");
+    let neighbour = Segment::map(fd(&bench.path), &other).expect("map");
+    let file = OpenOptions::new()
+        .write(true)
+        .open(&bench.path)
+        .expect("file");
+    let record = GRANULE + u64::from(spec.id.0) * 8192;
+    file.write_all_at(&[0xa5; 8192], record).expect("damage");
+    let given_up = store.drop_segment(spec.id, None);
+    assert!(matches!(given_up, Err(StoreError::Held(_))), "{given_up:?}");
+    drop(segment);
+    store.drop_segment(spec.id, None).expect("nobody is in it");
+    drop(neighbour);
+}

@@ -225,6 +225,7 @@ impl Fake {
             pid: process::id(),
             version: "fake".into(),
             resumes: u32::from(self.resume.is_some()),
+            failed: None,
             stopped_devices: Vec::new(),
             ram_meter: RamMeter::default(),
             first_tx: self.resume.as_ref().map(|r| r.running),

@@ -41,6 +41,10 @@ pub const CASES: &[crate::Case] = &[
         directory_emptied,
     ),
     (
+        "a_frozen_vm_whose_vmm_lost_its_directory_is_run_by_no_other",
+        held_without_directory,
+    ),
+    (
         "a_silent_vmm_that_continues_a_state_is_not_ended",
         silent_with_a_state,
     ),
@@ -368,7 +372,6 @@ fn silent_with_a_state() {
 /// The locks went with the directory; their holder lives.
 fn directory_emptied() {
     let world = World::new();
-    *world.machine.boot_id.lock().expect("lock") = hebe_sys::proc::boot_id().expect("id");
     world.start(&["web"]);
     let pid = listing::survey(&world.host).rows[&name("web")].pid;
     let pid = pid.expect("up");
@@ -390,4 +393,51 @@ fn directory_emptied() {
     }
     ops::drop_vm(&world.host, &name("web")).expect("nobody is in it");
     assert_eq!(world.segments(), 0);
+}
+
+/// The frozen segment names no process: the lock on the segment does.
+fn held_without_directory() {
+    let world = World::new();
+    world.start(&["web"]);
+    let (web, host) = (name("web"), &world.host);
+    let id = world.instance("web").expect("instance").vm;
+    let pid = listing::survey(host).rows[&web].pid.expect("up");
+    let wait = Duration::from_secs(5);
+    hebe_host::vmm::freeze(&host.layout.socket(&web), wait).expect("freezes");
+    fs::remove_dir_all(&host.layout.run).expect("remove");
+    let row = listing::survey(host).rows.remove(&web).expect("listed");
+    assert_eq!((row.state, row.pid), (VmState::Unresponsive, Some(pid)));
+    let view = host.store.view().expect("view").expect("store");
+    let segment = view.segment_of(&web).expect("segment");
+    assert!(segment.held);
+    let orders = [
+        ops::resume(host, &web, ResumeOptions::default()).map(drop),
+        ops::start(host, &web).map(drop),
+        ops::drop_vm(host, &web),
+        hebe_host::segments::free_segment(host, segment),
+    ];
+    for refused in orders {
+        let error = refused.expect_err("it is held").to_string();
+        assert!(error.contains(&format!("process {pid}")), "{error}");
+        assert!(error.contains("hebe stop web --force"), "{error}");
+    }
+    let all = resume_all(host, stamp_now(), true).expect("not busy");
+    let left = &all.vms[&web];
+    assert!(
+        matches!(left, Resumed::Left { reason } if reason.contains(&format!("process {pid}"))),
+        "{left:?}"
+    );
+    // Whoever tries all the same gets a VMM that refuses.
+    let second = ops::continue_frozen(host, &web, Some(&view)).expect_err("a second VMM");
+    assert!(second.to_string().contains("two never run"), "{second}");
+    let reboot = hebe_host::preflight::preflight(
+        host,
+        &world.options(hebe_types::RebootMethod::Warm),
+        false,
+    );
+    assert!(!reboot.0.passes(), "it would be lost");
+    ops::stop(host, &web, force()).expect("ended");
+    assert_eq!(world.state("web"), VmState::Frozen, "its state is kept");
+    let back = ops::resume(host, &web, ResumeOptions::default()).expect("resumes");
+    assert_eq!(back.id, id);
 }

@@ -54,13 +54,17 @@ fn view(host: &Host) -> Result<StoreView, Failure> {
     view.ok_or_else(|| Failure(StoreTrouble::None.to_string()))
 }
 
-fn exec_text(exec: &ExecView) -> String {
-    match exec {
+fn exec_text(segment: &SegmentView) -> String {
+    let state = match &segment.exec {
         ExecView::Empty => "empty".into(),
         ExecView::Ended => "empty, its VM ended".into(),
         ExecView::Running { pid, .. } => format!("running (process {pid} when it began)"),
         ExecView::Frozen { state_bytes, .. } => format!("frozen, {state_bytes} bytes of state"),
         ExecView::Damaged { reason } => format!("damaged: {reason}"),
+    };
+    match (&segment.exec, segment.held) {
+        (ExecView::Frozen { .. }, true) => format!("{state}, its VMM lives"),
+        _ => state,
     }
 }
 
@@ -73,7 +77,7 @@ fn list(host: &Host, out: &Output) -> Outcome {
                 s.name.as_ref().map_or("-".into(), ToString::to_string),
                 s.memory.to_string(),
                 s.extents.to_string(),
-                exec_text(&s.exec),
+                exec_text(s),
             ]
         };
         let rows: Vec<Vec<String>> = store.segments.iter().map(row).collect();
@@ -123,7 +127,7 @@ fn show(host: &Host, wanted: &str, out: &Output) -> Outcome {
             segment.name.as_ref().map_or("-", |n| n.as_str()),
             segment.vm.map_or("-".into(), |id| id.to_string()),
             segment.memory,
-            exec_text(&segment.exec)
+            exec_text(segment)
         );
         for range in answer.spec["ram"].as_array().into_iter().flatten() {
             let number = |v: &serde_json::Value| v.as_u64().unwrap_or_default();
@@ -158,7 +162,7 @@ fn drop_segment(host: &Host, wanted: &str, yes: bool, out: &Output) -> Outcome {
         return Err(Failure(format!(
             "segment {0} is {1} and would be lost for good: say `hebe store drop {0} --yes` if it is to be",
             segment.id,
-            exec_text(&segment.exec)
+            exec_text(segment)
         )));
     }
     // Whoever runs in it holds its VM's lock.
