@@ -38,7 +38,8 @@ pub enum Request {
         /// The file to create; must not exist.
         path: PathBuf,
     },
-    /// Press the ACPI power button.
+    /// Press the ACPI power button. A VM that failed has no guest that could
+    /// see it: it is ended at once.
     PowerButton,
     /// End the process. A frozen VM stays frozen in its segment; a running
     /// one is powered off at once.
@@ -77,7 +78,7 @@ pub enum Response {
 pub enum VmmState {
     /// vCPUs run.
     Running,
-    /// vCPUs are stopped, nothing is committed.
+    /// vCPUs are stopped, nothing is committed. See also [`VmStatus::failed`].
     Paused,
     /// Execution state is committed in the segment.
     Frozen,
@@ -100,6 +101,10 @@ pub struct VmStatus {
     pub version: String,
     /// Times this VM was resumed from memory or file since it booted.
     pub resumes: u32,
+    /// Why the VM stands still for good, if it does: KVM could not go on. It
+    /// is paused, to be looked at, and can only be ended.
+    #[serde(default)]
+    pub failed: Option<String>,
     /// Devices that stopped, with the reason (`virtio-blk 0: descriptor loop`).
     pub stopped_devices: Vec<String>,
     /// Bytes of guest RAM that device code touched so far.

@@ -277,7 +277,9 @@ fn alive(status: &VmStatus) -> Found {
         VmmState::Frozen => (VmState::Frozen, Life::Held),
         VmmState::Saved => (VmState::Saved, Life::SavedHeld),
     };
-    let detail = if status.stopped_devices.is_empty() {
+    let detail = if let Some(why) = &status.failed {
+        Some(format!("failed, and cannot run again: {why}"))
+    } else if status.stopped_devices.is_empty() {
         None
     } else {
         Some(format!(

@@ -468,6 +468,7 @@ fn vm_checks(host: &Host, survey: &Survey, vms: &[VmVerdict]) -> Vec<Check> {
             _ => {}
         }
         checks.extend(half_saved(host, survey, name));
+        checks.extend(failed(survey, vm));
         if vm.fate.is_some() {
             checks.extend(files_of(host, survey, vm));
         }
@@ -486,6 +487,20 @@ fn half_saved(host: &Host, survey: &Survey, name: &VmName) -> Option<Check> {
             Level::Fail,
             format!("VM '{name}' was being saved, and its file is not complete"),
             format!("`hebe resume {name}` lets it run again"),
+        )
+    })
+}
+
+/// A VM with which KVM cannot go on has no state that could be kept.
+fn failed(survey: &Survey, vm: &VmVerdict) -> Option<Check> {
+    let name = &vm.vm;
+    let why = survey.rows.get(name)?.status.as_ref()?.failed.as_ref()?;
+    matches!(vm.fate, Some(Fate::Keep | Fate::Save)).then(|| {
+        Check::bad(
+            format!("failed:{name}"),
+            Level::Fail,
+            format!("VM '{name}' failed and cannot run again: {why}"),
+            format!("`hebe stop {name}` ends it"),
         )
     })
 }

@@ -74,26 +74,27 @@ fn converse(mut stream: UnixStream, vm: &Shared, events: &Sender<Event>) -> io::
             write_frame(&mut stream, &Response::Failed { message })?;
             continue;
         };
+        if let Some(expected) = end(&request, vm) {
+            let response = match vm.prepare_quit(expected) {
+                Ok(()) => Response::Done,
+                Err(error) => failed(&error),
+            };
+            drop(guard);
+            let done = response == Response::Done;
+            // The order stands even if nobody waits for the answer.
+            let written = write_frame(&mut stream, &response);
+            if done {
+                let _ = events.send(Event::Quit);
+            }
+            written?;
+            continue;
+        }
         match request {
             Request::Console => {
                 let hub = vm.console.clone();
                 drop(guard);
                 write_frame(&mut stream, &Response::Done)?;
                 return hub.attach(stream);
-            }
-            Request::Quit { expected } => {
-                let response = match vm.prepare_quit(expected) {
-                    Ok(()) => Response::Done,
-                    Err(error) => failed(&error),
-                };
-                drop(guard);
-                let done = response == Response::Done;
-                // The order stands even if nobody waits for the answer.
-                let written = write_frame(&mut stream, &response);
-                if done {
-                    let _ = events.send(Event::Quit);
-                }
-                written?;
             }
             request => {
                 let response = answer(vm, &request).unwrap_or_else(|error| failed(&error));
@@ -103,6 +104,16 @@ fn converse(mut stream: UnixStream, vm: &Shared, events: &Sender<Event>) -> io::
         }
     }
     Ok(())
+}
+
+/// Whether a request ends the VMM, and in which state the VM must be for it.
+fn end(request: &Request, vm: &Vm) -> Option<Option<VmmState>> {
+    match request {
+        Request::Quit { expected } => Some(*expected),
+        // No guest is left that could see it.
+        Request::PowerButton if vm.failed.is_some() => Some(None),
+        _ => None,
+    }
 }
 
 fn answer(vm: &mut Vm, request: &Request) -> Result<Response, VmError> {

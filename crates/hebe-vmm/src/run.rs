@@ -40,7 +40,7 @@ pub enum Outcome {
     Saved,
     /// The guest's processor shut down.
     TripleFault,
-    /// KVM could not go on.
+    /// It did not boot again after a reset.
     Failed(String),
 }
 
@@ -294,7 +294,8 @@ fn ignore_hangups() {
     }
 }
 
-/// Waits for the VM's end; a reset builds it again in the same RAM.
+/// Waits for the VM's end; a reset builds it again in the same RAM, and a VM
+/// with which KVM cannot go on waits for the order to end.
 fn wait(
     shared: &Shared,
     events: &Sender<Event>,
@@ -316,7 +317,17 @@ fn wait(
             }
             Event::PowerOff => Outcome::PowerOff,
             Event::VcpuStopped(Stop::Shutdown) => Outcome::TripleFault,
-            Event::VcpuStopped(stop) => Outcome::Failed(format!("{stop:?}")),
+            Event::VcpuStopped(stop) => {
+                let why = match stop {
+                    Stop::Failed(why) => why.clone(),
+                    other => format!("{other:?}"),
+                };
+                log::log_error(&format!("the VM stands still: {why}"));
+                if let Some(vm) = guard.as_mut() {
+                    vm.fail(why);
+                }
+                continue;
+            }
             Event::Quit | Event::Terminated => match guard.as_ref().map(Vm::state) {
                 Some(VmmState::Frozen) => Outcome::Frozen,
                 Some(VmmState::Saved) => Outcome::Saved,

@@ -37,6 +37,7 @@ impl Vm {
         if self.quitting {
             return Err(VmError::Quitting);
         }
+        self.expect_whole()?;
         if !matches!(self.state, VmmState::Paused | VmmState::Saved) {
             return Err(VmError::NotNow {
                 state: self.state,
@@ -106,7 +107,15 @@ impl Vm {
         }
     }
 
+    fn expect_whole(&self) -> Result<(), VmError> {
+        match &self.failed {
+            Some(why) => Err(VmError::Broken(why.clone())),
+            None => Ok(()),
+        }
+    }
+
     fn expect_state(&self, expected: VmmState, wanted: &'static str) -> Result<(), VmError> {
+        self.expect_whole()?;
         if self.state != expected {
             return Err(VmError::NotNow {
                 state: self.state,

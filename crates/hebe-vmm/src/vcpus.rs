@@ -163,8 +163,8 @@ impl Drop for Vcpus {
 fn obey(mut vcpu: Vcpu, inbox: &Receiver<Command>, board: &Board, events: &Sender<Event>) {
     vcpu.bind_to_thread();
     let mut running = false;
-    // A vCPU that stopped by itself has no state worth saving: a shutdown
-    // may have reset it.
+    // A vCPU that stopped by itself has no state worth saving or running: a
+    // shutdown may have reset it.
     let mut stopped_itself = None;
     loop {
         // While it runs, the inbox is looked at after each kick only.
@@ -186,7 +186,7 @@ fn obey(mut vcpu: Vcpu, inbox: &Receiver<Command>, board: &Board, events: &Sende
         };
         match command {
             None => {}
-            Some(Command::Run) => running = true,
+            Some(Command::Run) => running = stopped_itself.is_none(),
             Some(Command::Pause(answer)) => {
                 let result = match &stopped_itself {
                     Some(stop) => Err(stop.clone()),

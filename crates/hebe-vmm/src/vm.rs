@@ -108,6 +108,9 @@ pub enum VmError {
     /// The VMM was told to end.
     #[error("the VMM is ending: wait for it")]
     Quitting,
+    /// KVM could not go on.
+    #[error("the VM failed and cannot run again ({0}): `hebe stop` ends it")]
+    Broken(String),
     /// The guest is on its way out.
     #[error("the guest is powering off or resetting: wait for it")]
     Ending,
@@ -138,6 +141,8 @@ pub struct Vm {
     pub(crate) resume_report: Option<ResumeReport>,
     /// An order to end was accepted: nothing starts to run any more.
     pub(crate) quitting: bool,
+    /// Why it stands still for good.
+    pub(crate) failed: Option<String>,
 }
 
 /// Who the VM is. Does not change as long as it lives.
@@ -240,6 +245,7 @@ impl Vm {
             resumes: 0,
             resume_report: None,
             quitting: false,
+            failed: None,
         })
     }
 
@@ -261,6 +267,22 @@ impl Vm {
         Ok(())
     }
 
+    /// KVM cannot go on with a vCPU. Everything stops and stays as it is, to
+    /// be looked at: only an order ends it. A state that is committed stays so.
+    pub(crate) fn fail(&mut self, why: String) {
+        if self.failed.is_some() || matches!(self.state, VmmState::Frozen | VmmState::Saved) {
+            return;
+        }
+        // Fails for the vCPU that is the reason; the others stop.
+        let _ = self.vcpus.pause();
+        pause_all(&self.devices);
+        if let Some(serial) = &self.board.serial {
+            serial.pause();
+        }
+        self.state = VmmState::Paused;
+        self.failed = Some(why);
+    }
+
     /// Ends the VM for good: its segment says that there is nothing to
     /// resume.
     pub(crate) fn withdraw(self) {
@@ -280,14 +302,7 @@ impl Vm {
             ..
         } = self;
         drop(vcpus);
-        for device in &devices {
-            if let Err(error) = device.pause() {
-                log::log_error(&format!(
-                    "{} does not stop cleanly: {error}",
-                    device.device_name()
-                ));
-            }
-        }
+        pause_all(&devices);
         drop((devices, board, machine));
         (identity, segment)
     }
@@ -305,6 +320,7 @@ impl Vm {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             resumes: self.resumes,
+            failed: self.failed.clone(),
             stopped_devices: self.devices.iter().filter_map(stopped).collect(),
             ram_meter: self.meter(),
             first_tx: self
@@ -385,6 +401,18 @@ impl Vm {
             running: stamp_now(),
             ram_touched: self.meter(),
         });
+    }
+}
+
+/// Stops the devices of a VM that does not go on.
+fn pause_all(devices: &[Arc<VirtioPci>]) {
+    for device in devices {
+        if let Err(error) = device.pause() {
+            log::log_error(&format!(
+                "{} does not stop cleanly: {error}",
+                device.device_name()
+            ));
+        }
     }
 }
 

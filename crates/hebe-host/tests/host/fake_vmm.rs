@@ -221,11 +221,15 @@ impl Fake {
         VmStatus {
             name: self.name.clone(),
             id: self.id,
-            state: self.state,
+            state: if self.told("failed") {
+                VmmState::Paused
+            } else {
+                self.state
+            },
             pid: process::id(),
             version: "fake".into(),
             resumes: u32::from(self.resume.is_some()),
-            failed: None,
+            failed: self.told("failed").then(|| "KVM gave it up".into()),
             stopped_devices: Vec::new(),
             ram_meter: RamMeter::default(),
             first_tx: self.resume.as_ref().map(|r| r.running),

@@ -20,6 +20,7 @@ pub const CASES: &[crate::Case] = &[
     ("saved_vms_need_room_on_a_disk", room),
     ("a_missing_disk_is_refused", disk),
     ("a_reset_is_refused_while_a_vm_is_frozen", reset),
+    ("a_vm_that_failed_is_named_and_stops_a_reboot", given_up),
     ("vms_that_a_killed_manager_left_standing", left_standing),
     ("a_refused_reboot_touches_nothing", refused),
     ("the_json_of_lists_and_verdicts_keeps_its_shape", shapes),
@@ -60,6 +61,20 @@ fn verdicts() {
     options.kernel = None;
     let (cold, _) = preflight(&world.host, &options, true);
     assert_eq!(cold.leave, "reset");
+}
+
+fn given_up() {
+    let world = World::new();
+    world.start(&["web"]);
+    world.tell("web", "failed");
+    let survey = listing::survey(&world.host);
+    let detail = survey.rows[&name("web")].detail.clone().expect("detail");
+    assert!(detail.contains("KVM gave it up"), "{detail}");
+    for method in [RebootMethod::Warm, RebootMethod::Saved] {
+        assert_eq!(failed(&verdict(&world, method)), ["failed:web"]);
+    }
+    assert!(verdict(&world, RebootMethod::Cold).passes());
+    world.tell("web", "");
 }
 
 fn reservation() {

@@ -2,5 +2,6 @@
 
 mod descriptors;
 mod ending;
+mod failing;
 mod guest;
 mod vmm;

@@ -47,14 +47,19 @@ impl Vmm {
 
     /// Starts one with a guest that runs.
     pub fn run(code: &[u8], disks: &str) -> Self {
+        let vmm = Self::start_guest(code, disks);
+        assert_eq!(vmm.status().state, VmmState::Running);
+        vmm
+    }
+
+    /// Starts one with a guest.
+    pub fn start_guest(code: &[u8], disks: &str) -> Self {
         let dir = tempfile::tempdir().expect("dir");
         let kernel = dir.path().join("kernel");
         fs::write(&kernel, guest::image(code)).expect("kernel");
         let kernel = kernel.display();
         let config = format!("name = 'web'\nmemory = '8MiB'\nkernel = '{kernel}'\n{disks}");
-        let vmm = Self::start(dir, &config, |_| Vec::new());
-        assert_eq!(vmm.status().state, VmmState::Running);
-        vmm
+        Self::start(dir, &config, |_| Vec::new())
     }
 
     /// A connection to its control socket.
