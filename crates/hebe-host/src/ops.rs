@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use hebe_api::{ClientError, FreezeReport, Request, VmStatus, VmmState};
 use hebe_flow::life::{Life, Order};
+use hebe_flow::resume::SavedFact;
 use hebe_types::{StoreKind, VmConfig, VmId, VmName};
 
 use crate::definitions;
@@ -106,7 +107,8 @@ pub fn boot(host: &Host, config: &VmConfig) -> Result<VmStatus, HostError> {
     let name = &config.name;
     let lock = lock(host, name)?;
     let vm = fresh_id()?;
-    let result = make_memory(host, config, vm).and_then(|memory| {
+    let memory = clear_files(host, name).and_then(|()| make_memory(host, config, vm));
+    let result = memory.and_then(|memory| {
         let order = Launch {
             name: name.clone(),
             vm,
@@ -125,6 +127,28 @@ pub fn boot(host: &Host, config: &VmConfig) -> Result<VmStatus, HostError> {
         let _ = lock.remove_dir();
     }
     result
+}
+
+/// A VM that boots goes on with its disks, so no file that it was saved to may
+/// be left: one of a restore after which the VM ran is stale already and goes.
+/// It goes before the segment, which alone proves that it is stale.
+fn clear_files(host: &Host, name: &VmName) -> Result<(), HostError> {
+    let paths = SavedPaths::new(&host.layout, name);
+    let Some(fact) = paths.fact() else {
+        return Ok(());
+    };
+    let view = host.store.view()?;
+    let segment = view.as_ref().and_then(|v| v.segment_of(name));
+    let ran = segment.is_some_and(|s| matches!(s.exec, ExecView::Running { .. } | ExecView::Ended));
+    if fact == SavedFact::Restoring && ran {
+        return paths.withdraw();
+    }
+    Err(HostError::Refused {
+        name: name.clone(),
+        why: format!(
+            "it is saved in a file: `hebe resume {name}` continues it, `hebe drop {name} --yes` gives it up"
+        ),
+    })
 }
 
 fn fresh_id() -> Result<VmId, HostError> {
@@ -402,7 +426,7 @@ pub(crate) fn resume_one(
             name: name.clone(),
             why: "it is frozen in memory and saved in a file, and only one of them may run: say --from memory or --from file; the other is given up".into(),
         }),
-        (_, Some(hebe_flow::resume::SavedFact::Restoring), _) if !options.again => {
+        (_, Some(SavedFact::Restoring), _) if !options.again => {
             Err(HostError::Refused {
                 name: name.clone(),
                 why: "a restore of it was interrupted: if its guest did not run since, `hebe resume --again` repeats it; if it did, its disk went on and the file must be given up with `hebe drop`".into(),

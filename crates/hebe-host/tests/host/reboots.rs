@@ -52,6 +52,10 @@ pub const CASES: &[crate::Case] = &[
         ended_after_restore,
     ),
     (
+        "a_lost_vm_that_is_booted_leaves_no_file_to_go_back_to",
+        booted_after_restore,
+    ),
+    (
         "a_stop_of_the_machine_before_a_vm_ever_ran",
         stop_before_first_run,
     ),
@@ -354,6 +358,46 @@ fn ended_after_restore() {
     let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
     let web = &all.vms[&name("web")];
     assert!(matches!(web, Resumed::Lost { .. }), "{web:?}");
+}
+
+/// What it was restored from is older than its disk: it goes before the VM
+/// boots, or a later restore would take it for an interrupted one.
+fn booted_after_restore() {
+    let world = World::new();
+    world.start(&["web"]);
+    world.reboot(RebootMethod::Saved);
+    let paths = SavedPaths::new(&world.host.layout, &name("web"));
+    let info = paths.read_info().expect("info");
+    resume_all(&world.host, stamp_now(), false).expect("not busy");
+    paths.prepare(&info).expect("prepare");
+    fs::write(&paths.restoring, "web").expect("write");
+    world.next_boot();
+    assert_eq!(world.state("web"), VmState::Crashed);
+    // A boot that fails has given nothing up but what is stale for certain.
+    world.tell("web", "fail-start");
+    assert!(ops::start(&world.host, &name("web")).is_err());
+    world.tell("web", "");
+    ops::start(&world.host, &name("web")).expect("boots");
+    assert_eq!(paths.fact(), None);
+    assert!(!paths.info.exists());
+    let force = ops::StopOptions {
+        timeout: Duration::ZERO,
+        force: true,
+    };
+    ops::stop(&world.host, &name("web"), force).expect("stops");
+    assert_eq!(world.state("web"), VmState::Stopped);
+    let again = ops::ResumeOptions {
+        from: None,
+        again: true,
+    };
+    assert!(ops::resume(&world.host, &name("web"), again).is_err());
+    // Where nothing shows that it ran, the file may be all that is left of it.
+    paths.prepare(&info).expect("prepare");
+    fs::write(&paths.restoring, "web").expect("write");
+    let config = hebe_host::definitions::load(&world.host.layout, &name("web"));
+    let refused = ops::boot(&world.host, &config.expect("defined").1);
+    assert!(refused.is_err(), "never booted beside a file");
+    assert_eq!(paths.fact(), Some(hebe_flow::resume::SavedFact::Restoring));
 }
 
 fn stop_before_first_run() {
