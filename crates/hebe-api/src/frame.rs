@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::{Request, Response};
+use crate::{Deadline, Order, Request, Response};
 
 /// Longest frame, in bytes.
 pub const FRAME_LEN_MAX: usize = 1 << 20;
@@ -80,7 +80,9 @@ impl Client {
         Ok(Self { stream })
     }
 
-    /// Bounds how long [`Client::call`] waits for an answer.
+    /// Bounds how long [`Client::call`] waits for an answer. A VMM that comes
+    /// to a request later than that does not begin with it any more, if it
+    /// changes the VM's state.
     pub fn set_timeout(&self, timeout: Option<Duration>) -> Result<(), ClientError> {
         self.stream
             .set_read_timeout(timeout)
@@ -90,7 +92,14 @@ impl Client {
     /// Sends a request and waits for its answer. [`Response::Failed`] becomes
     /// [`ClientError::Refused`].
     pub fn call(&mut self, request: &Request) -> Result<Response, ClientError> {
-        write_frame(&mut self.stream, request).map_err(ClientError::Broken)?;
+        let wait = self.stream.read_timeout().map_err(ClientError::Broken)?;
+        let order = Order {
+            until: wait
+                .filter(|_| request.changes_state())
+                .map(Deadline::after),
+            request: request.clone(),
+        };
+        write_frame(&mut self.stream, &order).map_err(ClientError::Broken)?;
         match read_frame(&mut self.stream).map_err(ClientError::Broken)? {
             Some(Response::Failed { message }) => Err(ClientError::Refused(message)),
             Some(response) => Ok(response),
@@ -107,6 +116,28 @@ impl Client {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_changes_a_state_is_sent_with_the_time_that_the_client_waits() {
+        let wait = Duration::from_millis(20);
+        for (request, timeout, bounded) in [
+            (Request::Freeze, Some(wait), true),
+            (Request::Freeze, None, false),
+            (Request::Status, Some(wait), false),
+        ] {
+            let (stream, mut peer) = UnixStream::pair().expect("pair");
+            let mut client = Client { stream };
+            client.set_timeout(timeout).expect("timeout");
+            // The answer is there already.
+            write_frame(&mut peer, &Response::Done).expect("answer");
+            client.call(&request).expect("call");
+            let order: Order = read_frame(&mut peer).expect("read").expect("a frame");
+            assert_eq!(order.request, request);
+            assert_eq!(order.until.is_some(), bounded, "{order:?}");
+            std::thread::sleep(wait);
+            assert_eq!(order.is_expired(), bounded);
+        }
+    }
 
     #[test]
     fn frames_round_trip_and_long_ones_are_refused() {

@@ -1,12 +1,13 @@
 //! The control protocol between `hebe` and `hebe-vmm`.
 //!
 //! One unix stream socket per VM. A frame is a little-endian `u32` length
-//! followed by that many bytes of JSON: a [`Request`] from the client, one
-//! [`Response`] back. Frames are bounded by [`FRAME_LEN_MAX`]; a longer one
+//! followed by that many bytes of JSON: an [`Order`], which is a [`Request`]
+//! with the time that the client waits, and one [`Response`] back. Frames are bounded by [`FRAME_LEN_MAX`]; a longer one
 //! ends the connection. After [`Request::Console`] is answered with
 //! [`Response::Done`], the connection carries raw console bytes both ways.
 
 mod frame;
+mod order;
 
 use std::path::PathBuf;
 
@@ -14,6 +15,7 @@ use hebe_types::{Stamp, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
 pub use frame::{Client, ClientError, FRAME_LEN_MAX, read_frame, write_frame};
+pub use order::{Deadline, Order};
 
 /// What a client asks of a VMM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

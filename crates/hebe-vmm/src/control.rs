@@ -13,7 +13,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use hebe_api::{Request, Response, VmmState, read_frame, write_frame};
+use hebe_api::{Order, Request, Response, VmmState, read_frame, write_frame};
 
 use crate::log;
 use crate::vm::{Event, Vm, VmError};
@@ -67,14 +67,20 @@ pub(crate) fn serve(listener: UnixListener, vm: Shared, events: Sender<Event>) -
 }
 
 fn converse(mut stream: UnixStream, vm: &Shared, events: &Sender<Event>) -> io::Result<()> {
-    while let Some(request) = read_frame::<Request>(&mut stream)? {
+    while let Some(order) = read_frame::<Order>(&mut stream)? {
         let mut guard = vm.lock().unwrap_or_else(PoisonError::into_inner);
+        // Asked with the lock held, for which it may have waited long.
+        if order.is_expired() {
+            drop(guard);
+            write_frame(&mut stream, &failed(&VmError::Expired))?;
+            continue;
+        }
         let Some(vm) = guard.as_mut() else {
             let message = "the VM is being rebuilt or has ended: try again".to_owned();
             write_frame(&mut stream, &Response::Failed { message })?;
             continue;
         };
-        if let Some(expected) = end(&request, vm) {
+        if let Some(expected) = end(&order.request, vm) {
             let response = match vm.prepare_quit(expected) {
                 Ok(()) => Response::Done,
                 Err(error) => failed(&error),
@@ -89,15 +95,15 @@ fn converse(mut stream: UnixStream, vm: &Shared, events: &Sender<Event>) -> io::
             written?;
             continue;
         }
-        match request {
+        match &order.request {
             Request::Console => {
                 let hub = vm.console.clone();
                 drop(guard);
                 write_frame(&mut stream, &Response::Done)?;
                 return hub.attach(stream);
             }
-            request => {
-                let response = answer(vm, &request).unwrap_or_else(|error| failed(&error));
+            _ => {
+                let response = answer(vm, &order).unwrap_or_else(|error| failed(&error));
                 drop(guard);
                 write_frame(&mut stream, &response)?;
             }
@@ -116,8 +122,8 @@ fn end(request: &Request, vm: &Vm) -> Option<Option<VmmState>> {
     }
 }
 
-fn answer(vm: &mut Vm, request: &Request) -> Result<Response, VmError> {
-    Ok(match request {
+fn answer(vm: &mut Vm, order: &Order) -> Result<Response, VmError> {
+    Ok(match &order.request {
         Request::Status => Response::Status(vm.status()),
         Request::Pause => {
             vm.pause()?;
@@ -127,12 +133,12 @@ fn answer(vm: &mut Vm, request: &Request) -> Result<Response, VmError> {
             vm.unpause()?;
             Response::Done
         }
-        Request::Freeze => Response::Frozen(vm.freeze()?),
+        Request::Freeze => Response::Frozen(vm.freeze_until(order.until)?),
         Request::Thaw => {
             vm.thaw()?;
             Response::Done
         }
-        Request::Save { path } => Response::Saved(vm.save(path)?),
+        Request::Save { path } => Response::Saved(vm.save_until(path, order.until)?),
         Request::PowerButton => {
             if vm.status().state != VmmState::Running {
                 return Err(VmError::NotNow {
@@ -169,6 +175,10 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use hebe_api::Deadline;
+
     use super::*;
 
     #[derive(Debug, thiserror::Error)]
@@ -182,6 +192,38 @@ mod tests {
     fn link(text: &'static str, cause: Option<Link>) -> Link {
         let cause = cause.map(Box::new);
         Link { text, cause }
+    }
+
+    #[test]
+    fn a_request_that_waited_longer_than_its_client_is_not_begun() {
+        let shared: Shared = Arc::new(Mutex::new(None));
+        let (events, _inbox) = std::sync::mpsc::channel();
+        let (mut client, server) = UnixStream::pair().expect("pair");
+        let mut ask = |wait: Option<Duration>| {
+            let order = Order {
+                request: Request::Freeze,
+                until: wait.map(Deadline::after),
+            };
+            write_frame(&mut client, &order).expect("write");
+            client.try_clone().expect("clone")
+        };
+        let answer = |mut client: UnixStream| match read_frame(&mut client).expect("read") {
+            Some(Response::Failed { message }) => message,
+            other => panic!("{other:?}"),
+        };
+        let busy = shared.lock().expect("lock");
+        let vm = shared.clone();
+        let server = thread::spawn(move || converse(server, &vm, &events));
+        let late = ask(Some(Duration::from_millis(10)));
+        thread::sleep(Duration::from_millis(100));
+        drop(busy);
+        assert_eq!(answer(late), VmError::Expired.to_string());
+        for wait in [Some(Duration::from_secs(600)), None] {
+            let begun = answer(ask(wait));
+            assert!(begun.contains("being rebuilt"), "{begun}");
+        }
+        drop(client);
+        server.join().expect("join").expect("a good end");
     }
 
     #[test]

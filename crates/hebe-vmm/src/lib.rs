@@ -29,6 +29,8 @@ mod parts;
 mod run;
 mod signals;
 mod suspend;
+#[cfg(test)]
+mod testing;
 mod vcpus;
 mod vm;
 

@@ -401,32 +401,10 @@ mod tests {
     use std::time::Duration;
 
     use hebe_store::ExecStatus;
-    use hebe_types::VmId;
 
     use super::*;
     use crate::guest;
-
-    /// A VM that runs and halts, its segment, and what it says.
-    fn running(dir: &Path, events: &Sender<Event>) -> anyhow::Result<(Vm, Arc<Segment>)> {
-        hebe_kvm::install_kick_handler()?;
-        let kernel = dir.join("kernel");
-        fs::write(&kernel, guest::image(guest::IDLE))?;
-        let kernel = kernel.display();
-        let text = format!("name = 'web'\nmemory = '8MiB'\nkernel = '{kernel}'\n");
-        let config: VmConfig = toml::from_str(&text)?;
-        let id = VmId([0x11; 16]);
-        let segment = Segment::new_memfd(id, &config.name, config.memory, false)?;
-        let segment = Arc::new(segment);
-        let run_dir = dir.to_owned();
-        let identity = Identity {
-            id,
-            config,
-            run_dir,
-        };
-        let mut vm = Vm::boot(identity, segment.clone(), events)?;
-        vm.start()?;
-        Ok((vm, segment))
-    }
+    use crate::testing::running;
 
     #[test]
     fn an_order_to_end_during_a_reset_is_obeyed_and_a_failed_boot_is_told() {

@@ -13,9 +13,10 @@
 //! the meter that devices keep is read before and after, and the report
 //! carries the difference.
 
+use std::fs;
 use std::path::Path;
 
-use hebe_api::{FreezeReport, RamMeter, SaveReport, VmmState};
+use hebe_api::{Deadline, FreezeReport, RamMeter, SaveReport, VmmState};
 use hebe_snapshot::RamView;
 use hebe_state::StateWriter;
 use hebe_state::v1::machine::VmV1;
@@ -51,12 +52,20 @@ impl Vm {
     /// On-memory suspend: afterwards the segment holds everything, and
     /// this process may end.
     pub fn freeze(&mut self) -> Result<FreezeReport, VmError> {
+        self.freeze_until(None)
+    }
+
+    /// [`Vm::freeze`], for a client that waits `until` then: if disks held the
+    /// freeze up for longer than that, the VM runs on. A client that goes away
+    /// later than the last look, during the commit, leaves a frozen VM. That
+    /// is safe: it is listed as frozen, and is thawed or resumed by order.
+    pub fn freeze_until(&mut self, until: Option<Deadline>) -> Result<FreezeReport, VmError> {
         self.expect_state(VmmState::Running, "frozen")?;
         let asked = stamp_now();
         self.presync()?;
         let (vcpus_stopped, devices_drained) = self.stop()?;
         let before = self.meter();
-        match self.commit() {
+        match self.commit(until) {
             Ok((saved, state_bytes)) => {
                 let committed = stamp_now();
                 self.state = VmmState::Frozen;
@@ -86,11 +95,29 @@ impl Vm {
 
     /// Writes RAM and state to a new file; the VM stays stopped.
     pub fn save(&mut self, path: &Path) -> Result<SaveReport, VmError> {
+        self.save_until(path, None)
+    }
+
+    /// [`Vm::save`], for a client that waits `until` then: if writing took
+    /// longer than that, the file goes and the VM runs on.
+    pub fn save_until(
+        &mut self,
+        path: &Path,
+        until: Option<Deadline>,
+    ) -> Result<SaveReport, VmError> {
         self.expect_state(VmmState::Running, "saved")?;
         let asked = stamp_now();
         self.presync()?;
         let (vcpus_stopped, _) = self.stop()?;
-        match self.write_file(path) {
+        let written = self.write_file(path).and_then(|bytes| {
+            in_time(until).inspect_err(|_| {
+                // Nobody takes it for a saved VM: it has its name from whoever
+                // asked, and does not get the one that would make it that.
+                let _ = fs::remove_file(path);
+            })?;
+            Ok(bytes)
+        });
+        match written {
             Ok(bytes_written) => {
                 self.state = VmmState::Saved;
                 Ok(SaveReport {
@@ -164,9 +191,10 @@ impl Vm {
     }
 
     /// Builds and commits the state; returns when it was built, and its length.
-    fn commit(&self) -> Result<(Stamp, u64), VmError> {
+    fn commit(&self, until: Option<Deadline>) -> Result<(Stamp, u64), VmError> {
         let state = self.build_state()?;
         let saved = stamp_now();
+        in_time(until)?;
         self.segment.exec().commit_frozen(&state)?;
         Ok((saved, state.len() as u64))
     }
@@ -216,9 +244,51 @@ impl Vm {
     }
 }
 
+fn in_time(until: Option<Deadline>) -> Result<(), VmError> {
+    match until {
+        Some(until) if until.has_passed() => Err(VmError::Expired),
+        _ => Ok(()),
+    }
+}
+
 fn difference(after: RamMeter, before: RamMeter) -> RamMeter {
     RamMeter {
         ring_bytes: after.ring_bytes - before.ring_bytes,
         data_bytes: after.data_bytes - before.data_bytes,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use hebe_store::ExecStatus;
+
+    use super::*;
+    use crate::guest;
+    use crate::testing::running;
+
+    #[test]
+    fn a_suspend_that_outlasts_its_client_lets_the_vm_run_on() {
+        if guest::cannot_run() {
+            return;
+        }
+        let dir = tempfile::tempdir().expect("dir");
+        let (events, _inbox) = mpsc::channel();
+        let (mut vm, segment) = running(dir.path(), &events).expect("vm");
+        let late = Some(Deadline::after(Duration::ZERO));
+        let file = dir.path().join("web.part");
+        let is_late = |result| matches!(result, Err(VmError::Expired));
+        assert!(is_late(vm.freeze_until(late).map(drop)));
+        assert!(is_late(vm.save_until(&file, late).map(drop)));
+        assert!(!file.exists());
+        assert_eq!(vm.state(), VmmState::Running);
+        let status = segment.exec().status();
+        assert!(matches!(status, ExecStatus::Running { .. }), "{status:?}");
+        let in_time = Some(Deadline::after(Duration::from_secs(600)));
+        vm.freeze_until(in_time).expect("in time");
+        let status = segment.exec().status();
+        assert!(matches!(status, ExecStatus::Frozen { .. }), "{status:?}");
     }
 }

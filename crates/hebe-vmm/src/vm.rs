@@ -105,6 +105,9 @@ pub enum VmError {
         /// What the order expected.
         expected: VmmState,
     },
+    /// Nobody waits for the answer any more.
+    #[error("the order came too late: whoever gave it waits no more, and the VM is as it was")]
+    Expired,
     /// The VMM was told to end.
     #[error("the VMM is ending: wait for it")]
     Quitting,
