@@ -39,6 +39,9 @@
 //! and how a kernel that used the range as its own RAM is found out in
 //! `guard`.
 //!
+//! Where no range is reserved, [`luo`] keeps segments in ordinary memory and has
+//! Linux carry them; records, execution-state areas and reports are the same.
+//!
 //! Bytes of a destroyed VM are zeroed when it is dropped, and `create` makes
 //! sure that every byte it hands out reads as zero: it trusts neither an
 //! earlier release, nor a damaged table, nor a fresh device full of old RAM.
@@ -49,6 +52,7 @@ mod exec;
 mod guard;
 mod hold;
 mod layout;
+pub mod luo;
 mod mapping;
 mod media;
 mod mirror;

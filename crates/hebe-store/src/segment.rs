@@ -8,7 +8,7 @@
 //! drop it or format the store as long as it lasts.
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::ptr::NonNull;
 
@@ -74,16 +74,32 @@ impl Segment {
         Ok(segment)
     }
 
-    /// Maps a segment that lies in files of its own, one behind the other, and
-    /// keeps them for [`Segment::files`]. Huge pages are asked for.
+    /// Maps a segment that lies in files of its own, one behind the other with
+    /// the execution-state area first ([`crate::luo`]), and keeps them for
+    /// [`Segment::files`]. Huge pages are asked for.
     ///
     /// # Errors
     /// As for [`Segment::map`]; [`StoreError::BadSpec`] for a file that is not
     /// whole granules long.
     pub fn map_files(fds: Vec<OwnedFd>, spec: &SegmentSpec) -> Result<Self, StoreError> {
+        let whole = Extent {
+            offset: 0,
+            len: GRANULE,
+        };
+        let first = match fds.first() {
+            Some(first) if spec.exec == whole => first,
+            _ => return Err(StoreError::BadSpec("its files are not a segment's".into())),
+        };
+        // An open file of this process's own: whoever handed the descriptors
+        // over shares theirs, and a lock on it would be shared, too. It lasts
+        // as long as the mapping of the execution-state area.
+        let own = format!("/proc/self/fd/{}", first.as_raw_fd());
+        let opened = File::options().read(true).write(true).open(own);
+        let own = opened.map_err(StoreError::media("open"))?;
+        hold::take(own.as_fd(), spec.id, &[whole])?;
         let mut files = Vec::with_capacity(fds.len());
-        for fd in &fds {
-            files.push((fd.as_fd(), file_len(fd.as_fd())?));
+        for fd in std::iter::once(own.as_fd()).chain(fds[1..].iter().map(AsFd::as_fd)) {
+            files.push((fd, file_len(fd)?));
         }
         let mut segment = Self::map_from(&files, spec)?;
         segment.advise_hugepages();

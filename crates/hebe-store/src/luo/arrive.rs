@@ -1,0 +1,272 @@
+//! What the kernel before handed over, checked.
+//!
+//! Retrieving goes through every page of a VM, so it is done for many VMs at
+//! once, and each is handed on as soon as it is there: nobody waits for the
+//! largest. Within one session the kernel serves one token at a time.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use hebe_sys::luo::{Incoming, LuoError, Orchestrator};
+use hebe_types::{VmId, VmName};
+
+use super::file::{self, MemoryFile};
+use super::files::{SegmentFiles, make_part};
+use super::manifest::{self, CarrierId, MANIFEST_LEN, Manifest, Roster};
+use super::plan::part_lens;
+use super::{CarryError, Piece, VMS_MAX, host_session, vm_session};
+use crate::exec::ExecStatus;
+use crate::layout::Owner;
+use crate::table::SegmentInfo;
+use crate::{StoreError, report};
+
+/// What arrived for the host itself.
+#[derive(Clone, Debug)]
+pub struct ArrivedHost {
+    /// Which live update it was.
+    pub carrier: CarrierId,
+    /// The kernel that sent it.
+    pub kernel: String,
+    /// The report, if one was written.
+    pub report: Option<Vec<u8>>,
+    entries: Vec<(u32, Result<Owner, String>)>,
+}
+
+/// One VM that arrived, whole or not.
+#[derive(Debug)]
+pub struct Arrival {
+    /// The slot that its session is named by.
+    pub slot: u32,
+    /// Its name, as far as anything says it.
+    pub name: Option<VmName>,
+    /// Its id, as far as anything says it.
+    pub vm: Option<VmId>,
+    /// The VM, or why it is lost.
+    pub outcome: Result<ArrivedVm, Lost>,
+}
+
+/// A VM whose memory is all there.
+#[derive(Debug)]
+pub struct ArrivedVm {
+    /// Its memory; as long as this is held, it is there.
+    pub files: SegmentFiles,
+    /// What its execution-state area says: only a frozen VM may be resumed.
+    pub status: ExecStatus,
+    /// When it was preserved: nanoseconds since 1970.
+    pub created_ns: u64,
+    /// The kernel that sent it.
+    pub kernel: String,
+    /// Kept where it could not be finished.
+    _session: Option<Box<dyn Incoming>>,
+}
+
+/// A VM that cannot be resumed.
+#[derive(Debug)]
+pub struct Lost {
+    /// Why.
+    pub reason: CarryError,
+    /// What is left of it stays in memory as long as this is held.
+    _session: Option<Box<dyn Incoming>>,
+}
+
+impl ArrivedVm {
+    /// The same as a store on devdax tells of its segments.
+    pub fn info(&self) -> SegmentInfo {
+        SegmentInfo {
+            spec: self.files.spec().clone(),
+            created_ns: self.created_ns,
+            exec: self.status.clone(),
+        }
+    }
+}
+
+impl ArrivedHost {
+    /// The VMs that were sent: slot, and name where its record is readable.
+    pub fn expected(&self) -> impl Iterator<Item = (u32, Option<&VmName>)> {
+        self.entries.iter().map(|(slot, entry)| {
+            let name = entry.as_ref().ok().map(|owner| &owner.spec.name);
+            (*slot, name)
+        })
+    }
+}
+
+/// Retrieves the host's session. `Ok(None)` when no such session was handed over.
+///
+/// # Errors
+/// [`CarryError::Piece`] and [`CarryError::Damaged`]: the VMs are looked for all
+/// the same.
+pub fn host(orchestrator: &dyn Orchestrator) -> Result<Option<ArrivedHost>, CarryError> {
+    let session = match orchestrator.retrieve_session(&host_session()) {
+        Ok(session) => session,
+        Err(LuoError::NoSession(_)) => return Ok(None),
+        Err(other) => return Err(other.into()),
+    };
+    let fd = retrieve(&*session, Piece::Head)?;
+    let len = file::len(fd.as_fd())?;
+    if len < manifest::head_len(0) {
+        return Err(CarryError::damaged(Piece::Head, "it is too short"));
+    }
+    let head = MemoryFile::new(fd);
+    let Roster {
+        carrier,
+        kernel,
+        entries,
+    } = manifest::read_head(&head, len)?;
+    Ok(Some(ArrivedHost {
+        carrier,
+        kernel,
+        report: report::read(&head).map_err(StoreError::media("read"))?,
+        entries,
+    }))
+}
+
+/// Retrieves every VM, `workers` at once, and hands each to `each` as soon as it
+/// is there, in no order. With `host` those that it lists; without it, whatever
+/// is found in any slot.
+pub fn arrive(
+    orchestrator: &dyn Orchestrator,
+    host: Option<&ArrivedHost>,
+    workers: usize,
+    each: &(dyn Fn(Arrival) + Sync),
+) {
+    let slots: Vec<(u32, Option<&Owner>)> = match host {
+        Some(host) => {
+            let entries = host.entries.iter();
+            entries
+                .map(|(slot, owner)| (*slot, owner.as_ref().ok()))
+                .collect()
+        }
+        None => (0..VMS_MAX).map(|slot| (slot, None)).collect(),
+    };
+    let carrier = host.map(|h| h.carrier);
+    let next = AtomicUsize::new(0);
+    let work = || {
+        while let Some((slot, owner)) = slots.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let arrival = vm(orchestrator, *slot, *owner, carrier);
+            let absent = matches!(
+                &arrival.outcome,
+                Err(lost) if matches!(lost.reason, CarryError::Session(LuoError::NoSession(_)))
+            );
+            // Without a list, an empty slot is nothing that is missing.
+            if host.is_some() || !absent {
+                each(arrival);
+            }
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 1..workers.min(slots.len()) {
+            scope.spawn(work);
+        }
+        work();
+    });
+}
+
+fn vm(
+    orchestrator: &dyn Orchestrator,
+    slot: u32,
+    expected: Option<&Owner>,
+    carrier: Option<CarrierId>,
+) -> Arrival {
+    let mut arrival = Arrival {
+        slot,
+        name: expected.map(|owner| owner.spec.name.clone()),
+        vm: expected.map(|owner| owner.spec.vm),
+        outcome: Err(Lost {
+            reason: CarryError::damaged(Piece::Manifest, "it was not looked at"),
+            _session: None,
+        }),
+    };
+    let session = match orchestrator.retrieve_session(&vm_session(slot)) {
+        Ok(session) => session,
+        Err(why) => {
+            arrival.outcome = Err(Lost {
+                reason: why.into(),
+                _session: None,
+            });
+            return arrival;
+        }
+    };
+    let found = read_manifest(&*session, slot).and_then(|manifest| {
+        let spec = &manifest.owner.spec;
+        arrival.name.get_or_insert(spec.name.clone());
+        arrival.vm.get_or_insert(spec.vm);
+        same(&manifest, expected, carrier)?;
+        let files = retrieve_files(&*session, &manifest)?;
+        let status = files.status()?;
+        Ok((manifest, files, status))
+    });
+    arrival.outcome = match found {
+        Ok((manifest, files, status)) => Ok(ArrivedVm {
+            files,
+            status,
+            created_ns: manifest.owner.created_ns,
+            kernel: manifest.kernel,
+            // All of it is in our hands; the kernel's hold on it would keep it
+            // from being preserved again.
+            _session: session.finish().is_err().then_some(session),
+        }),
+        Err(reason) => Err(Lost {
+            reason,
+            _session: Some(session),
+        }),
+    };
+    arrival
+}
+
+/// Whether the manifest is the one that the host's list speaks of.
+fn same(
+    manifest: &Manifest,
+    expected: Option<&Owner>,
+    carrier: Option<CarrierId>,
+) -> Result<(), CarryError> {
+    let refuse = |why: &str| Err(CarryError::damaged(Piece::Manifest, why));
+    if carrier.is_some_and(|carrier| carrier != manifest.carrier) {
+        return refuse("it belongs to another live update");
+    }
+    if expected.is_some_and(|owner| *owner != manifest.owner) {
+        return refuse("it is not the VM that the list of carried VMs names");
+    }
+    Ok(())
+}
+
+fn retrieve(session: &dyn Incoming, piece: Piece) -> Result<OwnedFd, CarryError> {
+    session
+        .retrieve(piece.token())
+        .map_err(CarryError::piece(piece))
+}
+
+fn read_manifest(session: &dyn Incoming, slot: u32) -> Result<Manifest, CarryError> {
+    let fd = retrieve(session, Piece::Manifest)?;
+    if file::len(fd.as_fd())? != MANIFEST_LEN {
+        return Err(CarryError::damaged(
+            Piece::Manifest,
+            "it has another length",
+        ));
+    }
+    manifest::read_manifest(&MemoryFile::new(fd), slot)
+}
+
+/// Every file of a VM: those in the session, and new ones for empty parts.
+fn retrieve_files(session: &dyn Incoming, manifest: &Manifest) -> Result<SegmentFiles, CarryError> {
+    let spec = &manifest.owner.spec;
+    let present = manifest.present;
+    let exec = retrieve(session, Piece::Exec)?;
+    file::seal(exec.as_fd())?;
+    let mut parts = Vec::new();
+    for (index, len) in (0..).zip(part_lens(spec.memory(), present.part_len)) {
+        if present.has(index) {
+            let fd = retrieve(session, Piece::Part(index))?;
+            file::seal(fd.as_fd())?;
+            parts.push(fd);
+        } else {
+            parts.push(make_part(&spec.name, index as usize, len)?);
+        }
+    }
+    Ok(SegmentFiles::arrived(
+        spec.clone(),
+        exec,
+        parts,
+        present.part_len,
+    )?)
+}

@@ -1,0 +1,224 @@
+//! Preparing a live update in the old kernel.
+//!
+//! ```text
+//! VMs run      Carrier::new ─► host(slots) ─► vm(slot, files, plan) for each, many at once
+//!              then enter each into the host's head
+//! VMs frozen   complete() for each; write the report; jump
+//! ```
+//! Whatever fails before the jump, dropping the values lets everything go, and
+//! the VMs run on as if nothing had been. They must be alive at the jump: a
+//! session whose process ended carries nothing.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use hebe_sys::luo::{Orchestrator, Outgoing};
+use hebe_types::{ByteSize, VmName};
+
+use super::file::{self, MemoryFile};
+use super::files::{SegmentFiles, allocated};
+use super::manifest::{self, CarrierId, MANIFEST_LEN, Present, Sender};
+use super::plan::Plan;
+use super::{CarryError, Piece, VMS_MAX, host_session, vm_session};
+use crate::exec::now_ns;
+use crate::layout::{Owner, REPORT_LEN_MAX};
+use crate::{StoreError, report};
+
+/// One live update, with whatever carries it.
+pub struct Carrier<'a> {
+    orchestrator: &'a dyn Orchestrator,
+    sender: Sender,
+}
+
+/// The host's session: which VMs are carried, and the report.
+#[derive(Debug)]
+pub struct CarriedHost {
+    head: MemoryFile,
+    _session: Box<dyn Outgoing>,
+}
+
+/// One VM's session.
+#[derive(Debug)]
+pub struct CarriedVm {
+    session: Box<dyn Outgoing>,
+    manifest: MemoryFile,
+    sender: Sender,
+    owner: Owner,
+    present: Present,
+    left_out: Vec<(u32, OwnedFd)>,
+}
+
+/// What a VM wrote to, between being prepared and being frozen, of the parts
+/// that were left out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Late {
+    /// Parts preserved inside the pause.
+    pub parts: u32,
+    /// Bytes of holes that this filled.
+    pub filled: ByteSize,
+}
+
+impl<'a> Carrier<'a> {
+    /// A new live update. `kernel` is the running kernel's release, for people
+    /// who read what arrived.
+    ///
+    /// # Errors
+    /// [`CarryError::Store`].
+    pub fn new(orchestrator: &'a dyn Orchestrator, kernel: &str) -> Result<Self, CarryError> {
+        Ok(Self {
+            orchestrator,
+            sender: Sender {
+                carrier: CarrierId::draw()?,
+                kernel: kernel.to_owned(),
+                now_ns: now_ns(),
+            },
+        })
+    }
+
+    /// Makes and preserves the host's head, for VMs in slots from 0 to `slots`.
+    ///
+    /// # Errors
+    /// [`CarryError::Session`], [`CarryError::TooMany`].
+    pub fn host(&self, slots: u32) -> Result<CarriedHost, CarryError> {
+        if slots > VMS_MAX {
+            return Err(CarryError::TooMany);
+        }
+        let session = self.orchestrator.create_session(&host_session())?;
+        let head = MemoryFile::new(file::make("hebe-head", manifest::head_len(slots))?);
+        manifest::write_head(&head, &self.sender, slots).map_err(StoreError::media("write"))?;
+        preserve(&*session, Piece::Head, head.fd())?;
+        Ok(CarriedHost {
+            head,
+            _session: session,
+        })
+    }
+
+    /// Preserves a VM as planned. Takes long, and may be called for many VMs at
+    /// once; the VM runs meanwhile. Its files are held by the kernel from here
+    /// on, too.
+    ///
+    /// # Errors
+    /// [`CarryError::Session`] and [`CarryError::Piece`]: nothing of the VM is
+    /// preserved then. [`CarryError::Store`] for a plan of another VM.
+    pub fn vm(
+        &self,
+        slot: u32,
+        files: &SegmentFiles,
+        plan: &Plan,
+    ) -> Result<CarriedVm, CarryError> {
+        if slot >= VMS_MAX {
+            return Err(CarryError::TooMany);
+        }
+        if plan.parts.len() != files.parts().len() {
+            let other = "the plan was made for another VM";
+            return Err(StoreError::BadSpec(other.into()).into());
+        }
+        let session = self.orchestrator.create_session(&vm_session(slot))?;
+        preserve(&*session, Piece::Exec, files.exec())?;
+        let mut present = Present {
+            part_len: files.part_len(),
+            parts: plan.parts.len() as u32,
+            bits: 0,
+        };
+        let mut left_out = Vec::new();
+        for ((index, fd), keep) in (0..).zip(files.parts()).zip(&plan.parts) {
+            if *keep {
+                preserve(&*session, Piece::Part(index), fd.as_fd())?;
+                present.add(index);
+            } else {
+                let copy = fd.try_clone().map_err(StoreError::media("keep"))?;
+                left_out.push((index, copy));
+            }
+        }
+        let owner = manifest::owner_in(slot, files.spec(), self.sender.now_ns);
+        let manifest = MemoryFile::new(file::make("hebe-manifest", MANIFEST_LEN)?);
+        manifest::write_manifest(&manifest, &self.sender, &owner, &present)
+            .map_err(StoreError::media("write"))?;
+        preserve(&*session, Piece::Manifest, manifest.fd())?;
+        Ok(CarriedVm {
+            session,
+            manifest,
+            sender: self.sender.clone(),
+            owner,
+            present,
+            left_out,
+        })
+    }
+}
+
+fn preserve(
+    session: &dyn Outgoing,
+    piece: Piece,
+    fd: std::os::fd::BorrowedFd<'_>,
+) -> Result<(), CarryError> {
+    session
+        .preserve(fd, piece.token())
+        .map_err(CarryError::piece(piece))
+}
+
+impl CarriedHost {
+    /// Enters a VM, so that it is missed if it does not arrive.
+    ///
+    /// # Errors
+    /// [`CarryError::Store`], for a slot beyond the head's for instance.
+    pub fn enter(&mut self, vm: &CarriedVm) -> Result<(), CarryError> {
+        let entered = manifest::write_entry(&self.head, &vm.owner);
+        Ok(entered.map_err(StoreError::media("write"))?)
+    }
+
+    /// Replaces the report: opaque text for the next kernel.
+    ///
+    /// # Errors
+    /// [`StoreError::ReportTooLong`].
+    pub fn write_report(&mut self, text: &[u8]) -> Result<(), StoreError> {
+        if text.len() > REPORT_LEN_MAX {
+            return Err(StoreError::ReportTooLong { len: text.len() });
+        }
+        report::write(&self.head, text).map_err(StoreError::media("write"))
+    }
+}
+
+impl CarriedVm {
+    /// The VM's name.
+    pub fn name(&self) -> &VmName {
+        &self.owner.spec.name
+    }
+
+    /// The slot that its session is named by.
+    pub fn slot(&self) -> u32 {
+        self.owner.spec.id.0
+    }
+
+    /// Parts that are not in the session, because they were empty.
+    pub fn left_out(&self) -> usize {
+        self.left_out.len()
+    }
+
+    /// Preserves what the guest began to use since it was prepared. Call it when
+    /// the VM is frozen, and nothing writes its RAM any more: this is inside the
+    /// pause, and one look per part that was left out.
+    ///
+    /// # Errors
+    /// [`CarryError::Piece`]: without that part the VM must not be carried; let
+    /// it run again.
+    pub fn complete(&mut self) -> Result<Late, CarryError> {
+        let mut late = Late::default();
+        let mut still = Vec::new();
+        for (index, fd) in std::mem::take(&mut self.left_out) {
+            let used = allocated(fd.as_fd())?;
+            if used == 0 {
+                still.push((index, fd));
+                continue;
+            }
+            preserve(&*self.session, Piece::Part(index), fd.as_fd())?;
+            self.present.add(index);
+            late.parts += 1;
+            late.filled.0 += file::len(fd.as_fd())?.saturating_sub(used);
+        }
+        self.left_out = still;
+        if late.parts > 0 {
+            manifest::update_present(&self.manifest, &self.sender, &self.present)
+                .map_err(StoreError::media("write"))?;
+        }
+        Ok(late)
+    }
+}
