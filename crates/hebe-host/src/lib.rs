@@ -28,6 +28,7 @@ pub mod preflight;
 pub mod reboot;
 pub mod report;
 pub mod resume_all;
+mod resuming;
 pub mod saved;
 pub mod saving;
 pub mod segments;

@@ -22,13 +22,14 @@ use crate::launch::{ExitRecord, LAUNCH_WAIT, Launch, Memory, Origin, launch};
 use crate::listing::{self, VmRow, VmState};
 use crate::lock::VmLock;
 use crate::saved::SavedPaths;
-use crate::saving;
 use crate::segments::{free_segment, refuse_in_use};
-use crate::stores::{ExecView, StoreTrouble, StoreView};
+use crate::stores::{ExecView, StoreTrouble};
 use crate::vmm;
 
+pub use crate::resuming::{ResumeFrom, ResumeOptions, continue_frozen, resume};
+
 /// How long a VMM may take to end after it was told to.
-const END_WAIT: Duration = Duration::from_secs(30);
+pub(crate) const END_WAIT: Duration = Duration::from_secs(30);
 
 /// Refuses an order that does not fit the VM's state.
 pub fn admit(row: &VmRow, order: Order) -> Result<(), HostError> {
@@ -362,101 +363,11 @@ pub fn suspend(host: &Host, name: &VmName) -> Result<FreezeReport, HostError> {
     Ok(report)
 }
 
-fn let_run(host: &Host, name: &VmName) -> Result<(), HostError> {
+pub(crate) fn let_run(host: &Host, name: &VmName) -> Result<(), HostError> {
     vmm::let_run(&host.layout.socket(name)).map_err(|source| HostError::Vmm {
         name: name.clone(),
         source,
     })
-}
-
-/// Where a VM that is both frozen and saved is to be resumed from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ResumeOptions {
-    /// Decided by an operator; `None` refuses to choose.
-    pub from: Option<ResumeFrom>,
-    /// Use a file whose restore was interrupted.
-    pub again: bool,
-}
-
-/// One of two states.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ResumeFrom {
-    /// The state frozen in the store.
-    Memory,
-    /// The saved file.
-    File,
-}
-
-/// Resumes a VM: from memory, from its file, or in the VMM that holds it.
-pub fn resume(host: &Host, name: &VmName, options: ResumeOptions) -> Result<VmStatus, HostError> {
-    let _not_all = host.lock_orders()?;
-    resume_one(host, name, options)
-}
-
-/// [`resume`], for one who holds the lock of all VMs or shares it.
-pub(crate) fn resume_one(
-    host: &Host,
-    name: &VmName,
-    options: ResumeOptions,
-) -> Result<VmStatus, HostError> {
-    let survey = listing::survey(host);
-    let row = survey.row(host, name)?;
-    if matches!(row.life, Life::Held | Life::SavedHeld | Life::Paused) {
-        if row.life == Life::SavedHeld {
-            SavedPaths::new(&host.layout, name).withdraw()?;
-        }
-        let_run(host, name)?;
-        return vmm::status(&host.layout.socket(name), vmm::STATUS_WAIT).map_err(|source| {
-            HostError::Vmm {
-                name: name.clone(),
-                source,
-            }
-        });
-    }
-    admit(row, Order::Resume)?;
-    let file = SavedPaths::new(&host.layout, name).fact();
-    let frozen = row.life == Life::Frozen;
-    match (frozen, file, options.from) {
-        (true, None, _) => continue_frozen(host, name, survey.store.as_ref()),
-        (true, Some(_), Some(ResumeFrom::Memory)) => {
-            SavedPaths::new(&host.layout, name).withdraw()?;
-            continue_frozen(host, name, survey.store.as_ref())
-        }
-        (true, Some(_), None) => Err(HostError::Refused {
-            name: name.clone(),
-            why: "it is frozen in memory and saved in a file, and only one of them may run: say --from memory or --from file; the other is given up".into(),
-        }),
-        (_, Some(SavedFact::Restoring), _) if !options.again => {
-            Err(HostError::Refused {
-                name: name.clone(),
-                why: "a restore of it was interrupted: if its guest did not run since, `hebe resume --again` repeats it; if it did, its disk went on and the file must be given up with `hebe drop`".into(),
-            })
-        }
-        (_, Some(_), _) => saving::restore(host, name),
-        (false, None, _) => Err(HostError::Refused {
-            name: name.clone(),
-            why: "there is nothing to resume: `hebe start` boots it".into(),
-        }),
-    }
-}
-
-/// Starts a VMM around the segment that is frozen. Nothing else happens here,
-/// because a whole host of VMs waits for it: no scrubbing, nothing durable. On
-/// failure the VM stays frozen: its VMM withdraws the state only when it runs.
-pub fn continue_frozen(
-    host: &Host,
-    name: &VmName,
-    store: Option<&StoreView>,
-) -> Result<VmStatus, HostError> {
-    let segment = store.and_then(|s| s.segment_of(name));
-    let order = segment
-        .and_then(Launch::of_frozen)
-        .ok_or_else(|| HostError::Refused {
-            name: name.clone(),
-            why: "no segment holds a state of it: `hebe store list` shows them".into(),
-        })?;
-    let lock = lock(host, name)?;
-    Ok(launch(host, &lock, &order, LAUNCH_WAIT)?)
 }
 
 /// Gives a VM up: its segment, its saved file and its runtime directory.

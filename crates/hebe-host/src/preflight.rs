@@ -39,6 +39,28 @@ pub struct RebootOptions {
     pub force: bool,
 }
 
+impl RebootOptions {
+    /// Why two of the wishes do not go together; none is dropped in silence.
+    pub fn contradiction(&self) -> Option<&'static str> {
+        let names_kernel = self.kernel.is_some()
+            || self.initrd.is_some()
+            || self.append.is_some()
+            || self.cmdline.is_some();
+        match (self.method, self.hard) {
+            (RebootMethod::Warm, true) => Some(
+                "--hard resets the machine, which ends what is kept in memory: use it with --method saved or --method cold",
+            ),
+            (_, true) if self.kexec || names_kernel => {
+                Some("--hard resets the machine, and a kernel is named for a jump: leave one out")
+            }
+            (RebootMethod::Warm | RebootMethod::Saved, _) if self.force => Some(
+                "--force powers off guests that do not shut down, which only --method cold asks of them: leave it out",
+            ),
+            _ => None,
+        }
+    }
+}
+
 /// The next kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct NextKernel {
@@ -165,6 +187,10 @@ pub fn preflight(host: &Host, options: &RebootOptions, probe: bool) -> (Verdict,
     let vms = fates(options.method, &survey);
     let next = wants_kexec(options).then(|| next_kernel(host, options));
     let mut checks = Vec::new();
+    if let Some(why) = options.contradiction() {
+        let remedy = "see `hebe reboot --help`";
+        checks.push(Check::bad("options", Level::Fail, why, remedy));
+    }
     match &next {
         Some(next) => {
             checks.extend(kernel_checks(host, next, probe));
@@ -632,6 +658,35 @@ mod tests {
         assert!(jumps(RebootMethod::Saved, &[]));
         assert!(!jumps(RebootMethod::Saved, &[hard]));
         assert!(jumps(RebootMethod::Warm, &[]));
+    }
+
+    #[test]
+    fn no_wish_is_dropped_in_silence() {
+        let options = |method, wish: Wish| {
+            let mut options = RebootOptions {
+                method,
+                ..RebootOptions::default()
+            };
+            wish(&mut options);
+            options
+        };
+        use RebootMethod::{Cold, Saved, Warm};
+        let hard: Wish = |o| o.hard = true;
+        let hard_into: Wish = |o| (o.hard, o.kernel) = (true, Some("/k".into()));
+        let force: Wish = |o| o.force = true;
+        for (method, wish) in [
+            (Warm, hard),
+            (Saved, hard_into),
+            (Cold, hard_into),
+            (Warm, force),
+            (Saved, force),
+        ] {
+            let options = options(method, wish);
+            assert!(options.contradiction().is_some(), "{options:?}");
+        }
+        for (method, wish) in [(Saved, hard), (Cold, hard), (Cold, force)] {
+            assert_eq!(options(method, wish).contradiction(), None);
+        }
     }
 
     #[test]

@@ -19,6 +19,7 @@ use crate::listing::with_cause;
 use crate::lock::VmLock;
 use crate::ops;
 use crate::report::{ReportPlace, keep_report, last_report};
+use crate::resuming;
 use crate::saved::{self, Pending};
 use crate::saving;
 use crate::segments::{self, free_segment};
@@ -279,7 +280,7 @@ impl Work<'_> {
             )
         });
         if held {
-            ops::resume_one(self.host, name, ops::ResumeOptions::default())?;
+            resuming::resume_one(self.host, name, ops::ResumeOptions::default())?;
         }
         Ok((Resumed::Already, None))
     }

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use hebe_host::preflight::RebootOptions;
 use hebe_types::{ByteSize, RebootMethod, VmName};
 
 const EXIT_CODES: &str = "\
@@ -124,7 +125,9 @@ Examples:
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// A definition in TOML.
-    #[arg(required_unless_present = "kernel", conflicts_with_all = ["name", "memory", "kernel"])]
+    #[arg(required_unless_present = "kernel", conflicts_with_all = [
+        "name", "memory", "vcpus", "kernel", "initrd", "cmdline", "disk", "net", "store",
+    ])]
     pub file: Option<PathBuf>,
     /// The VM's name.
     #[arg(long, requires = "kernel")]
@@ -173,7 +176,7 @@ pub struct StopArgs {
     #[arg(required = true)]
     pub names: Vec<VmName>,
     /// How long the guest has to shut down, in seconds; 0 does not ask it.
-    #[arg(long, default_value_t = 60)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub timeout: u64,
     /// Power off a guest that does not shut down in time.
     #[arg(long)]
@@ -190,7 +193,7 @@ pub struct ResumeArgs {
     #[arg(long)]
     pub all: bool,
     /// With --all: boot also VMs with autostart = true.
-    #[arg(long, requires = "all")]
+    #[arg(long, requires = "all", conflicts_with = "name")]
     pub autostart: bool,
     /// Which of two states to continue; the other is given up.
     #[arg(long, value_enum, conflicts_with = "all")]
@@ -237,18 +240,86 @@ pub struct RebootArgs {
     /// Say what would happen to each VM, check everything, and stop there.
     #[arg(long)]
     pub dry_run: bool,
-    /// With cold: how long a guest has to shut down, in seconds.
-    #[arg(long, default_value_t = 60)]
-    pub timeout: u64,
+    /// With cold: how long a guest has to shut down, in seconds [default: 60].
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<u64>,
     /// With cold: power off guests that do not shut down in time.
     #[arg(long)]
     pub force: bool,
     /// Print the timeline of the last reboot instead of rebooting.
-    #[arg(long, conflicts_with = "dry_run")]
+    #[arg(long, conflicts_with_all = [
+        "method", "kernel", "initrd", "append", "cmdline", "hard", "kexec", "dry_run", "timeout", "force",
+    ])]
     pub report: bool,
     /// With --report: draw it as a Gantt chart into this file.
     #[arg(long, value_name = "FILE", requires = "report")]
     pub svg: Option<PathBuf>,
+}
+
+/// How long a guest has to shut down at a cold reboot, in seconds.
+const TIMEOUT_S: u64 = 60;
+
+impl RebootArgs {
+    /// What they ask of a reboot.
+    pub fn options(&self) -> RebootOptions {
+        RebootOptions {
+            method: self.method.into(),
+            kernel: self.kernel.clone(),
+            initrd: self.initrd.clone(),
+            append: self.append.clone(),
+            cmdline: self.cmdline.clone(),
+            hard: self.hard,
+            kexec: self.kexec,
+            timeout_s: self.timeout.unwrap_or(TIMEOUT_S),
+            force: self.force,
+        }
+    }
+}
+
+impl Cli {
+    /// Refuses flags that would be ignored because of the value of another;
+    /// what excludes each other whatever the values are is said at the flags.
+    pub fn check(&self) -> Result<(), clap::Error> {
+        match self.contradiction() {
+            Some((command, why)) => {
+                let mut whole = Self::command();
+                whole.build();
+                let own = whole.find_subcommand_mut(command);
+                let kind = clap::error::ErrorKind::ArgumentConflict;
+                Err(match own {
+                    Some(own) => own.error(kind, why),
+                    None => whole.error(kind, why),
+                })
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn contradiction(&self) -> Option<(&'static str, &'static str)> {
+        match &self.command {
+            Command::Stop(args) if args.timeout == 0 && !args.force => Some((
+                "stop",
+                "--timeout 0 does not ask the guest, and without --force it is not powered off either: give it time, or say --force",
+            )),
+            Command::Resume(args) if args.again && args.from == Some(FromArg::Memory) => Some((
+                "resume",
+                "--again is about the saved file, and --from memory gives that up: leave one out",
+            )),
+            // A requirement that conflicts with another flag is not enforced.
+            Command::Reboot(args) if args.svg.is_some() && !args.report => {
+                Some(("reboot", "--svg draws a report: use it with --report"))
+            }
+            Command::Reboot(args) => {
+                let late = args.timeout.is_some() && args.method != MethodArg::Cold;
+                let late = late.then_some(
+                    "--timeout is for guests that shut down, as with --method cold: leave it out",
+                );
+                let why = args.options().contradiction().or(late)?;
+                Some(("reboot", why))
+            }
+            _ => None,
+        }
+    }
 }
 
 /// How VMs get over a reboot.
@@ -322,7 +393,6 @@ pub enum HostCommand {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_definition_of_the_command_line_is_sound() {
@@ -330,7 +400,9 @@ mod tests {
     }
 
     fn parse(line: &str) -> Result<Cli, clap::Error> {
-        Cli::try_parse_from(line.split_whitespace())
+        let cli = Cli::try_parse_from(line.split_whitespace())?;
+        cli.check()?;
+        Ok(cli)
     }
 
     #[test]
@@ -341,7 +413,7 @@ mod tests {
         let Command::Reboot(args) = cli.command else {
             panic!("not reboot");
         };
-        assert_eq!((args.method, args.timeout), (MethodArg::Cold, 5));
+        assert_eq!((args.method, args.timeout), (MethodArg::Cold, Some(5)));
         assert_eq!(args.append.as_deref(), Some("-x"));
         for line in [
             "hebe run web.toml",
@@ -379,6 +451,48 @@ mod tests {
         ] {
             assert!(parse(line).is_err(), "{line}");
         }
+    }
+
+    /// Whoever gives a flag must not find out later that it did nothing.
+    #[test]
+    fn no_flag_is_ignored_in_silence() {
+        for line in [
+            "hebe run web.toml --vcpus 2",
+            "hebe run web.toml --initrd i",
+            "hebe run web.toml --cmdline quiet",
+            "hebe run web.toml --disk d",
+            "hebe run web.toml --net tap0",
+            "hebe run web.toml --store memfd",
+            "hebe run web.toml --memory 4MiB",
+            "hebe stop web --timeout 0",
+            "hebe resume web --from memory --again",
+            "hebe resume --all --from file",
+            "hebe resume web --autostart",
+            "hebe reboot --hard",
+            "hebe reboot --method warm --hard",
+            "hebe reboot --force",
+            "hebe reboot --timeout 5",
+            "hebe reboot --method saved --force",
+            "hebe reboot --method saved --timeout 5",
+            "hebe reboot --svg x.svg --kernel k",
+            "hebe reboot --report --method cold",
+            "hebe reboot --report --kernel k",
+            "hebe reboot --report --initrd i",
+            "hebe reboot --report --append quiet",
+            "hebe reboot --report --cmdline quiet",
+            "hebe reboot --report --hard",
+            "hebe reboot --report --kexec",
+            "hebe reboot --report --timeout 5",
+            "hebe reboot --report --force",
+            "hebe store init /dev/dax0.0 --namespace n",
+        ] {
+            let error = parse(line).expect_err(line);
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
+        let error = parse("hebe reboot --method warm --hard").expect_err("ignored");
+        let text = error.to_string();
+        assert!(text.contains("--method saved"), "{text}");
+        assert!(text.contains("hebe reboot"), "{text}");
     }
 
     #[test]

@@ -14,6 +14,9 @@ fn main() -> ExitCode {
     // First of all: the timeline's "user space" is this instant.
     let started = stamp_now();
     let cli = cli::Cli::parse();
+    if let Err(error) = cli.check() {
+        error.exit();
+    }
     let out = output::Output::new(cli.json);
     match commands::run(&Host::here(), cli.command, &out, started) {
         Ok(exit) => exit.into(),

@@ -149,10 +149,10 @@ fn reset() {
     world.start(&["web"]);
     ops::suspend(&world.host, &name("web")).expect("suspends");
     let mut options = world.options(RebootMethod::Saved);
-    options.hard = true;
+    (options.hard, options.kernel) = (true, None);
     let (verdict, _) = preflight(&world.host, &options, true);
     assert_eq!(failed(&verdict), ["frozen:web"]);
-    options.hard = false;
+    options = world.options(RebootMethod::Saved);
     assert!(preflight(&world.host, &options, true).0.passes());
 }
 
@@ -164,7 +164,7 @@ fn left_standing() {
     let layout = &world.host.layout;
     hebe_host::vmm::freeze(&layout.socket(&name("web")), wait).expect("freezes");
     let mut options = world.options(RebootMethod::Saved);
-    options.hard = true;
+    (options.hard, options.kernel) = (true, None);
     let (verdict, _) = preflight(&world.host, &options, true);
     assert_eq!(failed(&verdict), ["frozen:web"]);
     let paths = SavedPaths::new(layout, &name("db"));

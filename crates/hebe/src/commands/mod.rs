@@ -25,7 +25,7 @@ pub fn run(host: &Host, command: Command, out: &Output, started: Stamp) -> Outco
         Command::Console { name } => console::console(host, &name, out),
         Command::Suspend { names } => suspend::suspend(host, &names, out),
         Command::Resume(args) => suspend::resume(host, &args, out, started),
-        Command::Reboot(args) => reboot::reboot(host, args, out),
+        Command::Reboot(args) => reboot::reboot(host, &args, out),
         Command::Store(command) => store::store(host, command, out),
         Command::Host(command) => host::host(host, &command, out),
         Command::Completions { shell } => {

@@ -4,7 +4,7 @@ use std::fs;
 
 use hebe_flow::reboot::Fate;
 use hebe_host::Host;
-use hebe_host::preflight::{Check, Level, RebootOptions, Verdict, preflight};
+use hebe_host::preflight::{Check, Level, Verdict, preflight};
 use hebe_host::reboot::{RebootEnd, reboot as run_reboot};
 use hebe_host::report::complete_report;
 use hebe_host::timeline::{self, Downtime, Row, Timeline};
@@ -16,21 +16,11 @@ use crate::cli::RebootArgs;
 use crate::output::{Exit, Failure, Outcome, Output, table};
 
 /// `hebe reboot`.
-pub fn reboot(host: &Host, args: RebootArgs, out: &Output) -> Outcome {
+pub fn reboot(host: &Host, args: &RebootArgs, out: &Output) -> Outcome {
     if args.report {
-        return report(host, &args, out);
+        return report(host, args, out);
     }
-    let options = RebootOptions {
-        method: args.method.into(),
-        kernel: args.kernel,
-        initrd: args.initrd,
-        append: args.append,
-        cmdline: args.cmdline,
-        hard: args.hard,
-        kexec: args.kexec,
-        timeout_s: args.timeout,
-        force: args.force,
-    };
+    let options = args.options();
     let (verdict, _) = preflight(host, &options, args.dry_run);
     if args.dry_run || !verdict.passes() {
         show_verdict(&verdict, args.dry_run, out);

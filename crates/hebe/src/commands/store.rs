@@ -36,6 +36,12 @@ pub fn store(host: &Host, command: StoreCommand, out: &Output) -> Outcome {
 }
 
 fn make(host: &Host, options: &InitOptions, out: &Output) -> Outcome {
+    if let (Some(_), Some(store)) = (&options.namespace, &host.layout.store) {
+        return Err(Failure(format!(
+            "HEBE_STORE names {} and --namespace another place: unset the one or leave the other out",
+            store.display()
+        )));
+    }
     let made = init(host, options)?;
     out.answer(&made, || {
         let size = ByteSize(made.capacity);

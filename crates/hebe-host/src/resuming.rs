@@ -1,0 +1,188 @@
+//! Resuming one VM: from memory, from its file, or in the VMM that holds it.
+
+use hebe_api::{VmStatus, VmmState};
+use hebe_flow::life::{Life, Order};
+use hebe_flow::resume::SavedFact;
+use hebe_types::VmName;
+
+use crate::host::{Host, HostError};
+use crate::launch::{LAUNCH_WAIT, Launch, launch};
+use crate::listing;
+use crate::ops::{END_WAIT, admit, let_run, lock, wait_for_end};
+use crate::saved::SavedPaths;
+use crate::saving;
+use crate::stores::StoreView;
+use crate::vmm;
+
+/// Where a VM that is both frozen and saved is to be resumed from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ResumeOptions {
+    /// Decided by an operator; `None` refuses to choose.
+    pub from: Option<ResumeFrom>,
+    /// Use a file whose restore was interrupted.
+    pub again: bool,
+}
+
+/// One of two states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResumeFrom {
+    /// The state frozen in the store.
+    Memory,
+    /// The saved file.
+    File,
+}
+
+/// Resumes a VM: from memory, from its file, or in the VMM that holds it.
+pub fn resume(host: &Host, name: &VmName, options: ResumeOptions) -> Result<VmStatus, HostError> {
+    let _not_all = host.lock_orders()?;
+    resume_one(host, name, options)
+}
+
+/// [`resume`], for one who holds the lock of all VMs or shares it.
+pub(crate) fn resume_one(
+    host: &Host,
+    name: &VmName,
+    options: ResumeOptions,
+) -> Result<VmStatus, HostError> {
+    let survey = listing::survey(host);
+    let row = survey.row(host, name)?;
+    let held = matches!(row.life, Life::Held | Life::SavedHeld | Life::Paused);
+    if !held {
+        admit(row, Order::Resume)?;
+    }
+    let paths = SavedPaths::new(&host.layout, name);
+    match source(row.life, paths.fact(), options) {
+        Err(why) => Err(HostError::Refused {
+            name: name.clone(),
+            why: why.replace("NAME", name.as_str()),
+        }),
+        // What continues in memory makes any file older than its disk.
+        Ok(ResumeFrom::Memory) => {
+            if paths.fact().is_some() {
+                paths.withdraw()?;
+            }
+            if !held {
+                return continue_frozen(host, name, survey.store.as_ref());
+            }
+            let_run(host, name)?;
+            let status = vmm::status(&host.layout.socket(name), vmm::STATUS_WAIT);
+            status.map_err(|source| HostError::Vmm {
+                name: name.clone(),
+                source,
+            })
+        }
+        Ok(ResumeFrom::File) => {
+            if held {
+                vmm::quit(host, name, Some(VmmState::Frozen))?;
+                wait_for_end(host, name, END_WAIT)?;
+            }
+            saving::restore(host, name)
+        }
+    }
+}
+
+/// Which state a VM is resumed from, or why none; what an operator asked for
+/// is done or refused, and never passed over.
+fn source(
+    life: Life,
+    file: Option<SavedFact>,
+    options: ResumeOptions,
+) -> Result<ResumeFrom, &'static str> {
+    use ResumeFrom::{File, Memory};
+    if options.again && file != Some(SavedFact::Restoring) {
+        return Err("no restore of it was interrupted: leave --again out");
+    }
+    let file = match (file, options.again) {
+        (Some(SavedFact::Restoring), false) => Some(Err(
+            "a restore of it was interrupted: if its guest did not run since, `hebe resume NAME --again` repeats it; if it did, its disk went on and the file must be given up with `hebe drop NAME --yes`",
+        )),
+        (file, _) => file.map(|_| Ok(File)),
+    };
+    match (life, file, options.from) {
+        // The VMM holds what the file holds, or what is newer.
+        (Life::SavedHeld | Life::Paused, _, None) => Ok(Memory),
+        (Life::SavedHeld | Life::Paused, _, Some(_)) => {
+            Err("it stands still in its VMM, and is resumed there: leave --from out")
+        }
+        (Life::Held | Life::Frozen, None, Some(File)) => {
+            Err("it is frozen in memory and has no saved file: leave --from out")
+        }
+        (Life::Held | Life::Frozen, None, _)
+        | (Life::Held | Life::Frozen, Some(_), Some(Memory)) => Ok(Memory),
+        (Life::Held | Life::Frozen, Some(_), None) => Err(
+            "it is frozen in memory and saved in a file, and only one of them may run: say --from memory or --from file; the other is given up",
+        ),
+        (_, Some(_), Some(Memory)) => {
+            Err("it is saved in a file, and no state of it is in memory: leave --from out")
+        }
+        (_, Some(file), _) => file,
+        (_, None, _) => Err("there is nothing to resume: `hebe start NAME` boots it"),
+    }
+}
+
+/// Starts a VMM around the segment that is frozen. Nothing else happens here,
+/// because a whole host of VMs waits for it: no scrubbing, nothing durable. On
+/// failure the VM stays frozen: its VMM withdraws the state only when it runs.
+pub fn continue_frozen(
+    host: &Host,
+    name: &VmName,
+    store: Option<&StoreView>,
+) -> Result<VmStatus, HostError> {
+    let segment = store.and_then(|s| s.segment_of(name));
+    let order = segment
+        .and_then(Launch::of_frozen)
+        .ok_or_else(|| HostError::Refused {
+            name: name.clone(),
+            why: "no segment holds a state of it: `hebe store list` shows them".into(),
+        })?;
+    let lock = lock(host, name)?;
+    Ok(launch(host, &lock, &order, LAUNCH_WAIT)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIVES: [Life; 7] = [
+        Life::Absent,
+        Life::Crashed,
+        Life::Frozen,
+        Life::Held,
+        Life::Paused,
+        Life::Saved,
+        Life::SavedHeld,
+    ];
+
+    /// What is asked for is done or refused with the way out.
+    #[test]
+    fn no_choice_of_an_operator_is_passed_over() {
+        let files = [None, Some(SavedFact::Complete), Some(SavedFact::Restoring)];
+        let choices = [None, Some(ResumeFrom::Memory), Some(ResumeFrom::File)];
+        for life in LIVES {
+            for file in files {
+                for from in choices {
+                    for again in [false, true] {
+                        let found = source(life, file, ResumeOptions { from, again });
+                        let text = format!("{life:?} {file:?} {from:?} {again}: {found:?}");
+                        if let (Ok(found), Some(from)) = (found, from) {
+                            assert_eq!(found, from, "{text}");
+                        }
+                        if found == Ok(ResumeFrom::File) {
+                            let interrupted = file == Some(SavedFact::Restoring);
+                            assert!(file.is_some() && again == interrupted, "{text}");
+                        }
+                        if found.is_ok() {
+                            assert!(!again || file == Some(SavedFact::Restoring), "{text}");
+                        }
+                    }
+                }
+            }
+        }
+        let plain = ResumeOptions::default();
+        assert_eq!(source(Life::Frozen, None, plain), Ok(ResumeFrom::Memory));
+        let two = source(Life::Held, Some(SavedFact::Complete), plain);
+        assert!(two.is_err_and(|why| why.contains("--from")));
+        let file = source(Life::Saved, Some(SavedFact::Complete), plain);
+        assert_eq!(file, Ok(ResumeFrom::File));
+    }
+}
