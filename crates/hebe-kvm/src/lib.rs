@@ -9,6 +9,7 @@ mod cpuid;
 mod machine;
 mod pod;
 mod routing;
+mod settle;
 mod tsc;
 mod vcpu;
 

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use hebe_state::v1::machine::{ClockV1, IrqchipV1};
 use hebe_types::Gpa;
 use kvm_bindings::{
-    CpuId, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_MAX_CPUID_ENTRIES, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_clock_data, kvm_device_attr,
-    kvm_irqchip, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC,
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_VCPU_TSC_CTRL,
+    KVM_VCPU_TSC_OFFSET, kvm_clock_data, kvm_device_attr, kvm_enable_cap, kvm_irqchip,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -77,6 +78,26 @@ pub struct Machine {
     msr_indices: Arc<Vec<u32>>,
 }
 
+/// Lets an exception that is queued but not delivered be saved with its
+/// payload: the address of a page fault, the cause of a debug exception.
+/// Without this (KVM API, 7.10 `KVM_CAP_EXCEPTION_PAYLOAD`) reading the events
+/// writes the payload to CR2 or DR6, after these were read.
+fn keep_payloads(vm: &VmFd) -> Result<(), MachineError> {
+    if !vm
+        .check_extension_raw(u64::from(KVM_CAP_EXCEPTION_PAYLOAD))
+        .is_positive()
+    {
+        return Ok(());
+    }
+    let mut enable = kvm_enable_cap {
+        cap: KVM_CAP_EXCEPTION_PAYLOAD,
+        ..Default::default()
+    };
+    enable.args[0] = 1;
+    vm.enable_cap(&enable)
+        .map_err(kvm("keep the payloads of exceptions"))
+}
+
 impl Machine {
     /// A VM with interrupt controllers and without memory or vCPUs.
     pub fn new() -> Result<Self, MachineError> {
@@ -104,6 +125,7 @@ impl Machine {
             .map_err(kvm("place the TSS"))?;
         vm.create_irq_chip()
             .map_err(kvm("create interrupt controllers"))?;
+        keep_payloads(&vm)?;
         let xsave_len = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         Ok(Self {
             router: Arc::new(Router::new(vm.clone()).map_err(MachineError::Routing)?),

@@ -13,6 +13,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::fam::FamStruct;
 
 use crate::pod::{WrongLength, from_bytes, to_bytes};
+use crate::settle::{settle_timer, timer_may_be_pending};
 use crate::tsc::ClockPlan;
 use crate::{cpuid, machine};
 
@@ -410,7 +411,21 @@ impl Vcpu {
     ///   to date, and `IA32_TSC_DEADLINE` belongs to that timer.
     /// - Events last: reading them must come after everything that may queue
     ///   an exception or an interrupt.
-    pub fn save(&self) -> Result<VcpuV1, VcpuError> {
+    ///
+    /// A timer that ran out since the vCPU stopped is first moved to where it
+    /// can be read (see `settle`), and all is read again: once is enough, as
+    /// such a timer does not start again by itself. To be called in the
+    /// vCPU's thread, after [`Vcpu::finish_pending_io`].
+    pub fn save(&mut self) -> Result<VcpuV1, VcpuError> {
+        let saved = self.read_all()?;
+        if !timer_may_be_pending(&saved.lapic) {
+            return Ok(saved);
+        }
+        settle_timer(&mut self.fd, kick_signal()).map_err(kvm("settle the timer"))?;
+        self.read_all()
+    }
+
+    fn read_all(&self) -> Result<VcpuV1, VcpuError> {
         let mp_state = self
             .fd
             .get_mp_state()
