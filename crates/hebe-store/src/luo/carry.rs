@@ -193,9 +193,9 @@ impl CarriedVm {
         self.left_out.len()
     }
 
-    /// Preserves what the guest began to use since it was prepared. Call it when
-    /// the VM is frozen, and nothing writes its RAM any more: this is inside the
-    /// pause, and one look per part that was left out.
+    /// Preserves what the guest began to use since it was prepared: one look per
+    /// part that was left out. Call it when the VM is frozen, and nothing writes
+    /// its RAM any more; and shortly before, so that little is left for the pause.
     ///
     /// # Errors
     /// [`CarryError::Piece`]: without that part the VM must not be carried; let
