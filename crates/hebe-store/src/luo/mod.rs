@@ -14,7 +14,7 @@
 //! resumed. While a VM runs its VMM holds the files. There is no table of what
 //! exists: memory that nobody holds is gone.
 //!
-//! **Preparing** ([`carry`]) is done while VMs run, and paid before the pause:
+//! **Preparing** ([`Carrier`]) is done while VMs run, and paid before the pause:
 //! one session per VM, its manifest, and every part preserved. The kernel fills
 //! the holes of what it preserves, so what that costs is measured first
 //! ([`SegmentFiles::measure`]) and a [`Plan`] is made: all parts, or only those
