@@ -5,6 +5,8 @@
 //! it alone, readers share it. The lock belongs to the open file, so it ends
 //! with the process however that ends.
 
+mod identity;
 mod raw;
 
+pub use identity::{DiskChange, disk_change};
 pub use raw::{BlockBackend, BlockError, SECTOR_SIZE};

@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use hebe_state::v2::devices::DiskIdentityV2;
 use rustix::fs::{FallocateFlags, FlockOperation};
+
+use crate::identity;
 
 /// Bytes per sector, as virtio counts (virtio 1.2, 5.2.5).
 pub const SECTOR_SIZE: u64 = 512;
@@ -58,8 +61,12 @@ pub struct BlockBackend {
     path: PathBuf,
     sectors: u64,
     readonly: bool,
+    /// Which block device it is; `None` for a file.
+    device: Option<DiskIdentityV2>,
     /// Written since the last flush that succeeded.
     dirty: AtomicBool,
+    /// Written since the last [`BlockBackend::settle`] that succeeded.
+    unsettled: AtomicBool,
     /// Held while flushing: a flush that finds nothing to do must not return
     /// before one that is under way has made it so. Holds why a flush failed.
     flushing: Mutex<Option<io::ErrorKind>>,
@@ -88,7 +95,8 @@ impl BlockBackend {
             readonly,
             source,
         };
-        let kind = file.metadata().map_err(open_error)?.file_type();
+        let metadata = file.metadata().map_err(open_error)?;
+        let kind = metadata.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(BlockError::Kind(path.to_owned()));
         }
@@ -106,7 +114,9 @@ impl BlockBackend {
             path: path.to_owned(),
             sectors: bytes / SECTOR_SIZE,
             readonly,
+            device: identity::of_device(&metadata, Path::new(identity::SYSFS)),
             dirty: AtomicBool::new(false),
+            unsettled: AtomicBool::new(false),
             flushing: Mutex::new(None),
             bytes_read: AtomicU64::new(0),
             bytes_written: AtomicU64::new(0),
@@ -126,6 +136,15 @@ impl BlockBackend {
     /// Where the disk lies.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Which disk it is, as it is now. Means something once it is settled and
+    /// nobody writes. What a block device is was read when it was opened.
+    pub fn identity(&self) -> io::Result<DiskIdentityV2> {
+        match &self.device {
+            Some(device) => Ok(device.clone()),
+            None => Ok(identity::of_file(&self.file.metadata()?)),
+        }
     }
 
     /// Fills `data` from byte `offset` on. An error of kind `InvalidInput`
@@ -156,6 +175,7 @@ impl BlockBackend {
     fn change(&self, how: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
         let result = how(&self.file);
         self.dirty.store(true, Ordering::Release);
+        self.unsettled.store(true, Ordering::Release);
         result
     }
 
@@ -163,15 +183,31 @@ impl BlockBackend {
     /// when nothing was written since the last time. A failure stays: the
     /// kernel reports lost writes once, and drops them.
     pub fn flush(&self) -> io::Result<()> {
+        self.sync(false)
+    }
+
+    /// [`BlockBackend::flush`], and makes the time of the last write durable,
+    /// too (fsync): by that the disk is known again, see
+    /// [`BlockBackend::identity`].
+    pub fn settle(&self) -> io::Result<()> {
+        self.sync(true)
+    }
+
+    fn sync(&self, all: bool) -> io::Result<()> {
         let mut failed = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(kind) = *failed {
             return Err(kind.into());
         }
-        if !self.dirty.swap(false, Ordering::AcqRel) {
-            return Ok(());
-        }
-        self.file.sync_data().inspect_err(|error| {
+        let unsettled = all && self.unsettled.swap(false, Ordering::AcqRel);
+        let dirty = self.dirty.swap(false, Ordering::AcqRel);
+        let result = match (unsettled, dirty) {
+            (true, _) => self.file.sync_all(),
+            (false, true) => self.file.sync_data(),
+            (false, false) => return Ok(()),
+        };
+        result.inspect_err(|error| {
             self.dirty.store(true, Ordering::Release);
+            self.unsettled.store(true, Ordering::Release);
             *failed = Some(error.kind());
         })
     }
@@ -246,7 +282,10 @@ fn lock(file: &File, path: &Path, readonly: bool) -> Result<(), BlockError> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
+    use crate::{DiskChange, disk_change};
 
     fn disk(bytes: u64) -> tempfile::NamedTempFile {
         let file = tempfile::NamedTempFile::new().expect("temporary file");
@@ -283,6 +322,62 @@ mod tests {
             }
             Err(e) => assert_eq!(e.kind(), io::ErrorKind::Unsupported),
         }
+    }
+
+    #[test]
+    fn a_disk_is_known_again_until_somebody_writes_to_it_or_replaces_it() {
+        let file = disk(4096);
+        let open = || BlockBackend::open(file.path(), false).expect("open");
+        let disk = open();
+        disk.write_at(&[1; 512], 0).expect("write");
+        disk.settle().expect("settle");
+        let saved = disk.identity().expect("identity");
+        drop(disk);
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        std::fs::set_permissions(file.path(), mode).expect("chmod");
+        let disk = open();
+        disk.read_at(&mut [0; 512], 0).expect("read");
+        disk.settle().expect("settle");
+        let now = disk.identity().expect("identity");
+        assert_eq!(disk_change(&saved, &now), None);
+        // File systems may count time in ticks.
+        let change = || disk_change(&saved, &disk.identity().expect("identity"));
+        let until = Instant::now() + Duration::from_secs(10);
+        while change().is_none() {
+            assert!(Instant::now() < until, "a write does not show");
+            disk.write_at(&[1; 512], 0).expect("write");
+        }
+        assert_eq!(change(), Some(DiskChange::Written));
+        drop(disk);
+        // The same bytes and the same time, but another file.
+        let copy = file.path().with_extension("copy");
+        std::fs::copy(file.path(), &copy).expect("copy");
+        let time = file.as_file().metadata().expect("metadata").modified();
+        let time = std::fs::FileTimes::new().set_modified(time.expect("time"));
+        File::options()
+            .write(true)
+            .open(&copy)
+            .and_then(|copy| copy.set_times(time))
+            .expect("time");
+        std::fs::rename(&copy, file.path()).expect("rename");
+        let now = open().identity().expect("identity");
+        assert_eq!(disk_change(&saved, &now), Some(DiskChange::OtherFile));
+    }
+
+    #[test]
+    fn what_was_flushed_is_settled_all_the_same() {
+        let file = disk(4096);
+        let disk = BlockBackend::open(file.path(), false).expect("open");
+        let marks = || {
+            let load = |mark: &AtomicBool| mark.load(Ordering::Acquire);
+            (load(&disk.dirty), load(&disk.unsettled))
+        };
+        disk.write_at(&[1; 512], 0).expect("write");
+        assert_eq!(marks(), (true, true));
+        disk.flush().expect("flush");
+        assert_eq!(marks(), (false, true), "the time is not on disk yet");
+        disk.settle().expect("settle");
+        assert_eq!(marks(), (false, false));
     }
 
     #[test]

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use hebe_block::BlockBackend;
-use hebe_state::v1::devices::{DeviceV1, QueueV1, VirtioV1};
+use hebe_state::v1::devices::QueueV1;
+use hebe_state::v2::devices::{DeviceV2, VirtioV2};
 use hebe_types::MacAddr;
 use rustix::fs::MemfdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
@@ -130,7 +131,7 @@ fn serve(device: &mut dyn Device, index: usize, queues: &mut Queues) -> bool {
 ///
 /// # Panics
 /// If a promise is broken: what was restored is saved as something else.
-pub fn restore_devices(functions: &[VirtioV1]) -> usize {
+pub fn restore_devices(functions: &[VirtioV2]) -> usize {
     let platform = Platform {
         ram: new_ram(),
         msix: Arc::new(Silent),
@@ -139,12 +140,14 @@ pub fn restore_devices(functions: &[VirtioV1]) -> usize {
     };
     let mut constructed = 0;
     for state in functions.iter().take(4) {
+        let state = forget_disk(state.clone());
         let (kind, _other_end) = kind(number_of(&state.device));
-        if let Ok(device) = VirtioPci::restore(state, kind, &platform) {
-            let saved = device.save();
+        if let Ok(device) = VirtioPci::restore(&state, kind, &platform) {
+            // The next one has a disk of its own.
+            let saved = device.save().map(forget_disk);
             let again = saved.as_ref().ok().map(|saved| {
                 let (kind, _other_end) = self::kind(number_of(&saved.device));
-                VirtioPci::restore(saved, kind, &platform).map(|d| d.save().ok())
+                VirtioPci::restore(saved, kind, &platform).map(|d| d.save().map(forget_disk).ok())
             });
             assert!(
                 matches!(again, Some(Ok(again)) if again == saved.ok()),
@@ -157,12 +160,17 @@ pub fn restore_devices(functions: &[VirtioV1]) -> usize {
     constructed
 }
 
-fn number_of(state: &DeviceV1) -> u8 {
+fn forget_disk(mut state: VirtioV2) -> VirtioV2 {
+    state.accept_any_disk();
+    state
+}
+
+fn number_of(state: &DeviceV2) -> u8 {
     match state {
-        DeviceV1::Block(_) => 0,
-        DeviceV1::Net(_) => 1,
-        DeviceV1::Console(_) => 2,
-        DeviceV1::Rng(_) => 3,
+        DeviceV2::Block(_) => 0,
+        DeviceV2::Net(_) => 1,
+        DeviceV2::Console(_) => 2,
+        DeviceV2::Rng(_) => 3,
     }
 }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use common::{Buffer, Driver, DriverQueue, Machine, new_ram, wait};
 use hebe_block::BlockBackend;
 use hebe_devices::{DeviceKind, Ram, VirtioPci};
-use hebe_state::v1::devices::DeviceV1;
+use hebe_state::v2::devices::DeviceV2;
 use hebe_sys::tap::{Tap, TapError};
 use subjects::{BlockSubject, ConsoleSubject, MAC, NetSubject, Subject, get};
 use vm_memory::{Bytes, GuestAddress};
@@ -289,7 +289,7 @@ fn the_nic_announces_the_guest_after_a_suspend() {
     while nic.subject.receive().is_some() {}
     nic.device.pause().expect("pause");
     let state = nic.device.save().expect("save");
-    let DeviceV1::Net(saved) = &state.device else {
+    let DeviceV2::Net(saved) = &state.device else {
         panic!("not a NIC's state");
     };
     assert_eq!(saved.ipv4, [[10, 0, 0, 7], [10, 0, 0, 8]]);

@@ -7,6 +7,7 @@ mod subjects;
 use std::sync::atomic::Ordering;
 
 use common::{Driver, Machine, bar_of, encode, new_ram, wait};
+use hebe_block::DiskChange;
 use hebe_devices::{BAR_SIZE, DeviceError, DeviceKind, PciRoot, VirtioPci};
 use proptest::prelude::*;
 use subjects::{BlockSubject, NetSubject, Subject};
@@ -275,6 +276,21 @@ fn a_state_that_does_not_fit_is_refused_by_name() {
         }
     ));
     disk.file.as_file().set_len(1 << 20).expect("shrink");
+    let time = std::time::SystemTime::now() + std::time::Duration::from_secs(1);
+    disk.file.as_file().set_modified(time).expect("time");
+    match refuse(&good, disk.kind()) {
+        DeviceError::DiskChanged { path, how, .. } => {
+            assert_eq!(
+                (path.as_path(), how),
+                (disk.file.path(), DiskChange::Written)
+            );
+        }
+        other => panic!("{other}"),
+    }
+    let mut good = good;
+    good.accept_any_disk();
+    VirtioPci::restore(&good, disk.kind(), &Machine::new(&ram).platform)
+        .expect("a state that names no disk takes any of its size");
 
     let mut bad = good.clone();
     bad.transport.driver_features |= 1 << 50;

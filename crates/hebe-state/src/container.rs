@@ -71,6 +71,37 @@ pub trait Section: Serialize + DeserializeOwned {
     const KIND: SectionKind;
     /// Which version of it.
     const VERSION: u32;
+
+    /// Decodes the payload of a section that has `version`. A struct that can
+    /// be made from older versions says so here; by default it knows its own
+    /// alone.
+    ///
+    /// # Errors
+    /// [`DecodeError`].
+    fn decode(version: u32, payload: &[u8]) -> Result<Self, DecodeError> {
+        if version == Self::VERSION {
+            decode_whole(payload)
+        } else {
+            Err(DecodeError::Version)
+        }
+    }
+}
+
+/// Why a payload is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DecodeError {
+    /// Its version is not one of those that this release reads.
+    Version,
+    /// It is no such struct, or more than one.
+    Payload,
+}
+
+/// A payload that is `T` and nothing more.
+pub(crate) fn decode_whole<T: DeserializeOwned>(payload: &[u8]) -> Result<T, DecodeError> {
+    match postcard::take_from_bytes(payload) {
+        Ok((value, [])) => Ok(value),
+        _ => Err(DecodeError::Payload),
+    }
 }
 
 /// Why a state is refused.
@@ -278,18 +309,16 @@ impl<'a> StateReader<'a> {
             .find(kind, instance)
             .ok_or(StateError::Missing { kind, instance })?;
         let section = &mut self.sections[index];
-        if section.version != S::VERSION {
-            return Err(StateError::UnknownVersion {
+        let value = S::decode(section.version, section.payload).map_err(|e| match e {
+            DecodeError::Version => StateError::UnknownVersion {
                 kind,
                 version: section.version,
                 known: S::VERSION,
-            });
-        }
+            },
+            DecodeError::Payload => StateError::Undecodable { kind, instance },
+        })?;
         section.taken = true;
-        match postcard::take_from_bytes::<S>(section.payload) {
-            Ok((value, [])) => Ok(value),
-            _ => Err(StateError::Undecodable { kind, instance }),
-        }
+        Ok(value)
     }
 
     /// The instances of one kind, ascending.

@@ -1,15 +1,16 @@
 //! What the fuzz targets call, and the tests over their corpora. Not part of
 //! the API.
 
-use crate::v1::devices::{PciRootV1, SerialV1, VirtioV1};
+use crate::v1::devices::{PciRootV1, SerialV1};
 use crate::v1::machine::{AcpiV1, ClockV1, IrqchipV1, VcpuV1, VmV1};
+use crate::v2::devices::VirtioV2;
 use crate::{Section, StateError, StateReader, StateWriter};
 
 /// Reads a state to its end, each section as what it says it is. Returns the
 /// virtio functions, which a VMM would now construct.
-pub fn read_state(bytes: &[u8]) -> Result<Vec<VirtioV1>, StateError> {
+pub fn read_state(bytes: &[u8]) -> Result<Vec<VirtioV2>, StateError> {
     let mut reader = StateReader::parse(bytes)?;
-    let functions = take_all::<VirtioV1>(&mut reader)?;
+    let functions = take_all::<VirtioV2>(&mut reader)?;
     take_all::<PciRootV1>(&mut reader)?;
     take_all::<SerialV1>(&mut reader)?;
     take_all::<VmV1>(&mut reader)?;

@@ -41,6 +41,10 @@ pub struct Args {
     /// Resume from the execution state in the segment.
     #[arg(long, conflicts_with = "restore")]
     pub resume: bool,
+    /// With --resume or --restore: take disks of the right size that are not the ones, or not
+    /// as, the VM had when it was suspended.
+    #[arg(long)]
+    pub accept_changed_disk: bool,
     /// Restore RAM and execution state from a saved file.
     #[arg(long, value_name = "FILE")]
     pub restore: Option<PathBuf>,

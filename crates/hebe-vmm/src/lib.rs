@@ -35,5 +35,6 @@ mod vcpus;
 mod vm;
 
 pub use log::log_error;
+pub use parts::Disks;
 pub use run::{Outcome, run};
 pub use vm::{Event, Identity, Vm, VmError};

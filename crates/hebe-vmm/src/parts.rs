@@ -11,7 +11,8 @@ use hebe_block::BlockBackend;
 use hebe_boot::layout;
 use hebe_devices::{ConsoleHub, DeviceKind, PciRoot, Platform, Ram, SerialPort, VirtioPci};
 use hebe_kvm::Machine;
-use hebe_state::v1::devices::{PciRootV1, SerialV1, VirtioV1};
+use hebe_state::v1::devices::{PciRootV1, SerialV1};
+use hebe_state::v2::devices::VirtioV2;
 use hebe_state::{SectionKind, StateReader};
 use hebe_store::Segment;
 use hebe_sys::tap::Tap;
@@ -31,6 +32,16 @@ const SLOT_ENTROPY: u8 = 2;
 const SLOT_FIRST_DISK: u8 = 3;
 /// Distance of two devices' BARs in the PCI window.
 const BAR_STRIDE: u64 = 0x1_0000;
+
+/// Which disks a VM may be resumed with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Disks {
+    /// Those that it had, as they were left.
+    Same,
+    /// Any of the same size: whoever orders that knows better than their
+    /// inode numbers and times.
+    Any,
+}
 
 pub(crate) struct Parts {
     pub(crate) board: Board,
@@ -104,6 +115,7 @@ pub(crate) fn restore(
     machine: &Arc<Machine>,
     ram: Ram,
     reader: &mut StateReader,
+    disks: Disks,
     events: &Sender<Event>,
 ) -> Result<Parts, VmError> {
     let hub = console_hub(identity)?;
@@ -111,7 +123,10 @@ pub(crate) fn restore(
     let pci = PciRoot::restore(&reader.take::<PciRootV1>(0)?);
     let mut devices = Vec::new();
     for (slot, kind) in kinds(identity, &hub)? {
-        let state: VirtioV1 = reader.take(u32::from(slot))?;
+        let mut state: VirtioV2 = reader.take(u32::from(slot))?;
+        if disks == Disks::Any {
+            state.accept_any_disk();
+        }
         let device = VirtioPci::restore(&state, kind, &platform)?;
         if device.slot() != slot {
             return Err(VmError::Mismatch(format!(

@@ -22,6 +22,7 @@ use serde_json::json;
 use crate::args::Args;
 use crate::control::{self, Shared};
 use crate::log;
+use crate::parts::Disks;
 use crate::signals;
 use crate::vm::{Event, Identity, Vm, mark_ended};
 
@@ -192,7 +193,12 @@ impl Start<'_> {
         };
         let state_read = stamp_now();
         let run_dir = args.run_dir.clone();
-        let mut vm = Vm::resume(args.vm_id, run_dir, segment, &state, self.events)?;
+        let disks = if args.accept_changed_disk {
+            Disks::Any
+        } else {
+            Disks::Same
+        };
+        let mut vm = Vm::resume_with(disks, args.vm_id, run_dir, segment, &state, self.events)?;
         let constructed = stamp_now();
         self.set_off(&mut vm)?;
         vm.set_resume_report(self.process_started, state_read, constructed);
@@ -417,7 +423,7 @@ mod tests {
             (Event::Terminated, Outcome::Terminated),
         ] {
             let (events, inbox) = mpsc::channel();
-            let (vm, segment) = running(dir.path(), &events).expect("vm");
+            let (vm, segment) = running(dir.path(), "", &events).expect("vm");
             let mut place = Some(vm);
             // Said before the reset, and of no interest after it.
             events
@@ -429,7 +435,7 @@ mod tests {
             assert_eq!(segment.exec().status(), ExecStatus::Ended);
         }
         let (events, inbox) = mpsc::channel();
-        let (vm, segment) = running(dir.path(), &events).expect("vm");
+        let (vm, segment) = running(dir.path(), "", &events).expect("vm");
         let mut place = Some(vm);
         assert_eq!(rebuild(&mut place, &events, &inbox), None);
         let state = place.as_ref().map(Vm::state);

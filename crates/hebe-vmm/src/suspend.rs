@@ -263,10 +263,12 @@ mod tests {
     use std::sync::mpsc;
     use std::time::Duration;
 
+    use hebe_devices::DeviceError;
     use hebe_store::ExecStatus;
 
     use super::*;
     use crate::guest;
+    use crate::parts::Disks;
     use crate::testing::running;
 
     #[test]
@@ -276,7 +278,7 @@ mod tests {
         }
         let dir = tempfile::tempdir().expect("dir");
         let (events, _inbox) = mpsc::channel();
-        let (mut vm, segment) = running(dir.path(), &events).expect("vm");
+        let (mut vm, segment) = running(dir.path(), "", &events).expect("vm");
         let late = Some(Deadline::after(Duration::ZERO));
         let file = dir.path().join("web.part");
         let is_late = |result| matches!(result, Err(VmError::Expired));
@@ -290,5 +292,45 @@ mod tests {
         vm.freeze_until(in_time).expect("in time");
         let status = segment.exec().status();
         assert!(matches!(status, ExecStatus::Frozen { .. }), "{status:?}");
+    }
+
+    #[test]
+    fn old_memory_is_not_resumed_with_a_newer_disk_unless_ordered() {
+        if guest::cannot_run() {
+            return;
+        }
+        let dir = tempfile::tempdir().expect("dir");
+        let disk = dir.path().join("disk.img");
+        fs::write(&disk, vec![0; 1 << 20]).expect("disk");
+        let more = format!("[[disk]]\npath = '{}'\n", disk.display());
+        let (events, _inbox) = mpsc::channel();
+        let (mut vm, segment) = running(dir.path(), &more, &events).expect("vm");
+        vm.freeze().expect("freeze");
+        let state = segment.exec().load().expect("state");
+        let id = vm.status().id;
+        drop(vm);
+        let resume = |disks| {
+            let (run_dir, segment) = (dir.path().to_owned(), segment.clone());
+            Vm::resume_with(disks, id, run_dir, segment, &state, &events)
+        };
+        drop(resume(Disks::Same).expect("the disk that it had"));
+        let replace = |bytes: &[u8]| {
+            let copy = dir.path().join("copy");
+            fs::write(&copy, bytes).expect("copy");
+            fs::rename(&copy, &disk).expect("rename");
+        };
+        replace(&vec![0; 1 << 20]);
+        match resume(Disks::Same).err() {
+            Some(VmError::Device(DeviceError::DiskChanged { path, .. })) => {
+                assert_eq!(path, disk);
+            }
+            other => panic!("{other:?}"),
+        }
+        let status = segment.exec().status();
+        assert!(matches!(status, ExecStatus::Frozen { .. }), "{status:?}");
+        drop(resume(Disks::Any).expect("as ordered"));
+        replace(&vec![0; 1 << 19]);
+        let other_size = resume(Disks::Any).err().expect("refused").to_string();
+        assert!(other_size.contains("sectors"), "{other_size}");
     }
 }

@@ -11,13 +11,17 @@ use hebe_types::{VmConfig, VmId};
 use crate::guest;
 use crate::vm::{Event, Identity, Vm};
 
-/// A VM that runs and halts, its segment, and what it says.
-pub(crate) fn running(dir: &Path, events: &Sender<Event>) -> anyhow::Result<(Vm, Arc<Segment>)> {
+/// A VM that runs and halts, whose definition says `more`; its segment, and what it says.
+pub(crate) fn running(
+    dir: &Path,
+    more: &str,
+    events: &Sender<Event>,
+) -> anyhow::Result<(Vm, Arc<Segment>)> {
     hebe_kvm::install_kick_handler()?;
     let kernel = dir.join("kernel");
     fs::write(&kernel, guest::image(guest::IDLE))?;
     let kernel = kernel.display();
-    let text = format!("name = 'web'\nmemory = '8MiB'\nkernel = '{kernel}'\n");
+    let text = format!("name = 'web'\nmemory = '8MiB'\nkernel = '{kernel}'\n{more}");
     let config: VmConfig = toml::from_str(&text)?;
     let id = VmId([0x11; 16]);
     let segment = Segment::new_memfd(id, &config.name, config.memory, false)?;

@@ -16,7 +16,7 @@ use hebe_types::{RamRange, VmConfig, VmId, ram_ranges};
 
 use crate::board::Board;
 use crate::log;
-use crate::parts::{self, Parts};
+use crate::parts::{self, Disks, Parts};
 use crate::vcpus::{Vcpus, VcpusError};
 
 /// What ends a VM, or its VMM.
@@ -190,9 +190,21 @@ impl Vm {
         Self::assemble(identity, segment, machine, parts, vcpus, events)
     }
 
-    /// Builds the VM around RAM that it finds, from its execution state. It
-    /// does not run yet; RAM is not touched.
+    /// Builds the VM around RAM that it finds, from its execution state, with
+    /// the disks that it had. It does not run yet; RAM is not touched.
     pub fn resume(
+        id: VmId,
+        run_dir: PathBuf,
+        segment: Arc<Segment>,
+        state: &[u8],
+        events: &Sender<Event>,
+    ) -> Result<Self, VmError> {
+        Self::resume_with(Disks::Same, id, run_dir, segment, state, events)
+    }
+
+    /// [`Vm::resume`], with `disks`.
+    pub fn resume_with(
+        disks: Disks,
         id: VmId,
         run_dir: PathBuf,
         segment: Arc<Segment>,
@@ -220,7 +232,7 @@ impl Vm {
         let machine = Arc::new(Machine::new()?);
         let ram = parts::map_ram(&machine, &segment)?;
         let vcpus = restore_vcpus(&mut reader, &machine, &identity.config)?;
-        let parts = parts::restore(&identity, &machine, ram, &mut reader, events)?;
+        let parts = parts::restore(&identity, &machine, ram, &mut reader, disks, events)?;
         reader.finish()?;
         let mut vm_built = Self::assemble(identity, segment, machine, parts, vcpus, events)?;
         vm_built.resumes = vm.resumes.saturating_add(1);

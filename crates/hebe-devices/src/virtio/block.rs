@@ -7,8 +7,8 @@
 use std::io;
 use std::sync::Arc;
 
-use hebe_block::{BlockBackend, SECTOR_SIZE};
-use hebe_state::v1::devices::{BlockV1, DeviceV1};
+use hebe_block::{BlockBackend, SECTOR_SIZE, disk_change};
+use hebe_state::v2::devices::{BlockV2, DeviceV2};
 
 use super::device::{Counters, Device, Next, Queues, Served, Stop};
 use super::error::DeviceError;
@@ -76,9 +76,10 @@ impl Block {
         }
     }
 
-    /// Refuses a disk that changed: the guest's view of it would be wrong.
+    /// Refuses a disk that changed: the guest's view of it would be wrong, and
+    /// its memory would destroy what is on it.
     pub(crate) fn restore(
-        state: &BlockV1,
+        state: &BlockV2,
         backend: BlockBackend,
         slot: u8,
     ) -> Result<Self, DeviceError> {
@@ -95,6 +96,17 @@ impl Block {
                 slot,
                 reason: "the disk was writable and is read-only now, or the other way round",
             });
+        }
+        if let Some(saved) = &state.identity {
+            let host = |source| DeviceError::Host { slot, source };
+            let found = backend.identity().map_err(host)?;
+            if let Some(how) = disk_change(saved, &found) {
+                return Err(DeviceError::DiskChanged {
+                    slot,
+                    path: backend.path().to_owned(),
+                    how,
+                });
+            }
         }
         Ok(Self::new(backend, slot))
     }
@@ -269,10 +281,11 @@ impl Device for Block {
         }
     }
 
-    fn save(&self) -> DeviceV1 {
-        DeviceV1::Block(BlockV1 {
+    fn save(&self) -> io::Result<DeviceV2> {
+        Ok(DeviceV2::Block(BlockV2 {
             sectors: self.backend.sectors(),
             readonly: self.backend.readonly(),
-        })
+            identity: Some(self.backend.identity()?),
+        }))
     }
 }

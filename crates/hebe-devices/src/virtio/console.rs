@@ -1,10 +1,12 @@
 //! Console with one port (virtio 1.2, 5.3) on a [`ConsoleHub`]. Output never
 //! waits for a reader: the hub is bounded and drops the slow.
 
+use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use hebe_state::v1::devices::{ConsoleV1, DeviceV1};
+use hebe_state::v1::devices::ConsoleV1;
+use hebe_state::v2::devices::DeviceV2;
 
 use super::device::{Counters, Device, Next, Queues, Served, Stop};
 use super::queue::{Chain, QueueError, VirtQueue};
@@ -132,7 +134,7 @@ impl Device for Console {
         self.counters
     }
 
-    fn save(&self) -> DeviceV1 {
-        DeviceV1::Console(ConsoleV1 {})
+    fn save(&self) -> io::Result<DeviceV2> {
+        Ok(DeviceV2::Console(ConsoleV1 {}))
     }
 }

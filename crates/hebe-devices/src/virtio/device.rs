@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use hebe_block::BlockBackend;
-use hebe_state::v1::devices::DeviceV1;
+use hebe_state::v2::devices::DeviceV2;
 use hebe_types::Stamp;
 
 use super::queue::{Chain, QueueError, VirtQueue};
@@ -161,5 +161,7 @@ pub(crate) trait Device: Send {
         None
     }
     fn counters(&self) -> Counters;
-    fn save(&self) -> DeviceV1;
+    /// Only while the device is paused. Fails where the back end cannot say
+    /// what it is.
+    fn save(&self) -> io::Result<DeviceV2>;
 }

@@ -1,6 +1,9 @@
 //! Why a device is refused.
 
 use std::io;
+use std::path::PathBuf;
+
+use hebe_block::DiskChange;
 
 use super::function::BAR_SIZE;
 
@@ -60,6 +63,19 @@ pub enum DeviceError {
         saved: u64,
         /// Capacity found.
         found: u64,
+    },
+    /// The disk is another one, or was written to by others.
+    #[error(
+        "disk '{}' in PCI slot {slot} changed while the VM was suspended ({how}), and the VM's memory would destroy what is on it: put the disk back as it was, or give the suspended VM up with `hebe drop`",
+        path.display()
+    )]
+    DiskChanged {
+        /// Which device.
+        slot: u8,
+        /// Where the disk lies.
+        path: PathBuf,
+        /// What shows it.
+        how: DiskChange,
     },
     /// The guest accepted features that this back end does not have.
     #[error(

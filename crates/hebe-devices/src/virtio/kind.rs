@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use hebe_block::BlockBackend;
-use hebe_state::v1::devices::DeviceV1;
+use hebe_state::v2::devices::DeviceV2;
 use hebe_types::MacAddr;
 
 use super::block::Block;
@@ -71,18 +71,18 @@ impl DeviceKind {
     pub(crate) fn rebuild(
         self,
         slot: u8,
-        state: &DeviceV1,
+        state: &DeviceV2,
     ) -> Result<Box<dyn Device>, DeviceError> {
         let given = self.info().name;
         let device: Box<dyn Device> = match (self, state) {
-            (Self::Block(backend), DeviceV1::Block(saved)) => {
+            (Self::Block(backend), DeviceV2::Block(saved)) => {
                 Box::new(Block::restore(saved, backend, slot)?)
             }
-            (Self::Net { tap, .. }, DeviceV1::Net(saved)) => Box::new(Net::restore(saved, tap)),
-            (Self::Console { hub, takes_input }, DeviceV1::Console(saved)) => {
+            (Self::Net { tap, .. }, DeviceV2::Net(saved)) => Box::new(Net::restore(saved, tap)),
+            (Self::Console { hub, takes_input }, DeviceV2::Console(saved)) => {
                 Box::new(Console::restore(saved, hub, takes_input))
             }
-            (Self::Rng, DeviceV1::Rng(_)) => Box::new(Rng::default()),
+            (Self::Rng, DeviceV2::Rng(_)) => Box::new(Rng::default()),
             (_, saved) => {
                 return Err(DeviceError::Kind {
                     slot,
@@ -95,11 +95,11 @@ impl DeviceKind {
     }
 }
 
-fn state_name(state: &DeviceV1) -> &'static str {
+fn state_name(state: &DeviceV2) -> &'static str {
     match state {
-        DeviceV1::Block(_) => "block",
-        DeviceV1::Net(_) => "net",
-        DeviceV1::Console(_) => "console",
-        DeviceV1::Rng(_) => "rng",
+        DeviceV2::Block(_) => "block",
+        DeviceV2::Net(_) => "net",
+        DeviceV2::Console(_) => "console",
+        DeviceV2::Rng(_) => "rng",
     }
 }

@@ -5,7 +5,8 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-use hebe_state::v1::devices::{DeviceV1, NetV1};
+use hebe_state::v1::devices::NetV1;
+use hebe_state::v2::devices::DeviceV2;
 use hebe_types::{MacAddr, Stamp};
 
 use super::device::{Counters, Device, Next, Queues, Served, Stop};
@@ -275,11 +276,11 @@ impl Device for Net {
         self.counters
     }
 
-    fn save(&self) -> DeviceV1 {
-        DeviceV1::Net(NetV1 {
+    fn save(&self) -> io::Result<DeviceV2> {
+        Ok(DeviceV2::Net(NetV1 {
             mac: self.mac.0,
             status: self.status,
             ipv4: self.neighbours.addresses().to_vec(),
-        })
+        }))
     }
 }

@@ -1,6 +1,9 @@
 //! Entropy source (virtio 1.2, 5.4) on the host's random number generator.
 
-use hebe_state::v1::devices::{DeviceV1, RngV1};
+use std::io;
+
+use hebe_state::v1::devices::RngV1;
+use hebe_state::v2::devices::DeviceV2;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::device::{Counters, Device, Next, Queues, Served, Stop};
@@ -73,7 +76,7 @@ impl Device for Rng {
         self.counters
     }
 
-    fn save(&self) -> DeviceV1 {
-        DeviceV1::Rng(RngV1 {})
+    fn save(&self) -> io::Result<DeviceV2> {
+        Ok(DeviceV2::Rng(RngV1 {}))
     }
 }

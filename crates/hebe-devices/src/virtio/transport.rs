@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use hebe_block::BlockBackend;
-use hebe_state::v1::devices::{TransportV1, VirtioV1};
+use hebe_state::v1::devices::TransportV1;
+use hebe_state::v2::devices::VirtioV2;
 use hebe_types::Stamp;
 
 use super::device::{Counters, Device, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
@@ -72,7 +73,7 @@ impl VirtioPci {
     /// routes are set and doorbells attached; nothing touches guest RAM
     /// before [`VirtioPci::resume`].
     pub fn restore(
-        state: &VirtioV1,
+        state: &VirtioV2,
         kind: DeviceKind,
         platform: &Platform,
     ) -> Result<Arc<Self>, DeviceError> {
@@ -178,7 +179,7 @@ impl VirtioPci {
 
     /// Stops the device with nothing in flight and nothing that only the
     /// host's page cache knows: what the guest believes written survives the
-    /// host. Until [`VirtioPci::resume`] it does not touch guest RAM. Pausing
+    /// host, and so does what the disk is known by. Until [`VirtioPci::resume`] it does not touch guest RAM. Pausing
     /// twice is pausing once. After an error it is paused all the same, but
     /// must not be saved and given up.
     pub fn pause(&self) -> Result<(), DeviceError> {
@@ -187,7 +188,7 @@ impl VirtioPci {
     }
 
     fn flush(&self, disk: Option<Arc<BlockBackend>>) -> Result<(), DeviceError> {
-        disk.map_or(Ok(()), |disk| disk.flush())
+        disk.map_or(Ok(()), |disk| disk.settle())
             .map_err(|source| DeviceError::Sync {
                 slot: self.slot,
                 source,
@@ -195,7 +196,7 @@ impl VirtioPci {
     }
 
     /// The device's state. Only while it is paused and vCPUs stand still.
-    pub fn save(&self) -> Result<VirtioV1, DeviceError> {
+    pub fn save(&self) -> Result<VirtioV2, DeviceError> {
         let function = lock(&self.function);
         let engine = self.worker.engine();
         if engine.running {
@@ -222,10 +223,14 @@ impl VirtioPci {
             queues,
             stopped: lock(&shared.stopped).clone(),
         };
-        Ok(VirtioV1 {
+        let device = engine.device.save().map_err(|source| DeviceError::Host {
+            slot: self.slot,
+            source,
+        })?;
+        Ok(VirtioV2 {
             function: save_space(self.slot, &function.space, shared.msix.save()),
             transport,
-            device: engine.device.save(),
+            device,
         })
     }
 
@@ -516,7 +521,7 @@ fn copy_from(source: &[u8], offset: u64, data: &mut [u8]) {
 }
 
 /// Untrusted numbers of a state, against the device that is to take it.
-fn check_state(state: &VirtioV1, device: &dyn Device) -> Result<(), DeviceError> {
+fn check_state(state: &VirtioV2, device: &dyn Device) -> Result<(), DeviceError> {
     let slot = state.function.slot;
     let refuse = |reason| Err(DeviceError::State { slot, reason });
     let (transport, queues) = (&state.transport, device.queues());

@@ -14,7 +14,7 @@ use hebe_devices::{
     VirtioPci,
 };
 use hebe_state::StateWriter;
-use hebe_state::v1::devices::VirtioV1;
+use hebe_state::v2::devices::VirtioV2;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -130,7 +130,7 @@ impl Machine {
         device
     }
 
-    pub fn restore(&self, state: &VirtioV1, kind: DeviceKind) -> Arc<VirtioPci> {
+    pub fn restore(&self, state: &VirtioV2, kind: DeviceKind) -> Arc<VirtioPci> {
         let device = VirtioPci::restore(state, kind, &self.platform).expect("restored device");
         self.root.add(Arc::clone(&device)).expect("free slot");
         device
@@ -173,7 +173,7 @@ pub fn wait(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 /// The encoded section, as it is stored.
-pub fn encode(state: &VirtioV1) -> Vec<u8> {
+pub fn encode(state: &VirtioV2) -> Vec<u8> {
     let mut writer = StateWriter::new();
     writer.add(u32::from(state.function.slot), state);
     writer.finish()

@@ -206,7 +206,7 @@ mod tests {
     use crate::testing::{hex, unhex};
     use crate::{StateReader, StateWriter};
 
-    /// What release 0.1 writes for [`samples`]. Never edited: a change of a
+    /// What version 1 is for [`samples`]. Never edited: a change of a
     /// struct is a new version beside this one.
     const GOLDEN: &str = include_str!("../../golden/devices-v1.hex");
 
