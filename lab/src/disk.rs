@@ -36,13 +36,34 @@ pub fn make_ext4(
     apt::run(command.arg(image)).map(drop)
 }
 
-/// Copies or links a file into a folder tree.
+/// Copies or links a file into a folder tree. What is there under that name
+/// is replaced: it may be a link to `from` itself, and is not written to.
 pub fn place(from: &Path, to: &Path) -> Result<()> {
     if let Some(parent) = to.parent() {
         fs::create_dir_all(parent)?;
+    }
+    if to.exists() {
+        fs::remove_file(to).with_context(|| format!("cannot replace {}", to.display()))?;
     }
     if fs::hard_link(from, to).is_err() {
         fs::copy(from, to).with_context(|| format!("cannot copy {}", from.display()))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_placed_twice_keeps_its_contents() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (from, to) = (folder.path().join("from"), folder.path().join("a/to"));
+        fs::write(&from, "contents").expect("written");
+        for _ in 0..2 {
+            place(&from, &to).expect("placed");
+            assert_eq!(fs::read(&from).expect("read"), b"contents");
+            assert_eq!(fs::read(&to).expect("read"), b"contents");
+        }
+    }
 }
