@@ -11,12 +11,15 @@
 //!     │                 │ fail ──────────▶ ▲
 //!     │                 └ up ─▶ Running
 //!     │   Running/Paused ─save─▶ Saving ─durable─▶ SavedHeld ─quit─▶ Saved ─restore─▶ Restoring ─▶ Running
-//!     └── drop ── Frozen, Saved, Crashed
+//!     ├── drop ── Frozen, Saved, Crashed, Lost
+//!     └── start afresh: Lost ─▶ Starting
 //! ```
 //!
 //! `Held` is a frozen VM whose VMM still lives and can thaw it; `SavedHeld`
 //! the same for a saved one. `Crashed` is a VM that ran when its VMM or host
-//! stopped. The owner of a VM's state is the holder of its lock: the VMM while
+//! stopped; `Lost` one that was frozen in a store that this kernel does not
+//! have: it can be started afresh or dropped, and either gives that memory up
+//! for good. The owner of a VM's state is the holder of its lock: the VMM while
 //! there is one, and the host program that starts it before that.
 
 use serde::{Deserialize, Serialize};
@@ -53,6 +56,8 @@ pub enum Life {
     Stopping,
     /// It ran when its VMM or host stopped.
     Crashed,
+    /// Frozen in a store that is not here.
+    Lost,
 }
 
 /// What a person or the host wants, or what happened.
@@ -61,6 +66,8 @@ pub enum Life {
 pub enum Order {
     /// Boot it.
     Start,
+    /// Boot it, even if its memory may still be frozen somewhere.
+    StartAfresh,
     /// Stop the vCPUs.
     Pause,
     /// Let the vCPUs run.
@@ -124,19 +131,22 @@ impl std::fmt::Display for Refused {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { life, order } = self;
         let out = match (life, order) {
-            (Life::Running, Order::Start | Order::Resume | Order::Restore) => {
+            (Life::Running, Order::Start | Order::StartAfresh | Order::Resume | Order::Restore) => {
                 "it runs already: nothing to do"
             }
-            (Life::Frozen | Life::Held, Order::Start) => {
+            (Life::Frozen | Life::Held, Order::Start | Order::StartAfresh) => {
                 "it is frozen in memory: `hebe resume` continues it, `hebe drop --yes` gives it up"
             }
-            (Life::Saved | Life::SavedHeld, Order::Start) => {
+            (Life::Saved | Life::SavedHeld, Order::Start | Order::StartAfresh) => {
                 "it is saved in a file: `hebe resume` continues it, `hebe drop --yes` gives it up"
             }
             (Life::Running | Life::Paused, Order::Drop) => "it is up: `hebe stop` it first",
             (Life::Absent, _) => "it is not up: `hebe start` boots it",
             (Life::Crashed, _) => {
                 "it stopped without a state: `hebe start` boots it, `hebe drop` frees its memory"
+            }
+            (Life::Lost, _) => {
+                "it was frozen in a store that this kernel does not have: boot the kernel that has it to continue it; `hebe start --afresh` boots it, `hebe drop --yes` gives it up, and after either its memory is never continued"
             }
             (Life::Frozen, Order::Stop | Order::Freeze | Order::Pause | Order::Save) => {
                 "it is frozen: `hebe resume` it first"
@@ -154,10 +164,16 @@ impl Life {
     pub fn order(self, order: Order) -> Result<(Life, Effect), Refused> {
         let ask = Effect::Ask(order);
         Ok(match (self, order) {
-            (Self::Absent, Order::Start) => (Self::Starting, Effect::LaunchNew),
+            (Self::Absent, Order::Start | Order::StartAfresh) => {
+                (Self::Starting, Effect::LaunchNew)
+            }
             // An explicit start of a crashed VM gives up its RAM: without the
             // state of its CPUs nothing can continue it.
-            (Self::Crashed, Order::Start) => (Self::Starting, Effect::LaunchNew),
+            (Self::Crashed, Order::Start | Order::StartAfresh) => {
+                (Self::Starting, Effect::LaunchNew)
+            }
+            // Only where it was said that its memory is given up.
+            (Self::Lost, Order::StartAfresh) => (Self::Starting, Effect::LaunchNew),
             (Self::Running, Order::Pause) => (Self::Paused, ask),
             (Self::Paused, Order::Unpause) => (Self::Running, ask),
             (Self::Running | Self::Paused, Order::Freeze) => (Self::Freezing, ask),
@@ -172,7 +188,7 @@ impl Life {
                 (Self::Restoring, Effect::LaunchRestore)
             }
             (Self::Running | Self::Paused, Order::Stop) => (Self::Stopping, ask),
-            (Self::Frozen | Self::Saved | Self::Crashed, Order::Drop) => {
+            (Self::Frozen | Self::Saved | Self::Crashed | Self::Lost, Order::Drop) => {
                 (Self::Absent, Effect::Free)
             }
             (life, order) => return Err(Refused { life, order }),
@@ -215,7 +231,7 @@ impl Life {
     pub fn has_vmm(self) -> bool {
         !matches!(
             self,
-            Self::Absent | Self::Frozen | Self::Saved | Self::Crashed
+            Self::Absent | Self::Frozen | Self::Saved | Self::Crashed | Self::Lost
         )
     }
 
@@ -229,7 +245,7 @@ impl Life {
 mod tests {
     use super::*;
 
-    const ALL: [Life; 14] = [
+    const ALL: [Life; 15] = [
         Life::Absent,
         Life::Starting,
         Life::Running,
@@ -244,9 +260,11 @@ mod tests {
         Life::Restoring,
         Life::Stopping,
         Life::Crashed,
+        Life::Lost,
     ];
-    const ORDERS: [Order; 11] = [
+    const ORDERS: [Order; 12] = [
         Order::Start,
+        Order::StartAfresh,
         Order::Pause,
         Order::Unpause,
         Order::Freeze,
@@ -322,5 +340,21 @@ mod tests {
         }
         let refused = Life::Frozen.order(Order::Start).expect_err("frozen");
         assert!(refused.to_string().contains("hebe resume"));
+    }
+
+    /// Its memory may still be there, where this kernel cannot see it.
+    #[test]
+    fn a_lost_vm_is_booted_by_an_order_that_says_so_alone() {
+        for order in ORDERS {
+            let launched = matches!(Life::Lost.order(order), Ok((Life::Starting, _)));
+            assert_eq!(launched, order == Order::StartAfresh, "{order:?}");
+        }
+        let refused = Life::Lost.order(Order::Start).expect_err("lost");
+        assert!(refused.to_string().contains("--afresh"));
+        assert!(Life::Lost.is_precious());
+        // The word gives nothing up that is here.
+        for life in [Life::Frozen, Life::Held, Life::Saved, Life::SavedHeld] {
+            assert!(life.order(Order::StartAfresh).is_err(), "{life:?}");
+        }
     }
 }

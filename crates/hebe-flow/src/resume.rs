@@ -31,6 +31,12 @@
 //! | none | – | yes | boot |
 //! | damaged | any | any | left where it is, with the reason |
 //! | more than one segment | any | any | left where they are |
+//! | frozen, and given up since | complete | any | restore |
+//! | frozen, and given up since | being restored | any | a person must choose |
+//! | frozen, and given up since | – | yes | boot |
+//! | frozen, and given up since | – | no | lost: its disks went on |
+//! | none; frozen in a store that is not here | – | any | lost: never booted unasked |
+//! | none; frozen in a store that is not here | file | any | left: a person must choose |
 //! | any, mapped by a VMM that nobody can reach | any | any | left, whatever the segment says |
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -50,6 +56,9 @@ pub enum ExecFact {
     Running,
     /// A state is committed.
     Frozen,
+    /// A state is committed, and the VM was started or given up since, while
+    /// its store was not there.
+    GivenUp,
     /// Unreadable.
     Damaged(String),
 }
@@ -90,6 +99,9 @@ pub struct Facts {
     /// VMs whose VMM lives, has the segment mapped, and cannot be reached; with
     /// one sentence that says so and the way out.
     pub stranded: BTreeMap<VmName, String>,
+    /// VMs that were frozen in a store that is not here; with one sentence that
+    /// says so and the ways out.
+    pub elsewhere: BTreeMap<VmName, String>,
 }
 
 /// What to do with one VM.
@@ -147,6 +159,7 @@ pub fn plan(facts: &Facts) -> BTreeMap<VmName, Decision> {
         .chain(&facts.autostart)
         .chain(&facts.alive)
         .chain(facts.stranded.keys())
+        .chain(facts.elsewhere.keys())
         .collect();
     names
         .into_iter()
@@ -167,7 +180,7 @@ fn decide(facts: &Facts, name: &VmName, segments: &[&SegmentFact]) -> Decision {
     }
     let saved = facts.saved.get(name).copied();
     let boot = facts.pending.contains(name) || facts.autostart.contains(name);
-    match segments {
+    let decision = match segments {
         [] => without_segment(name, saved),
         [one] => with_segment(name, one, saved, boot),
         more => Decision::Leave {
@@ -176,17 +189,30 @@ fn decide(facts: &Facts, name: &VmName, segments: &[&SegmentFact]) -> Decision {
                 more.len()
             ),
         },
+    };
+    match (facts.elsewhere.get(name), decision) {
+        (Some(reason), Decision::Boot { .. }) => Decision::Lost {
+            reason: reason.clone(),
+        },
+        (Some(reason), Decision::Restore { .. }) => Decision::Leave {
+            reason: format!("it is saved in a file, too, and {reason}"),
+        },
+        (_, decision) => decision,
+    }
+}
+
+fn interrupted(name: &VmName) -> Decision {
+    Decision::Leave {
+        reason: format!(
+            "a restore was interrupted and nothing shows whether the VM ran: `hebe resume {name} --again` if it did not, `hebe drop {name} --yes` otherwise"
+        ),
     }
 }
 
 fn without_segment(name: &VmName, saved: Option<SavedFact>) -> Decision {
     match saved {
         Some(SavedFact::Complete) => Decision::Restore { stale: None },
-        Some(SavedFact::Restoring) => Decision::Leave {
-            reason: format!(
-                "a restore was interrupted and nothing shows whether the VM ran: `hebe resume {name} --again` if it did not, `hebe drop {name} --yes` otherwise"
-            ),
-        },
+        Some(SavedFact::Restoring) => interrupted(name),
         // Named by the list or by its definition only.
         None => Decision::Boot { stale: None },
     }
@@ -212,16 +238,22 @@ fn with_segment(
                 "it is frozen in memory and saved in a file, and only one of them may run: `hebe resume {name} --from memory` or `--from file`"
             ),
         },
-        (ExecFact::Running | ExecFact::Ended, Some(SavedFact::Complete))
+        (ExecFact::GivenUp, Some(SavedFact::Restoring)) => interrupted(name),
+        (ExecFact::Running | ExecFact::Ended | ExecFact::GivenUp, Some(SavedFact::Complete))
         | (ExecFact::Empty, Some(_)) => Decision::Restore { stale },
         (ExecFact::Running | ExecFact::Ended, Some(SavedFact::Restoring)) => Decision::Lost {
             reason: format!(
                 "it ran after its restore and stopped without a state: `hebe start {name}` boots it"
             ),
         },
-        (ExecFact::Running | ExecFact::Ended | ExecFact::Empty, None) if boot => {
+        (ExecFact::Running | ExecFact::Ended | ExecFact::Empty | ExecFact::GivenUp, None)
+            if boot =>
+        {
             Decision::Boot { stale }
         }
+        (ExecFact::GivenUp, None) => Decision::Lost {
+            reason: given_up(name, id),
+        },
         (ExecFact::Running, None) => Decision::Lost {
             reason: format!(
                 "its VMM or the host stopped while it ran: `hebe start {name}` boots it, `hebe drop {name}` frees its memory"
@@ -229,6 +261,14 @@ fn with_segment(
         },
         (ExecFact::Empty | ExecFact::Ended, None) => Decision::Clean { segment: id },
     }
+}
+
+/// What is said of a VM whose frozen memory was given up while its store was
+/// not there.
+pub fn given_up(name: &VmName, segment: SegmentId) -> String {
+    format!(
+        "its memory in segment {segment} was given up while this store was not there, and its disks went on since: `hebe start {name}` boots it, `hebe drop {name}` frees the memory"
+    )
 }
 
 #[cfg(test)]
@@ -289,6 +329,15 @@ mod tests {
                 assert!(matches!(decision, Decision::Lost { .. }), "{decision:?}");
             }
         }
+        // Started afresh while the store was away: the disk is the newer one.
+        let given_up = |saved, pending| decided(Some(ExecFact::GivenUp), saved, pending);
+        assert!(matches!(given_up(None, false), Decision::Lost { .. }));
+        let boot = given_up(None, true);
+        assert_eq!(boot, Decision::Boot { stale: STALE });
+        let restore = given_up(Some(SavedFact::Complete), false);
+        assert_eq!(restore, Decision::Restore { stale: STALE });
+        let choice = given_up(Some(SavedFact::Restoring), false);
+        assert!(matches!(choice, Decision::Leave { .. }), "{choice:?}");
         // Nothing shows whether it ran: not decided here.
         let decision = decided(None, Some(SavedFact::Restoring), false);
         assert!(matches!(decision, Decision::Leave { .. }), "{decision:?}");
@@ -318,6 +367,28 @@ mod tests {
                 segment: SegmentId(3)
             }
         );
+    }
+
+    /// Its memory may be there when the next kernel has the store again.
+    #[test]
+    fn a_vm_that_is_frozen_elsewhere_is_not_brought_to_life_unasked() {
+        let mut facts = Facts {
+            elsewhere: [(name(), "in store X".to_owned())].into(),
+            ..Facts::default()
+        };
+        let lost = |facts: &Facts| plan(facts).remove(&name());
+        for _ in 0..2 {
+            let found = lost(&facts);
+            assert!(
+                matches!(&found, Some(Decision::Lost { reason }) if reason == "in store X"),
+                "{found:?}"
+            );
+            facts.autostart.insert(name());
+            facts.pending.insert(name());
+        }
+        facts.saved.insert(name(), SavedFact::Complete);
+        let found = lost(&facts);
+        assert!(matches!(found, Some(Decision::Leave { .. })), "{found:?}");
     }
 
     #[test]
@@ -360,6 +431,7 @@ mod tests {
             Some(ExecFact::Ended),
             Some(ExecFact::Running),
             Some(ExecFact::Frozen),
+            Some(ExecFact::GivenUp),
             Some(ExecFact::Damaged("x".into())),
         ];
         let files = [None, Some(SavedFact::Complete), Some(SavedFact::Restoring)];

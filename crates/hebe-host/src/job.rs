@@ -130,7 +130,7 @@ impl Job {
             if !alive && paths.complete.exists() {
                 // The file is all that is left of the VM: it is restored, or
                 // stays where it is and is listed.
-                return match saving::restore(&self.host, &self.vm) {
+                return match saving::restore(&self.host, &self.vm, false) {
                     Ok(_) => Ok(()),
                     Err(error) => {
                         let why = with_cause(&error);

@@ -23,6 +23,7 @@ mod job;
 pub mod launch;
 pub mod listing;
 pub mod lock;
+pub mod notes;
 pub mod ops;
 pub mod preflight;
 pub mod reboot;

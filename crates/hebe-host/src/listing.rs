@@ -15,6 +15,7 @@ use crate::definitions::{self, DefinitionError};
 use crate::host::{Host, HostError};
 use crate::launch::{ExitRecord, Instance, last_words};
 use crate::lock::VmLock;
+use crate::notes::{self, FrozenNote};
 use crate::saved;
 use crate::segments;
 use crate::stores::{ExecView, SegmentView, StoreView};
@@ -40,6 +41,8 @@ pub enum VmState {
     Damaged,
     /// Its VMM lives and does not answer.
     Unresponsive,
+    /// Frozen in a store that this kernel does not have.
+    Lost,
 }
 
 impl VmState {
@@ -54,6 +57,7 @@ impl VmState {
             Self::Crashed => "crashed",
             Self::Damaged => "damaged",
             Self::Unresponsive => "unresponsive",
+            Self::Lost => "lost",
         }
     }
 }
@@ -113,20 +117,30 @@ pub fn survey(host: &Host) -> Survey {
     };
     let definitions = definitions::all(&host.layout);
     let saved = saved::all(&host.layout);
+    let noted = notes::all(&host.layout);
+    let elsewhere: BTreeMap<&VmName, &FrozenNote> = notes::elsewhere(&noted, store.as_ref())
+        .map(|note| (&note.name, note))
+        .collect();
     let mut names: BTreeSet<VmName> = definitions.keys().cloned().collect();
     names.extend(saved.keys().cloned());
+    names.extend(elsewhere.keys().copied().cloned());
     names.extend(run_dirs(host));
     let segments = store.iter().flat_map(|s| &s.segments);
     names.extend(segments.filter_map(|s| s.name.clone()));
     let rows = thread::scope(|scope| {
         let (store, saved, definitions) = (&store, &saved, &definitions);
+        let elsewhere = &elsewhere;
         let workers: Vec<_> = names
             .into_iter()
             .map(|name| {
                 scope.spawn(move || {
-                    let definition = definitions.get(&name);
-                    let file = saved.get(&name).copied();
-                    row(host, name, store.as_ref(), file, definition)
+                    let known = Known {
+                        store: store.as_ref(),
+                        saved: saved.get(&name).copied(),
+                        definition: definitions.get(&name),
+                        elsewhere: elsewhere.get(&name).copied(),
+                    };
+                    row(host, name, &known)
                 })
             })
             .collect();
@@ -170,63 +184,55 @@ pub(crate) fn run_dirs(host: &Host) -> Vec<VmName> {
 
 type Definition = Result<VmConfig, DefinitionError>;
 
-fn row(
-    host: &Host,
-    name: VmName,
-    store: Option<&StoreView>,
+/// What is known of one VM, besides what its runtime directory and its VMM say.
+struct Known<'a> {
+    store: Option<&'a StoreView>,
     saved: Option<SavedFact>,
-    definition: Option<&Definition>,
-) -> VmRow {
+    definition: Option<&'a Definition>,
+    elsewhere: Option<&'a FrozenNote>,
+}
+
+fn row(host: &Host, name: VmName, known: &Known) -> VmRow {
     let dir = host.layout.vm_dir(&name);
     let instance = Instance::read(&dir);
-    let segment = store.and_then(|s| s.segment_of(&name));
+    let up = VmLock::is_held(&dir);
+    let answer = up.then(|| vmm::status(&host.layout.socket(&name), vmm::STATUS_WAIT));
+    let status = answer.as_ref().and_then(|a| a.as_ref().ok()).cloned();
+    let own = |s: &&SegmentView| {
+        // A segment of another life is not the one that this VM runs in.
+        let running = status.as_ref().map(|status| status.id);
+        s.vm.is_none() || running.is_none() || s.vm == running
+    };
+    let segment = known.store.and_then(|s| s.segment_of(&name)).filter(own);
     let mut row = VmRow {
         state: VmState::Stopped,
         detail: None,
-        memory: memory_of(segment, instance.as_ref(), definition),
-        store: where_is_ram(store, segment, instance.as_ref(), definition),
+        memory: memory_of(segment, instance.as_ref(), known),
+        store: where_is_ram(segment, instance.as_ref(), known),
         segment: segment.map(|s| s.id.0),
-        pid: None,
-        id: segment
-            .and_then(|s| s.vm)
+        pid: status.as_ref().map(|s| s.pid),
+        id: (status.as_ref().map(|s| s.id))
+            .or(segment.and_then(|s| s.vm))
             .or(instance.as_ref().map(|i| i.vm))
             .map(|id| id.to_string()),
         life: Life::Absent,
-        status: None,
+        status,
         name,
     };
-    let (state, life, detail) = if VmLock::is_held(&dir) {
-        let answer = vmm::status(&host.layout.socket(&row.name), vmm::STATUS_WAIT);
-        match answer {
-            Ok(status) => {
-                let found = alive(&status);
-                row.pid = Some(status.pid);
-                row.id = Some(status.id.to_string());
-                row.status = Some(status);
-                found
+    let (state, life, detail) = match answer {
+        Some(Ok(status)) => alive(&status),
+        Some(Err(error)) => (
+            VmState::Unresponsive,
+            Life::Starting,
+            Some(with_cause(&error)),
+        ),
+        None => match segments::stranded(host, known.store, &row.name) {
+            Some((pid, why)) => {
+                row.pid = pid;
+                (VmState::Unresponsive, Life::Starting, Some(why.to_string()))
             }
-            Err(error) => (
-                VmState::Unresponsive,
-                Life::Starting,
-                Some(with_cause(&error)),
-            ),
-        }
-    } else if let Some((pid, why)) = segments::stranded(host, store, &row.name) {
-        row.pid = pid;
-        (VmState::Unresponsive, Life::Starting, Some(why.to_string()))
-    } else {
-        let several = store.is_some_and(|s| {
-            let own = s.segments.iter();
-            own.filter(|x| x.name.as_ref() == Some(&row.name)).count() > 1
-        });
-        at_rest(
-            &dir,
-            segment,
-            several,
-            saved,
-            instance.is_some(),
-            definition,
-        )
+            None => at_rest(host, &row.name, segment, instance.is_some(), known),
+        },
     };
     (row.state, row.life, row.detail) = (state, life, detail);
     row
@@ -235,21 +241,22 @@ fn row(
 fn memory_of(
     segment: Option<&SegmentView>,
     instance: Option<&Instance>,
-    definition: Option<&Definition>,
+    known: &Known,
 ) -> Option<ByteSize> {
-    let defined = || Some(definition?.as_ref().ok()?.memory);
+    let defined = || Some(known.definition?.as_ref().ok()?.memory);
+    let noted = known.elsewhere.map(|note| note.memory);
     segment
         .map(|s| s.memory)
         .filter(|m| m.0 > 0)
         .or(instance.map(|i| i.memory))
+        .or(noted.filter(|m| m.0 > 0))
         .or_else(defined)
 }
 
 fn where_is_ram(
-    store: Option<&StoreView>,
     segment: Option<&SegmentView>,
     instance: Option<&Instance>,
-    definition: Option<&Definition>,
+    known: &Known,
 ) -> Option<&'static str> {
     use hebe_types::StoreKind;
     if segment.is_some() {
@@ -261,8 +268,8 @@ fn where_is_ram(
             None => "memfd",
         });
     }
-    let config = definition?.as_ref().ok()?;
-    Some(match (config.store, store) {
+    let config = known.definition?.as_ref().ok()?;
+    Some(match (config.store, known.store) {
         (StoreKind::Devdax, _) | (StoreKind::Auto, Some(_)) => "devdax",
         (StoreKind::Memfd, _) | (StoreKind::Auto, None) => "memfd",
     })
@@ -291,19 +298,27 @@ fn alive(status: &VmStatus) -> Found {
 }
 
 fn at_rest(
-    dir: &std::path::Path,
+    host: &Host,
+    name: &VmName,
     segment: Option<&SegmentView>,
-    several: bool,
-    saved: Option<SavedFact>,
     was_up: bool,
-    definition: Option<&Definition>,
+    known: &Known,
 ) -> Found {
-    if several {
+    let dir = &host.layout.vm_dir(name);
+    let segments = known.store.iter().flat_map(|s| &s.segments);
+    if segments.filter(|s| s.name.as_ref() == Some(name)).count() > 1 {
         let text = "several segments bear this name: `hebe store list` shows them";
         return (VmState::Damaged, Life::Crashed, Some(text.into()));
     }
-    if let Some(found) = from_persistent(segment, saved) {
+    if let Some(found) = given_up(host, name, segment, known.saved) {
         return found;
+    }
+    if let Some(found) = from_persistent(segment, known.saved) {
+        return found;
+    }
+    if let (None, Some(note)) = (segment, known.elsewhere) {
+        let text = note.sentence(host, &notes::afresh(name));
+        return (VmState::Lost, Life::Lost, Some(text));
     }
     let exit = ExitRecord::read(dir);
     let ran = matches!(segment.map(|s| &s.exec), Some(ExecView::Running { .. }))
@@ -318,10 +333,31 @@ fn at_rest(
             let text = "its VMM or the host stopped while it ran";
             (VmState::Crashed, Life::Crashed, Some(text.into()))
         }
-        (false, _) => match definition {
+        (false, _) => match known.definition {
             Some(Err(error)) => (VmState::Damaged, Life::Absent, Some(error.to_string())),
             _ => (VmState::Stopped, Life::Absent, None),
         },
+    }
+}
+
+/// A state that must not be continued any more, or of which that cannot be told.
+fn given_up(
+    host: &Host,
+    name: &VmName,
+    segment: Option<&SegmentView>,
+    saved: Option<SavedFact>,
+) -> Option<Found> {
+    let frozen = |s: &&SegmentView| matches!(s.exec, ExecView::Frozen { .. });
+    let segment = segment.filter(frozen)?;
+    match (notes::is_given_up(&host.layout, segment), saved) {
+        (Ok(false), _) => None,
+        (Ok(true), None) => {
+            let text = hebe_flow::resume::given_up(name, segment.id);
+            Some((VmState::Crashed, Life::Crashed, Some(text)))
+        }
+        // The file is all that counts.
+        (Ok(true), saved) => from_persistent(None, saved),
+        (Err(error), _) => Some((VmState::Frozen, Life::Frozen, Some(with_cause(&error)))),
     }
 }
 

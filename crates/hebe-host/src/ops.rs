@@ -18,12 +18,13 @@ use hebe_types::{StoreKind, VmConfig, VmId, VmName};
 
 use crate::definitions;
 use crate::host::{Host, HostError};
-use crate::launch::{ExitRecord, LAUNCH_WAIT, Launch, Memory, Origin, launch};
+use crate::launch::{ExitRecord, LAUNCH_WAIT, Launch, LaunchError, Memory, Origin, launch};
 use crate::listing::{self, VmRow, VmState};
 use crate::lock::VmLock;
+use crate::notes;
 use crate::saved::SavedPaths;
 use crate::segments::{free_segment, refuse_in_use};
-use crate::stores::{ExecView, StoreTrouble};
+use crate::stores::{ExecView, SegmentView, StoreTrouble};
 use crate::vmm;
 
 pub use crate::resuming::{ResumeFrom, ResumeOptions, continue_frozen, resume};
@@ -58,12 +59,22 @@ pub fn lock(host: &Host, name: &VmName) -> Result<VmLock, HostError> {
 
 /// Boots a VM from its definition.
 pub fn start(host: &Host, name: &VmName) -> Result<VmStatus, HostError> {
+    start_as(host, name, Order::Start)
+}
+
+/// [`start`], also where the VM's memory may still be frozen in a store that is
+/// not here: that memory is given up, and never continued afterwards.
+pub fn start_afresh(host: &Host, name: &VmName) -> Result<VmStatus, HostError> {
+    start_as(host, name, Order::StartAfresh)
+}
+
+fn start_as(host: &Host, name: &VmName, order: Order) -> Result<VmStatus, HostError> {
     let _not_all = host.lock_orders()?;
     let (path, config) = definitions::load(&host.layout, name)?;
     let survey = listing::survey(host);
-    admit(survey.row(host, name)?, Order::Start)?;
+    admit(survey.row(host, name)?, order)?;
     definitions::check_files(&config, &path)?;
-    boot(host, &config)
+    boot_as(host, &config, order == Order::StartAfresh)
 }
 
 /// Boots a VM from a definition that lies anywhere, and keeps that definition.
@@ -103,31 +114,63 @@ pub fn run(host: &Host, config: &VmConfig) -> Result<VmStatus, HostError> {
 
 /// Boots a VM: lock, segment, VMM. On failure nothing of it is left. A segment
 /// of the VM's former life goes first; one with a committed state is never
-/// taken for that.
+/// taken for that, and neither is a VM that is frozen in a store that is not
+/// here.
 pub fn boot(host: &Host, config: &VmConfig) -> Result<VmStatus, HostError> {
+    boot_as(host, config, false)
+}
+
+fn boot_as(host: &Host, config: &VmConfig, afresh: bool) -> Result<VmStatus, HostError> {
     let name = &config.name;
     let lock = lock(host, name)?;
-    let vm = fresh_id()?;
-    let memory = clear_files(host, name).and_then(|()| make_memory(host, config, vm));
-    let result = memory.and_then(|memory| {
-        let order = Launch {
-            name: name.clone(),
-            vm,
-            size: config.memory,
-            memory,
-            origin: Origin::Boot(Box::new(config.clone())),
-        };
-        launch(host, &lock, &order, LAUNCH_WAIT).map_err(|error| {
-            if let Memory::Segment { id, .. } = order.memory {
-                let _ = host.store.drop_segment(id, Some(vm));
+    let view = host.store.view().ok().flatten();
+    let way = notes::afresh(name);
+    // Durable before the VM boots: from then on its disks go on.
+    let marked = notes::give_up_elsewhere(host, name, view.as_ref(), afresh, &way);
+    let result = marked.and_then(|marked| {
+        boot_locked(host, &lock, config).inspect_err(|error| {
+            if never_ran(host, name, error) {
+                notes::take_back(host, &marked);
             }
-            error.into()
         })
     });
     if result.is_err() {
         let _ = lock.remove_dir();
     }
     result
+}
+
+/// Whether a boot failed before the guest can have touched its disks.
+fn never_ran(host: &Host, name: &VmName, error: &HostError) -> bool {
+    match error {
+        HostError::Launch(LaunchError::Ended { .. }) => {
+            let record = ExitRecord::read(&host.layout.vm_dir(name));
+            record.is_some_and(|record| record.ran == Some(false))
+        }
+        HostError::Launch(LaunchError::Silent { .. } | LaunchError::Unanswered { .. }) => false,
+        // No VMM was started.
+        _ => true,
+    }
+}
+
+fn boot_locked(host: &Host, lock: &VmLock, config: &VmConfig) -> Result<VmStatus, HostError> {
+    let name = &config.name;
+    let vm = fresh_id()?;
+    clear_files(host, name)?;
+    let memory = make_memory(host, config, vm)?;
+    let order = Launch {
+        name: name.clone(),
+        vm,
+        size: config.memory,
+        memory,
+        origin: Origin::Boot(Box::new(config.clone())),
+    };
+    launch(host, lock, &order, LAUNCH_WAIT).map_err(|error| {
+        if let Memory::Segment { id, .. } = order.memory {
+            let _ = host.store.drop_segment(id, Some(vm));
+        }
+        error.into()
+    })
 }
 
 /// A VM that boots goes on with its disks, so no file that it was saved to may
@@ -170,30 +213,18 @@ fn fresh_id() -> Result<VmId, HostError> {
 }
 
 fn make_memory(host: &Host, config: &VmConfig, vm: VmId) -> Result<Memory, HostError> {
-    if config.store == StoreKind::Memfd {
-        return Ok(Memory::Memfd);
-    }
-    let view = match host.store.view()? {
-        Some(view) => view,
-        None if config.store == StoreKind::Auto => return Ok(Memory::Memfd),
-        None => return Err(StoreTrouble::None.into()),
+    let view = match host.store.view() {
+        Ok(view) => view,
+        Err(_) if config.store == StoreKind::Memfd => None,
+        Err(error) => return Err(error.into()),
     };
-    if let Some(old) = view.segment_of(&config.name) {
-        match &old.exec {
-            ExecView::Empty | ExecView::Ended | ExecView::Running { .. } => {
-                free_segment(host, old)?;
-            }
-
-            ExecView::Frozen { .. } | ExecView::Damaged { .. } => {
-                return Err(HostError::Refused {
-                    name: config.name.clone(),
-                    why: format!(
-                        "segment {} holds a state of it: `hebe resume` continues it, `hebe drop` gives it up",
-                        old.id
-                    ),
-                });
-            }
-        }
+    if let Some(old) = view.as_ref().and_then(|v| v.segment_of(&config.name)) {
+        free_former(host, old, &config.name)?;
+    }
+    match (config.store, &view) {
+        (StoreKind::Memfd, _) | (StoreKind::Auto, None) => return Ok(Memory::Memfd),
+        (StoreKind::Devdax, None) => return Err(StoreTrouble::None.into()),
+        (StoreKind::Devdax | StoreKind::Auto, Some(_)) => {}
     }
     let create = || host.store.create(vm, &config.name, config.memory);
     let new = match create() {
@@ -208,6 +239,26 @@ fn make_memory(host: &Host, config: &VmConfig, vm: VmId) -> Result<Memory, HostE
     Ok(Memory::Segment {
         id: new.id,
         spec: new.spec,
+    })
+}
+
+/// Frees the segment of a VM's former life; never one whose state may still be
+/// continued.
+fn free_former(host: &Host, old: &SegmentView, name: &VmName) -> Result<(), HostError> {
+    let over = match &old.exec {
+        ExecView::Empty | ExecView::Ended | ExecView::Running { .. } => true,
+        ExecView::Frozen { .. } => notes::is_given_up(&host.layout, old)?,
+        ExecView::Damaged { .. } => false,
+    };
+    if over {
+        return free_segment(host, old);
+    }
+    Err(HostError::Refused {
+        name: name.clone(),
+        why: format!(
+            "segment {} holds a state of it: `hebe resume {name}` continues it, `hebe drop {name} --yes` gives it up",
+            old.id
+        ),
     })
 }
 
@@ -348,19 +399,38 @@ pub fn suspend(host: &Host, name: &VmName) -> Result<FreezeReport, HostError> {
     if row.life == Life::Paused {
         let_run(host, name)?;
     }
-    if row.segment.is_none() {
+    let store = survey.store.as_ref();
+    let segment = store.and_then(|s| s.segments.iter().find(|x| Some(x.id.0) == row.segment));
+    let (Some(store), Some(segment)) = (store, segment) else {
         return Err(HostError::Refused {
             name: name.clone(),
             why: "its RAM is in a memfd, which ends with its VMM: only VMs in a store can be suspended, see store = \"devdax\"".into(),
         });
-    }
-    let report = vmm::freeze(&socket, vmm::FREEZE_WAIT).map_err(|source| HostError::Vmm {
-        name: name.clone(),
-        source,
+    };
+    withdraw_stale(host, name)?;
+    notes::note(host, store, segment)?;
+    let report = vmm::freeze(&socket, vmm::FREEZE_WAIT).map_err(|source| {
+        if let Some(vm) = segment.vm.filter(|_| vmm::is_refusal(&source)) {
+            notes::forget(&host.layout, name, vm);
+        }
+        HostError::Vmm {
+            name: name.clone(),
+            source,
+        }
     })?;
     vmm::quit(host, name, Some(VmmState::Frozen))?;
     wait_for_end(host, name, END_WAIT)?;
     Ok(report)
+}
+
+/// Removes what is left of a file of a VM that runs: it is older than the VM's
+/// disk, and would stand beside the frozen state like a second one.
+pub(crate) fn withdraw_stale(host: &Host, name: &VmName) -> Result<(), HostError> {
+    let paths = SavedPaths::new(&host.layout, name);
+    match paths.fact() {
+        Some(_) => paths.withdraw(),
+        None => Ok(()),
+    }
 }
 
 pub(crate) fn let_run(host: &Host, name: &VmName) -> Result<(), HostError> {
@@ -382,6 +452,7 @@ pub fn drop_vm(host: &Host, name: &VmName) -> Result<(), HostError> {
     let segments = survey.store.iter().flat_map(|s| &s.segments);
     let own = segments.filter(|s| s.name.as_ref() == Some(name));
     own.clone().try_for_each(refuse_in_use)?;
+    notes::give_up_elsewhere(host, name, survey.store.as_ref(), true, "")?;
     SavedPaths::new(&host.layout, name).withdraw()?;
     for segment in own {
         free_segment(host, segment)?;

@@ -20,6 +20,7 @@ use std::thread;
 use std::time::Duration;
 
 use hebe_api::VmmState;
+use hebe_flow::life::Life;
 use hebe_flow::reboot::{Effect, Fate, Input, Outcome, Phase, Reboot};
 use hebe_sys::proc;
 use hebe_types::{RebootMethod, Stamp, VmId, VmName};
@@ -28,6 +29,7 @@ use crate::host::{Host, HostError};
 use crate::job::{Job, Note, Trouble};
 use crate::listing::{self, Survey, with_cause};
 use crate::lock::VmLock;
+use crate::notes;
 use crate::ops::{self, StopOptions};
 use crate::preflight::{RebootOptions, Verdict, preflight};
 use crate::report::{ReportPlace, keep_report};
@@ -329,6 +331,7 @@ impl Driver<'_> {
             }
         }
         pending.write(self.host).map_err(say)?;
+        self.note_frozen().map_err(say)?;
         if self.survey.store.is_some() {
             self.host.store.hold().map_err(|e| with_cause(&e))?;
         }
@@ -339,8 +342,32 @@ impl Driver<'_> {
         Ok(())
     }
 
+    /// For a next kernel that does not have the store.
+    fn note_frozen(&self) -> Result<(), HostError> {
+        let Some(store) = &self.survey.store else {
+            return Ok(());
+        };
+        for vm in &self.verdict.vms {
+            let row = self.survey.rows.get(&vm.vm);
+            let keep = vm.fate == Some(Fate::Keep);
+            if keep {
+                ops::withdraw_stale(self.host, &vm.vm)?;
+            }
+            let frozen = row.is_some_and(|r| matches!(r.life, Life::Frozen | Life::Held));
+            let own = row.and_then(|r| r.segment);
+            let segment = store.segments.iter().find(|s| Some(s.id.0) == own);
+            if let Some(segment) = segment.filter(|_| keep || frozen) {
+                notes::note(self.host, store, segment)?;
+            }
+        }
+        Ok(())
+    }
+
     fn unprepare(&mut self) -> Result<(), String> {
         self.host.store.release();
+        if let Ok(Some(now)) = self.host.store.view() {
+            notes::settle(&self.host.layout, &now);
+        }
         let say = |e: HostError| with_cause(&e);
         let mut pending = Pending::read(&self.host.layout).map_err(say)?;
         let ours = |name: &VmName| {

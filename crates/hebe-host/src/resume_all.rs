@@ -17,6 +17,7 @@ use crate::definitions;
 use crate::host::{Host, HostError};
 use crate::listing::with_cause;
 use crate::lock::VmLock;
+use crate::notes;
 use crate::ops;
 use crate::report::{ReportPlace, keep_report, last_report};
 use crate::resuming;
@@ -112,6 +113,11 @@ pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<Resume
     let slow = work.all_at_once(&decisions, |d| !fast(d));
     vms.extend(slow);
     settle_pending(host, pending, &vms);
+    if store.is_some()
+        && let Ok(Some(now)) = host.store.view()
+    {
+        notes::settle(&host.layout, &now);
+    }
     if let Some(timeline) = &mut timeline {
         note_new_kernel(host, timeline, started, found, store.is_some());
         note_vms(timeline, &vms);
@@ -177,12 +183,20 @@ fn facts(
                 ExecView::Empty => ExecFact::Empty,
                 ExecView::Ended => ExecFact::Ended,
                 ExecView::Running { .. } => ExecFact::Running,
-                ExecView::Frozen { .. } => ExecFact::Frozen,
+                ExecView::Frozen { .. } => match notes::is_given_up(&host.layout, s) {
+                    Ok(false) => ExecFact::Frozen,
+                    Ok(true) => ExecFact::GivenUp,
+                    Err(error) => ExecFact::Damaged(with_cause(&error)),
+                },
                 ExecView::Damaged { reason } => ExecFact::Damaged(reason.clone()),
             },
         })
         .collect();
     let saved = saved::all(&host.layout);
+    let noted = notes::all(&host.layout);
+    let elsewhere: BTreeMap<VmName, String> = notes::elsewhere(&noted, store)
+        .map(|n| (n.name.clone(), n.sentence(host, &notes::afresh(&n.name))))
+        .collect();
     let names = found
         .iter()
         .filter_map(|s| s.name.as_ref())
@@ -204,6 +218,7 @@ fn facts(
         autostart: automatic,
         alive,
         stranded,
+        elsewhere,
     };
     (facts, configs)
 }
@@ -242,9 +257,8 @@ impl Work<'_> {
             Decision::Already => self.already(name),
             Decision::Resume { .. } => ops::continue_frozen(self.host, name, self.store)
                 .map(|status| self.up(Resumed::Resumed, status)),
-            Decision::Restore { .. } => {
-                saving::restore(self.host, name).map(|status| self.up(Resumed::Restored, status))
-            }
+            Decision::Restore { .. } => saving::restore(self.host, name, false)
+                .map(|status| self.up(Resumed::Restored, status)),
             Decision::Boot { .. } => self.boot(name),
             Decision::Clean { .. } => self.clean(name),
             Decision::Leave { reason } => Ok((

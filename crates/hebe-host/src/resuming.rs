@@ -2,12 +2,13 @@
 
 use hebe_api::{VmStatus, VmmState};
 use hebe_flow::life::{Life, Order};
-use hebe_flow::resume::SavedFact;
+use hebe_flow::resume::{SavedFact, given_up};
 use hebe_types::VmName;
 
 use crate::host::{Host, HostError};
 use crate::launch::{LAUNCH_WAIT, Launch, launch};
 use crate::listing;
+use crate::notes;
 use crate::ops::{END_WAIT, admit, let_run, lock, wait_for_end};
 use crate::saved::SavedPaths;
 use crate::saving;
@@ -62,9 +63,14 @@ pub(crate) fn resume_one(
                 paths.withdraw()?;
             }
             if !held {
-                return continue_frozen(host, name, survey.store.as_ref());
+                let status = continue_frozen(host, name, survey.store.as_ref())?;
+                notes::forget(&host.layout, name, status.id);
+                return Ok(status);
             }
             let_run(host, name)?;
+            if let Some(vm) = row.status.as_ref().map(|s| s.id) {
+                notes::forget(&host.layout, name, vm);
+            }
             let status = vmm::status(&host.layout.socket(name), vmm::STATUS_WAIT);
             status.map_err(|source| HostError::Vmm {
                 name: name.clone(),
@@ -76,7 +82,7 @@ pub(crate) fn resume_one(
                 vmm::quit(host, name, Some(VmmState::Frozen))?;
                 wait_for_end(host, name, END_WAIT)?;
             }
-            saving::restore(host, name)
+            saving::restore(host, name, options.from == Some(ResumeFrom::File))
         }
     }
 }
@@ -123,19 +129,28 @@ fn source(
 /// Starts a VMM around the segment that is frozen. Nothing else happens here,
 /// because a whole host of VMs waits for it: no scrubbing, nothing durable. On
 /// failure the VM stays frozen: its VMM withdraws the state only when it runs.
+///
+/// # Errors
+/// [`HostError::Refused`] also for a state that was given up while its store was
+/// not here: the VM's disks went on without it.
 pub fn continue_frozen(
     host: &Host,
     name: &VmName,
     store: Option<&StoreView>,
 ) -> Result<VmStatus, HostError> {
     let segment = store.and_then(|s| s.segment_of(name));
-    let order = segment
-        .and_then(Launch::of_frozen)
-        .ok_or_else(|| HostError::Refused {
-            name: name.clone(),
-            why: "no segment holds a state of it: `hebe store list` shows them".into(),
-        })?;
+    let refused = |why: String| HostError::Refused {
+        name: name.clone(),
+        why,
+    };
+    let none = || refused("no segment holds a state of it: `hebe store list` shows them".into());
+    let segment = segment.ok_or_else(none)?;
+    let order = Launch::of_frozen(segment).ok_or_else(none)?;
     let lock = lock(host, name)?;
+    // Under the lock: whoever starts it afresh holds it meanwhile.
+    if notes::is_given_up(&host.layout, segment)? {
+        return Err(refused(given_up(name, segment.id)));
+    }
     Ok(launch(host, &lock, &order, LAUNCH_WAIT)?)
 }
 

@@ -11,15 +11,21 @@ use crate::host::{Host, HostError};
 use crate::launch::{
     ExitRecord, Instance, LAUNCH_WAIT, Launch, LaunchError, Memory, Origin, launch,
 };
+use crate::notes;
 use crate::ops::lock;
 use crate::saved::{SavedInfo, SavedPaths};
 use crate::segments::free_segment;
 use crate::stores::{ExecView, StoreTrouble};
 use crate::vmm;
 
-/// Restores a VM from its saved file, into a fresh segment or memfd.
-pub fn restore(host: &Host, name: &VmName) -> Result<VmStatus, HostError> {
+/// Restores a VM from its saved file, into a fresh segment or memfd. Where it
+/// may be frozen in a store that is not here, only if that is `meant` to be
+/// given up.
+pub fn restore(host: &Host, name: &VmName, meant: bool) -> Result<VmStatus, HostError> {
     let lock = lock(host, name)?;
+    let view = host.store.view().ok().flatten();
+    let way = format!("`hebe resume {name} --from file`");
+    notes::give_up_elsewhere(host, name, view.as_ref(), meant, &way)?;
     let paths = SavedPaths::new(&host.layout, name);
     let info = paths.read_info().ok_or_else(|| HostError::Refused {
         name: name.clone(),

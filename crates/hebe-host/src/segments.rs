@@ -14,6 +14,7 @@ use hebe_store::StoreError;
 use hebe_types::{VmId, VmName};
 
 use crate::host::{Host, HostError};
+use crate::notes;
 use crate::stores::{SegmentView, StoreTrouble, StoreView};
 
 /// How long a VMM that let its VM's lock go may need to end altogether.
@@ -23,9 +24,13 @@ const END_WAIT: Duration = Duration::from_millis(50);
 pub fn free_segment(host: &Host, segment: &SegmentView) -> Result<(), HostError> {
     refuse_in_use(segment)?;
     match host.store.drop_segment(segment.id, segment.vm) {
-        Err(StoreTrouble::Store(StoreError::Held(_))) => Err(in_use(segment, None)),
-        other => Ok(other?),
+        Err(StoreTrouble::Store(StoreError::Held(_))) => return Err(in_use(segment, None)),
+        other => other?,
     }
+    if let (Some(name), Some(vm)) = (&segment.name, segment.vm) {
+        notes::forget(&host.layout, name, vm);
+    }
+    Ok(())
 }
 
 /// Refuses where a VMM of the segment's VM is still there.

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::host::{Host, HostError};
 use crate::listing;
+use crate::notes;
 use crate::stores::StoreTrouble;
 
 /// What is to be made.
@@ -56,7 +57,11 @@ pub fn init(host: &Host, options: &InitOptions) -> Result<Initialised, HostError
     }
     refuse_while_in_use(host)?;
     let force = options.force;
+    let old = Store::open(&path, Access::Read).and_then(|store| store.info());
     let info = Store::format(&path, FormatOptions { force }).map_err(StoreTrouble::from)?;
+    if let Ok(old) = old {
+        notes::forget_store(&host.layout, old.uuid);
+    }
     Ok(Initialised {
         path,
         existing: false,

@@ -44,11 +44,18 @@ Examples:
   hebe run --name try --memory 256MiB --kernel /boot/vmlinuz-6.1 --cmdline console=ttyS0")]
     Run(RunArgs),
     /// Boot a defined VM (vms/NAME.toml in the configuration directory).
-    #[command(after_help = "Example:\n  hebe start web")]
+    #[command(after_help = "\
+Examples:
+  hebe start web db
+  hebe start web --afresh      # 'lost': its frozen memory is given up for good")]
     Start {
         /// The VMs.
         #[arg(required = true)]
         names: Vec<VmName>,
+        /// Also a VM whose memory may still be frozen in a store that this kernel
+        /// does not have: that memory is never continued afterwards.
+        #[arg(long)]
+        afresh: bool,
     },
     /// Shut a VM down: press its power button and wait.
     #[command(after_help = "\

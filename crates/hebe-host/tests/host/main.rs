@@ -4,6 +4,7 @@
 //! started with a VMM's arguments, speaks the control protocol and commits
 //! states, and has no guest.
 
+mod elsewhere;
 mod fake_vmm;
 mod kills;
 mod life;
@@ -26,7 +27,14 @@ fn main() -> ExitCode {
     }
     let filter = arguments.iter().find(|a| !a.starts_with('-'));
     let wanted = |name: &str| filter.is_none_or(|f| name.contains(f.as_str()));
-    let cases: Vec<Case> = [life::CASES, reboots::CASES, kills::CASES, verdicts::CASES]
+    let groups = [
+        life::CASES,
+        reboots::CASES,
+        elsewhere::CASES,
+        kills::CASES,
+        verdicts::CASES,
+    ];
+    let cases: Vec<Case> = groups
         .concat()
         .into_iter()
         .filter(|(name, _)| wanted(name))

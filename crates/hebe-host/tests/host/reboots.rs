@@ -353,7 +353,7 @@ fn ended_after_restore() {
         again: true,
     };
     assert!(ops::resume(&world.host, &name("web"), again).is_err());
-    assert!(hebe_host::saving::restore(&world.host, &name("web")).is_err());
+    assert!(hebe_host::saving::restore(&world.host, &name("web"), false).is_err());
     world.next_boot();
     let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
     let web = &all.vms[&name("web")];

@@ -24,7 +24,7 @@ pub const RESERVED: &str = "quiet memmap=256M!4G";
 pub struct FakeMachine {
     pub events: PathBuf,
     pub boot_id: Mutex<[u8; 16]>,
-    pub cmdline: String,
+    pub cmdline: Mutex<String>,
     pub free: Mutex<u64>,
     pub volatile: AtomicBool,
     pub refuse_load: AtomicBool,
@@ -105,7 +105,7 @@ impl System for FakeMachine {
         *self.boot_id.lock().expect("lock")
     }
     fn cmdline(&self) -> String {
-        self.cmdline.clone()
+        self.cmdline.lock().expect("lock").clone()
     }
     fn release(&self) -> String {
         format!("6.{}", self.boot_id()[0])
@@ -195,7 +195,7 @@ impl World {
         let machine = Arc::new(FakeMachine {
             events: root.path().join("fake/events"),
             boot_id: Mutex::new([1; 16]),
-            cmdline: RESERVED.into(),
+            cmdline: Mutex::new(RESERVED.into()),
             free: Mutex::new(1 << 40),
             volatile: AtomicBool::new(false),
             refuse_load: AtomicBool::new(false),
@@ -311,6 +311,21 @@ impl World {
         boot[0] += 1;
         self.machine.leaves.store(false, Ordering::Relaxed);
         self.machine.left.store(false, Ordering::Relaxed);
+    }
+
+    /// The same host under a kernel without the reservation.
+    pub fn bare(&self) -> Host {
+        *self.machine.cmdline.lock().expect("lock") = "quiet".into();
+        Host {
+            store: Arc::new(Absent),
+            ..self.host.clone()
+        }
+    }
+
+    /// The next boot has the reservation again.
+    pub fn reserved(&self) {
+        self.next_boot();
+        *self.machine.cmdline.lock().expect("lock") = RESERVED.into();
     }
 
     /// What an operator would type for `method`.

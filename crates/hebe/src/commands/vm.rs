@@ -71,9 +71,14 @@ fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
 }
 
 /// `hebe start`.
-pub fn start(host: &Host, names: &[VmName], out: &Output) -> Outcome {
+pub fn start(host: &Host, names: &[VmName], afresh: bool, out: &Output) -> Outcome {
+    let order = if afresh {
+        ops::start_afresh
+    } else {
+        ops::start
+    };
     each(names, out, |name| {
-        ops::start(host, name)?;
+        order(host, name)?;
         done(out, name, "running");
         Ok(())
     })

@@ -1,0 +1,285 @@
+//! What was frozen in which store: notes on the host's disk, for the boot in
+//! which that store is not there.
+//!
+//! A VM that is frozen is resumed from its segment alone; no note is needed for
+//! that. But a kernel that was booted without the reservation finds no store,
+//! and would take the VM for one that is merely stopped. Its memory may still
+//! be there, so two things must not happen:
+//!
+//! - nobody boots it by mistake: that needs an order that says so
+//!   (`hebe start NAME --afresh`);
+//! - once it was booted, or given up, its frozen state must never be resumed
+//!   when the store comes back: its disks went on (old RAM never meets a newer
+//!   disk).
+//!
+//! ```text
+//!          before it is frozen            given up: durable before the VM boots
+//!   – ────────────────────────▶ noted ─────────────────────────────▶ given up
+//!   ▲                             │                                     │
+//!   └── it runs again, or its segment is gone ◀── its segment is freed ─┘
+//! ```
+//!
+//! One file per life of a VM, `frozen/NAME.ID.json`, so that orders for
+//! different VMs never write the same file. A note that outlives its reason is
+//! harmless: it counts only where its store is not the one that is here.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+use hebe_types::{ByteSize, VmId, VmName};
+use serde::{Deserialize, Serialize};
+
+use crate::cmdline;
+use crate::files;
+use crate::host::{Host, HostError, Layout};
+use crate::listing::with_cause;
+use crate::stores::{ExecView, SegmentView, StoreView};
+
+const VERSION: u32 = 1;
+
+/// One frozen VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FrozenNote {
+    /// Layout of this file.
+    version: u32,
+    /// Its name.
+    pub name: VmName,
+    /// Its identity.
+    pub vm: VmId,
+    /// Guest RAM.
+    pub memory: ByteSize,
+    /// The id of the store that it was frozen in.
+    pub store: String,
+    /// The store's device then.
+    pub path: PathBuf,
+    /// The words of the kernel's command line that reserved the store.
+    pub reserved: Vec<String>,
+    /// When this was noted: nanoseconds since 1970.
+    pub noted_ns: u64,
+    /// Its frozen memory must not be continued any more.
+    pub given_up: bool,
+}
+
+fn dir(layout: &Layout) -> PathBuf {
+    layout.state.join("frozen")
+}
+
+fn path(layout: &Layout, name: &VmName, vm: VmId) -> PathBuf {
+    dir(layout).join(format!("{name}.{vm}.json"))
+}
+
+/// Notes that a VM is about to be frozen in its segment, or is; durable when
+/// this returns without error.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn note(host: &Host, store: &StoreView, segment: &SegmentView) -> Result<(), HostError> {
+    let (Some(name), Some(vm)) = (&segment.name, segment.vm) else {
+        return Ok(());
+    };
+    let note = FrozenNote {
+        version: VERSION,
+        name: name.clone(),
+        vm,
+        memory: segment.memory,
+        store: id_of(store),
+        path: store.path.clone(),
+        reserved: reserved(host, store),
+        noted_ns: host.system.stamp().realtime_ns,
+        given_up: false,
+    };
+    note.write(&host.layout)
+}
+
+fn id_of(store: &StoreView) -> String {
+    VmId(store.uuid).to_string()
+}
+
+/// The words that reserve the store; all there are where its place is unknown.
+fn reserved(host: &Host, store: &StoreView) -> Vec<String> {
+    let all = cmdline::reservations(&host.system.cmdline());
+    let covers = |r: &&cmdline::Reservation| {
+        let place = store.phys_range;
+        place.is_none_or(|(start, len)| cmdline::covers(r, start, len))
+    };
+    all.iter().filter(covers).map(cmdline::written).collect()
+}
+
+/// The note of one life of a VM, if there is one.
+///
+/// # Errors
+/// There is one, and it cannot be read.
+pub fn read(layout: &Layout, name: &VmName, vm: VmId) -> Result<Option<FrozenNote>, HostError> {
+    let path = path(layout, name, vm);
+    let read: io::Result<Option<FrozenNote>> = files::read_json(&path);
+    let known = |note: FrozenNote| {
+        let newer = "it is of another release";
+        let same = note.version == VERSION && note.vm == vm;
+        same.then_some(note).ok_or_else(|| io::Error::other(newer))
+    };
+    let checked = read.and_then(|note| note.map(known).transpose());
+    checked.map_err(|error| HostError::Refused {
+        name: name.clone(),
+        why: format!(
+            "{} cannot be read ({}), so nobody knows whether it was started afresh since it was frozen: remove that file if it was not",
+            path.display(),
+            with_cause(&error)
+        ),
+    })
+}
+
+/// Every note. One that cannot be read counts as noted, in a store that is not
+/// here.
+pub fn all(layout: &Layout) -> Vec<FrozenNote> {
+    let entries = fs::read_dir(dir(layout)).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| {
+            let file = entry.file_name();
+            let (name, vm) = file.to_str()?.strip_suffix(".json")?.split_once('.')?;
+            let (name, vm) = (name.parse().ok()?, hebe_sys::proc::parse_uuid(vm)?);
+            let found = read(layout, &name, VmId(vm));
+            Some(match found {
+                Ok(note) => note?,
+                Err(_) => FrozenNote::unreadable(name, VmId(vm)),
+            })
+        })
+        .collect()
+}
+
+/// Forgets a life of a VM: it runs again, or its segment is gone. A file that
+/// cannot be removed is harmless, see the module's head.
+pub fn forget(layout: &Layout, name: &VmName, vm: VmId) {
+    let _ = files::remove_durably(&path(layout, name, vm));
+}
+
+/// Forgets what the store that is here shows to be over: whose segment is gone,
+/// or holds no state any more.
+pub fn settle(layout: &Layout, store: &StoreView) {
+    for note in all(layout) {
+        let own = store.segments.iter().find(|s| s.vm == Some(note.vm));
+        let kept = own
+            .is_some_and(|s| matches!(s.exec, ExecView::Frozen { .. } | ExecView::Damaged { .. }));
+        // A damaged record names no VM that could be compared.
+        let unknown = store.segments.iter().any(|s| s.vm.is_none());
+        if note.store == id_of(store) && !kept && !unknown {
+            forget(layout, &note.name, note.vm);
+        }
+    }
+}
+
+/// Forgets everything in a store that was made anew.
+pub fn forget_store(layout: &Layout, uuid: [u8; 16]) {
+    let gone = VmId(uuid).to_string();
+    for note in all(layout).iter().filter(|n| n.store == gone) {
+        forget(layout, &note.name, note.vm);
+    }
+}
+
+/// Of these notes those whose VM may still be frozen in a store that is not
+/// here.
+pub fn elsewhere<'a>(
+    notes: &'a [FrozenNote],
+    store: Option<&'a StoreView>,
+) -> impl Iterator<Item = &'a FrozenNote> {
+    let here = store.map(id_of);
+    notes.iter().filter(move |note| {
+        let listed = || store.is_some_and(|s| s.segments.iter().any(|x| x.vm == Some(note.vm)));
+        !note.given_up && Some(&note.store) != here.as_ref() && !listed()
+    })
+}
+
+/// Refuses to bring a VM to life while its memory may be frozen in a store that
+/// is not here; or, where an operator said so, gives that memory up for good.
+/// Gives the notes that it marked. The caller holds the VM's lock.
+///
+/// # Errors
+/// [`HostError::Refused`] with `way`, the order that says so; the mark cannot be
+/// written.
+pub(crate) fn give_up_elsewhere(
+    host: &Host,
+    name: &VmName,
+    store: Option<&StoreView>,
+    meant: bool,
+    way: &str,
+) -> Result<Vec<FrozenNote>, HostError> {
+    let notes = all(&host.layout);
+    let own = elsewhere(&notes, store).filter(|n| n.name == *name);
+    let mut marked = Vec::new();
+    for note in own {
+        if !meant {
+            return Err(HostError::Refused {
+                name: name.clone(),
+                why: note.sentence(host, way),
+            });
+        }
+        let mark = FrozenNote {
+            given_up: true,
+            ..note.clone()
+        };
+        mark.write(&host.layout)?;
+        marked.push(note.clone());
+    }
+    Ok(marked)
+}
+
+/// Undoes [`give_up_elsewhere`] for a VM that certainly never ran.
+pub(crate) fn take_back(host: &Host, marked: &[FrozenNote]) {
+    for note in marked {
+        // The mark stays where it cannot be removed: safe, and said by nobody.
+        let _ = note.write(&host.layout);
+    }
+}
+
+/// Whether the state in a segment must not be continued any more.
+pub(crate) fn is_given_up(layout: &Layout, segment: &SegmentView) -> Result<bool, HostError> {
+    let (Some(name), Some(vm)) = (&segment.name, segment.vm) else {
+        return Ok(false);
+    };
+    Ok(read(layout, name, vm)?.is_some_and(|note| note.given_up))
+}
+
+/// The orders that give up a VM that is frozen elsewhere.
+pub(crate) fn afresh(name: &VmName) -> String {
+    format!("`hebe start {name} --afresh` or `hebe drop {name} --yes`")
+}
+
+impl FrozenNote {
+    fn unreadable(name: VmName, vm: VmId) -> Self {
+        Self {
+            version: VERSION,
+            name,
+            vm,
+            memory: ByteSize(0),
+            store: "unknown (its note cannot be read)".into(),
+            path: PathBuf::new(),
+            reserved: Vec::new(),
+            noted_ns: 0,
+            given_up: false,
+        }
+    }
+
+    fn write(&self, layout: &Layout) -> Result<(), HostError> {
+        let path = path(layout, &self.name, self.vm);
+        files::write_json(&path, self).map_err(HostError::file("write", &path))
+    }
+
+    /// What is said of the VM where its store is not here, with the ways out;
+    /// `way_out` is the order that gives its memory up.
+    pub fn sentence(&self, host: &Host, way_out: &str) -> String {
+        let Self { store, .. } = self;
+        let running = cmdline::reservations(&host.system.cmdline());
+        let running: Vec<String> = running.iter().map(cmdline::written).collect();
+        let way = if self.reserved.is_empty() {
+            "bring that store back".to_owned()
+        } else if self.reserved.iter().all(|word| running.contains(word)) {
+            "see `hebe host check` for what hides it".to_owned()
+        } else {
+            format!("boot the kernel with {}", self.reserved.join(" "))
+        };
+        format!(
+            "its memory was frozen in store {store}, which this kernel does not have: {way} to continue it, or give that memory up for good with {way_out}"
+        )
+    }
+}

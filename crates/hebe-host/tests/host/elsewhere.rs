@@ -1,0 +1,246 @@
+//! VMs that are frozen in a store that this kernel does not have.
+
+use std::fs;
+use std::time::Duration;
+
+use hebe_host::Host;
+use hebe_host::listing::{self, VmRow, VmState};
+use hebe_host::notes;
+use hebe_host::ops::{self, ResumeFrom, ResumeOptions, StopOptions};
+use hebe_host::resume_all::{Resumed, resume_all};
+use hebe_host::store_init::{InitOptions, init};
+use hebe_sys::clock::stamp_now;
+use hebe_types::{RebootMethod, VmId};
+
+use crate::world::{World, name};
+
+pub const CASES: &[crate::Case] = &[
+    (
+        "a_frozen_vm_without_its_store_is_lost_and_not_stopped",
+        lost,
+    ),
+    ("a_vm_started_afresh_never_meets_its_old_memory", afresh),
+    (
+        "a_vm_started_afresh_and_saved_is_restored",
+        afresh_and_saved,
+    ),
+    ("a_start_afresh_that_fails_gives_nothing_up", afresh_fails),
+    ("a_lost_vm_that_is_dropped_is_never_resumed", dropped),
+    ("a_lost_vm_with_a_file_needs_a_choice", lost_with_file),
+    ("notes_last_as_long_as_the_frozen_state", notes_end),
+    (
+        "a_note_that_cannot_be_read_costs_a_choice_and_no_data",
+        unreadable,
+    ),
+];
+
+fn row(host: &Host) -> VmRow {
+    let mut rows = listing::survey(host).rows;
+    rows.remove(&name("web")).expect("listed")
+}
+
+fn noted(world: &World) -> usize {
+    notes::all(&world.host.layout).len()
+}
+
+fn resumed(host: &Host, autostart: bool) -> Resumed {
+    let mut all = resume_all(host, stamp_now(), autostart).expect("not busy");
+    all.vms.remove(&name("web")).expect("in the answer")
+}
+
+fn stop(host: &Host) {
+    let force = StopOptions {
+        timeout: Duration::ZERO,
+        force: true,
+    };
+    ops::stop(host, &name("web"), force).expect("stops");
+}
+
+/// Frozen by a warm reboot, into a kernel without the reservation.
+fn frozen(more: &str) -> (World, Host, VmId) {
+    let world = World::new();
+    world.define("web", more);
+    let id = ops::start(&world.host, &name("web")).expect("starts").id;
+    world.reboot(RebootMethod::Warm);
+    let bare = world.bare();
+    (world, bare, id)
+}
+
+fn lost() {
+    let (world, bare, id) = frozen("autostart = true");
+    let store = world.host.store.view().expect("view").expect("store");
+    let row = row(&bare);
+    assert_eq!(row.state, VmState::Lost);
+    let detail = row.detail.expect("the reason");
+    let uuid = VmId(store.uuid).to_string();
+    for words in [uuid.as_str(), "memmap=256M!4G", "hebe start web --afresh"] {
+        assert!(detail.contains(words), "{detail}");
+    }
+    let all = resumed(&bare, true);
+    assert!(
+        matches!(&all, Resumed::Lost { reason } if *reason == detail),
+        "not booted, though it is to start by itself: {all:?}"
+    );
+    let (_, config) = hebe_host::definitions::load(&bare.layout, &name("web")).expect("own");
+    for refused in [
+        ops::start(&bare, &name("web")),
+        ops::boot(&bare, &config),
+        ops::resume(&bare, &name("web"), ResumeOptions::default()),
+    ] {
+        let error = refused.expect_err("its memory may be there").to_string();
+        assert!(error.contains("--afresh"), "{error}");
+    }
+    // A store that is there and cannot be read is as good as none.
+    fs::rename(
+        world.root.path().join("store"),
+        world.root.path().join("away"),
+    )
+    .expect("away");
+    assert_eq!(self::row(&world.host).state, VmState::Lost);
+    fs::rename(
+        world.root.path().join("away"),
+        world.root.path().join("store"),
+    )
+    .expect("back");
+    world.reserved();
+    assert_eq!(self::row(&world.host).state, VmState::Frozen);
+    assert_eq!(resumed(&world.host, true), Resumed::Resumed);
+    assert_eq!(world.instance("web").expect("up").vm, id);
+    assert_eq!(noted(&world), 0);
+}
+
+fn afresh() {
+    let (world, bare, id) = frozen("");
+    let fresh = ops::start_afresh(&bare, &name("web")).expect("boots");
+    assert_ne!(fresh.id, id);
+    stop(&bare);
+    assert_eq!(
+        row(&bare).state,
+        VmState::Stopped,
+        "nothing to decide any more"
+    );
+    world.reserved();
+    let host = &world.host;
+    let found = row(host);
+    assert_eq!(found.state, VmState::Crashed, "{:?}", found.detail);
+    let why = found.detail.expect("the reason");
+    assert!(why.contains("given up"), "{why}");
+    assert!(matches!(resumed(host, false), Resumed::Lost { reason } if reason == why));
+    let view = host.store.view().expect("view").expect("store");
+    let refused = [
+        ops::resume(host, &name("web"), ResumeOptions::default()),
+        ops::continue_frozen(host, &name("web"), Some(&view)),
+    ];
+    for result in refused {
+        assert!(result.is_err(), "old memory would meet a newer disk");
+    }
+    assert_eq!(world.segments(), 1, "nothing is freed without an order");
+    ops::start(host, &name("web")).expect("boots");
+    assert_eq!((world.segments(), noted(&world)), (1, 0));
+}
+
+fn afresh_and_saved() {
+    let (world, bare, _) = frozen("autostart = true");
+    let fresh = ops::start_afresh(&bare, &name("web")).expect("boots").id;
+    // It runs in a memfd: the frozen segment of its name is not its own.
+    let up = row(&world.host);
+    assert_eq!((up.segment, up.store), (None, Some("memfd")));
+    world.reboot(RebootMethod::Warm);
+    world.reserved();
+    assert_eq!(row(&world.host).state, VmState::Saved);
+    assert_eq!(resumed(&world.host, true), Resumed::Restored);
+    assert_eq!(row(&world.host).id, Some(fresh.to_string()));
+}
+
+fn afresh_fails() {
+    let (world, bare, id) = frozen("");
+    world.tell("web", "fail-start");
+    ops::start_afresh(&bare, &name("web")).expect_err("no VMM");
+    world.tell("web", "");
+    assert_eq!(row(&bare).state, VmState::Lost);
+    world.reserved();
+    assert_eq!(resumed(&world.host, false), Resumed::Resumed);
+    assert_eq!(world.instance("web").expect("up").vm, id);
+}
+
+fn dropped() {
+    let (world, bare, _) = frozen("");
+    ops::drop_vm(&bare, &name("web")).expect("given up");
+    assert_eq!(row(&bare).state, VmState::Stopped);
+    world.reserved();
+    assert!(matches!(resumed(&world.host, false), Resumed::Lost { .. }));
+    ops::drop_vm(&world.host, &name("web")).expect("freed");
+    assert_eq!((world.segments(), noted(&world)), (0, 0));
+}
+
+fn lost_with_file() {
+    let (world, bare, id) = frozen("");
+    let paths = hebe_host::saved::SavedPaths::new(&bare.layout, &name("web"));
+    let info = hebe_host::saved::SavedInfo {
+        vm: id,
+        memory: hebe_types::ByteSize::mib(4),
+        in_store: false,
+    };
+    paths.prepare(&info).expect("prepare");
+    fs::write(&paths.part, "web").expect("write");
+    paths.commit().expect("commit");
+    let left = resumed(&bare, true);
+    assert!(matches!(left, Resumed::Left { .. }), "{left:?}");
+    let plain = ops::resume(&bare, &name("web"), ResumeOptions::default());
+    let error = plain.expect_err("two states").to_string();
+    assert!(error.contains("--from file"), "{error}");
+    let file = ResumeOptions {
+        from: Some(ResumeFrom::File),
+        again: false,
+    };
+    ops::resume(&bare, &name("web"), file).expect("restores");
+    stop(&bare);
+    world.reserved();
+    assert!(matches!(resumed(&world.host, false), Resumed::Lost { .. }));
+}
+
+fn notes_end() {
+    let world = World::new();
+    world.start(&["web"]);
+    let (host, web) = (&world.host, name("web"));
+    world.tell("web", "refuse-freeze");
+    assert!(ops::suspend(host, &web).is_err());
+    assert_eq!(noted(&world), 0, "it runs on");
+    world.tell("web", "");
+    ops::suspend(host, &web).expect("suspends");
+    assert_eq!(noted(&world), 1);
+    ops::resume(host, &web, ResumeOptions::default()).expect("resumes");
+    assert_eq!(noted(&world), 0);
+    let undone = hebe_host::reboot::reboot(host, &world.options(RebootMethod::Warm), &|_| {});
+    assert!(undone.is_err(), "the jump fails");
+    assert_eq!((row(host).state, noted(&world)), (VmState::Running, 0));
+    ops::suspend(host, &web).expect("suspends");
+    ops::drop_vm(host, &web).expect("given up");
+    assert_eq!(noted(&world), 0);
+    ops::start(host, &web).expect("starts");
+    ops::suspend(host, &web).expect("suspends");
+    let anew = InitOptions {
+        force: true,
+        ..InitOptions::default()
+    };
+    init(host, &anew).expect("made anew");
+    assert_eq!(noted(&world), 0, "that store is gone for good");
+    ops::start(host, &web).expect("with no more words");
+}
+
+fn unreadable() {
+    let (world, bare, id) = frozen("");
+    let path = bare.layout.state.join(format!("frozen/web.{id}.json"));
+    fs::write(&path, "{").expect("damage");
+    assert_eq!(row(&bare).state, VmState::Lost);
+    assert!(ops::start(&bare, &name("web")).is_err());
+    world.reserved();
+    let host = &world.host;
+    assert!(matches!(resumed(host, true), Resumed::Left { .. }));
+    let error = ops::resume(host, &name("web"), ResumeOptions::default());
+    let text = error.expect_err("nobody knows").to_string();
+    assert!(text.contains(&path.display().to_string()), "{text}");
+    assert_eq!(world.segments(), 1);
+    fs::remove_file(&path).expect("the operator's word");
+    ops::resume(host, &name("web"), ResumeOptions::default()).expect("resumes");
+}
