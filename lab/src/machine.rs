@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use lab_guest::proto::{AGENT_PORT, HostStatus};
+use lab_guest::qmp::Qmp;
 use lab_guest::status::{HTTP_PORT, SLOW_PORT, TCP_ECHO_PORT, UDP_ECHO_PORT};
 use serde_json::json;
 
 use crate::agent::{Agent, ExecOutput};
 use crate::assets::Qemu;
-use crate::qmp::Qmp;
 use crate::serial::Serial;
 
 /// The processor that QEMU's emulation runs nested guests on soundly.

@@ -16,7 +16,7 @@ use crate::assets::{Assets, Kernel, KernelName};
 use crate::binaries::{Binaries, HEBE, HEBE_VMM, Program, workspace_root};
 use crate::machine::{GuestPorts, Machine, MachineConfig, host_cmdline};
 use crate::progress::Progress;
-use crate::{disk, initramfs, probe, serial};
+use crate::{disk, initramfs, peer, probe, serial};
 
 /// Longest time a host may take from reset or kexec to the end of its start-up.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(180);
@@ -52,6 +52,8 @@ pub struct LabOptions {
     pub product: Vec<Program>,
     /// Put a busybox into the host.
     pub tools: bool,
+    /// Put QEMU into the host, for [`crate::peer`].
+    pub peer: bool,
     /// Format the store on the first boot (`hebe store init`).
     pub store_init: bool,
     /// An emulated processor with AVX.
@@ -76,6 +78,7 @@ impl Default for LabOptions {
             disk_mib: 4096,
             product: vec![HEBE, HEBE_VMM],
             tools: false,
+            peer: false,
             store_init: true,
             avx: false,
             append: String::new(),
@@ -217,6 +220,9 @@ impl Lab {
             tools.as_deref(),
             progress,
         )?;
+        if options.peer {
+            peer::place(&qemu, &tree)?;
+        }
         disk::make_ext4(&image, options.disk_mib, Some(&tree), progress)?;
         fs::remove_dir_all(&tree).context("cannot remove the disk's source folder")?;
         let mut append = options.append.clone();
@@ -246,6 +252,19 @@ impl Lab {
             boot_time: start.elapsed(),
             folder,
         })
+    }
+
+    /// Takes what this computer keeps in memory of the host's disk away, so
+    /// that the host's next reads come from the disk below. What the host
+    /// wrote is on the disk after it, too.
+    pub fn drop_disk_cache(&self) -> Result<()> {
+        let path = self.folder.path.join("disk.img");
+        let file =
+            fs::File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        // Pages that are not written yet cannot be dropped.
+        file.sync_data()?;
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        Ok(())
     }
 
     /// Folder of the serial log.
@@ -280,11 +299,17 @@ impl Lab {
     /// Jumps into another kernel by the agent alone, without the product: a
     /// test aid. Frozen VMs are not asked.
     pub fn plain_kexec(&mut self, kernel: KernelName) -> Result<HostStatus> {
+        self.leave_by_kexec(kernel)?;
+        self.wait_for_next_boot()
+    }
+
+    /// The first half of [`Lab::plain_kexec`]: the serial line shows `LAB: jump`
+    /// when the old kernel is left.
+    pub fn leave_by_kexec(&self, kernel: KernelName) -> Result<()> {
         let (image, initrd) = host_files(kernel);
         self.machine
             .agent
-            .kexec(&image, &initrd, &self.host_cmdline(), true)?;
-        self.wait_for_next_boot()
+            .kexec(&image, &initrd, &self.host_cmdline(), true)
     }
 
     /// Hard reset, and the boot after it.
@@ -392,7 +417,7 @@ impl Lab {
 }
 
 /// Kernel and initramfs of a host kernel on the host's disk.
-fn host_files(kernel: KernelName) -> (String, String) {
+pub fn host_files(kernel: KernelName) -> (String, String) {
     let folder = format!("/data/boot/{kernel}");
     (format!("{folder}/vmlinuz"), format!("{folder}/initrd.img"))
 }

@@ -1,8 +1,10 @@
 //! The machine's serial line: kept in a file, watched for kernel failures.
 
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 /// What a kernel in trouble prints.
 const ALARMS: [&str; 8] = [
@@ -40,6 +42,37 @@ impl Serial {
         let bytes = std::fs::read(&self.path)
             .with_context(|| format!("cannot read {}", self.path.display()))?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// How much was printed so far, in bytes.
+    pub fn len(&self) -> u64 {
+        std::fs::metadata(&self.path).map_or(0, |m| m.len())
+    }
+
+    /// Nothing was printed yet.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Waits until `word` is printed after the first `from` bytes, and says
+    /// when that was seen; it is looked for every few milliseconds.
+    pub fn wait_for(&self, word: &str, from: u64, limit: Duration) -> Result<Instant> {
+        let end = Instant::now() + limit;
+        loop {
+            let mut file = std::fs::File::open(&self.path)
+                .with_context(|| format!("cannot read {}", self.path.display()))?;
+            let mut bytes = Vec::new();
+            file.seek(SeekFrom::Start(from))?;
+            file.read_to_end(&mut bytes)?;
+            let now = Instant::now();
+            if String::from_utf8_lossy(&bytes).contains(word) {
+                return Ok(now);
+            }
+            if now > end {
+                bail!("the serial line did not show '{word}'");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Lines that tell of a kernel failure.

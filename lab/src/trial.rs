@@ -9,9 +9,10 @@ use lab_guest::status::GuestStatus;
 use serde::Serialize;
 
 use crate::assets::KernelName;
+use crate::peer;
 use crate::probe::{self, Probe, ProbeRecord};
 use crate::progress::Progress;
-use crate::scenario::{GuestSpec, Lab};
+use crate::scenario::{GuestSpec, Lab, host_files};
 
 /// Longest time from the order to the next kernel's settled user space.
 const REBOOT_LIMIT: Duration = Duration::from_secs(420);
@@ -31,15 +32,21 @@ pub enum Method {
     Saved,
     /// Shut down and booted again.
     Cold,
+    /// Frozen in memory by QEMU's cpr-reboot, the peer ([`crate::peer`]).
+    QemuCpr,
 }
 
 impl Method {
-    /// The word on `hebe`'s command line.
+    /// Every method.
+    pub const ALL: [Self; 4] = [Self::Warm, Self::Saved, Self::Cold, Self::QemuCpr];
+
+    /// The word on `hebe`'s command line, and in the benches.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Warm => "warm",
             Self::Saved => "saved",
             Self::Cold => "cold",
+            Self::QemuCpr => "qemu-cpr",
         }
     }
 }
@@ -48,12 +55,11 @@ impl FromStr for Method {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        match [Self::Warm, Self::Saved, Self::Cold]
-            .into_iter()
-            .find(|m| m.as_str() == text)
-        {
+        match Self::ALL.into_iter().find(|m| m.as_str() == text) {
             Some(method) => Ok(method),
-            None => bail!("'{text}' is no method: use warm, saved or cold"),
+            None => bail!(
+                "'{text}' is no method: use warm, saved or cold, or, in `bench reboot`, qemu-cpr"
+            ),
         }
     }
 }
@@ -123,7 +129,8 @@ pub struct Trial {
     pub after: Vec<GuestStatus>,
 }
 
-/// Reboots the host under its guests, watching them from outside.
+/// Reboots the host under its guests, watching them from outside. The guests
+/// are QEMU's ([`peer::start`]) where the method is its, and Hebe's otherwise.
 pub fn reboot(
     lab: &mut Lab,
     guests: &[GuestSpec],
@@ -141,11 +148,12 @@ pub fn reboot(
         probes.push(Probe::start(&lab.ports(guest)?, guest.has_slow_service())?);
     }
     std::thread::sleep(WATCH);
-    lab.all_running(guests)?;
+    if method != Method::QemuCpr {
+        lab.all_running(guests)?;
+    }
     progress.step(&format!("{} reboot into {kernel}", method.as_str()));
-    let mut argv = vec!["hebe", "reboot", "--method", method.as_str()];
-    let next = lab.reboot_arguments(kernel);
-    argv.extend(next.iter().map(String::as_str).chain(extra.iter().copied()));
+    let argv = arguments(lab, method, kernel, extra)?;
+    let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
     let host_after = order(lab, &argv)?;
     check_resumes(lab, guests)?;
     progress.step("waiting for the guests");
@@ -164,7 +172,7 @@ pub fn reboot(
         .into_iter()
         .map(Probe::finish)
         .collect::<Result<Vec<_>>>()?;
-    let report = report(lab);
+    let report = report(lab, method)?;
     let vms = (0..guests.len())
         .map(|i| {
             row(
@@ -183,6 +191,22 @@ pub fn reboot(
         raw,
         after,
     })
+}
+
+/// The order, as the host is given it.
+fn arguments(lab: &Lab, method: Method, kernel: KernelName, extra: &[&str]) -> Result<Vec<String>> {
+    if method == Method::QemuCpr {
+        if !lab.options.peer {
+            bail!("this host has no VMs of QEMU: qemu-cpr is for `cargo xtask bench reboot`");
+        }
+        let (image, initrd) = host_files(kernel);
+        return Ok(peer::order(&image, &initrd, &lab.host_cmdline()));
+    }
+    let words = ["hebe", "reboot", "--method", method.as_str()];
+    let mut argv: Vec<String> = words.map(str::to_owned).into();
+    argv.extend(lab.reboot_arguments(kernel));
+    argv.extend(extra.iter().map(|word| (*word).to_owned()));
+    Ok(argv)
 }
 
 /// Gives the order and waits for the next kernel; an order that ends while
@@ -226,8 +250,10 @@ fn order(lab: &mut Lab, argv: &[&str]) -> Result<HostStatus> {
 fn check_resumes(lab: &Lab, guests: &[GuestSpec]) -> Result<()> {
     let text = lab.machine.serial.text()?;
     for guest in guests {
-        let failed = format!("LAB: hebe {}: failed", guest.name);
-        if let Some(line) = text.lines().find(|l| l.contains(&failed)) {
+        let by = |vmm: &str| format!("{vmm} {}: failed", guest.name);
+        let (ours, peer) = (by("LAB: hebe"), by("peer"));
+        let failed = |line: &&str| line.contains(&ours) || line.contains(&peer);
+        if let Some(line) = text.lines().find(failed) {
             bail!("{line}");
         }
     }
@@ -239,10 +265,14 @@ fn log_text(lab: &Lab) -> String {
     String::from_utf8_lossy(&bytes).trim().to_owned()
 }
 
-fn report(lab: &Lab) -> serde_json::Value {
+/// The order's own report; none where the product cannot tell.
+fn report(lab: &Lab, method: Method) -> Result<serde_json::Value> {
+    if method == Method::QemuCpr {
+        return peer::report(lab);
+    }
     let output = lab.machine.exec(&["hebe", "reboot", "--report", "--json"]);
     let text = output.map(|o| o.stdout).unwrap_or_default();
-    serde_json::from_slice(&text).unwrap_or(serde_json::Value::Null)
+    Ok(serde_json::from_slice(&text).unwrap_or(serde_json::Value::Null))
 }
 
 fn host_row(before: &HostStatus, after: &HostStatus) -> HostRow {

@@ -45,7 +45,8 @@ pub fn settle() {
     let _ = fs::read("/sys/bus/nd/devices/ndbus0/wait_probe");
 }
 
-fn wait_for(path: &Path, limit: Duration) -> bool {
+/// Waits for a path; says whether it appeared in time.
+pub fn wait_for(path: &Path, limit: Duration) -> bool {
     let end = Instant::now() + limit;
     while !path.exists() {
         if Instant::now() > end {

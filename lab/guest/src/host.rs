@@ -12,7 +12,7 @@ use std::thread;
 
 use anyhow::{Context, Result};
 
-use crate::{agent, dax, modules, sys};
+use crate::{agent, cpr, dax, modules, sys};
 
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
@@ -42,6 +42,7 @@ pub fn run(userspace_tsc: u64) -> Result<()> {
         hebe("resume", &["resume", "--all"]);
         println!("LAB: resumed {}", sys::tsc());
     }
+    report("the peer's VMs", cpr::resume_all(userspace_tsc));
     modules::load("late");
     report(
         "cgroup2",

@@ -1,5 +1,8 @@
 //! What the test machine and the init program of the lab's hosts and guests
-//! have in common: the agent's protocol and the guests' status page.
+//! have in common: the agent's protocol, the guests' status page, QEMU's
+//! control socket, and the definitions of VMs that are QEMU's.
 
+pub mod peer;
 pub mod proto;
+pub mod qmp;
 pub mod status;

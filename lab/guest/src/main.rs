@@ -5,6 +5,7 @@
 //! So the role's own children are waited for by those who started them.
 
 mod agent;
+mod cpr;
 mod dax;
 mod guest;
 mod host;
@@ -48,6 +49,15 @@ fn tool(arguments: &[String]) -> i32 {
         ["dax-fill", device] => dax::pattern(device, true),
         ["dax-check", device] => dax::pattern(device, false),
         ["dax-flip", device, offset] => dax::flip(device, offset),
+        ["peer", ref more @ ..] => {
+            return match cpr::tool(more) {
+                Ok(()) => 0,
+                Err(e) => {
+                    eprintln!("{e:#}");
+                    1
+                }
+            };
+        }
         _ => {
             eprintln!(
                 "lab-init is the init program of the lab's machines; it does nothing elsewhere"

@@ -14,6 +14,10 @@ use rustix::mount::{MountFlags, mount};
 const SIOCBRADDBR: libc::c_ulong = 0x89a0;
 /// linux/sockios.h
 const SIOCBRADDIF: libc::c_ulong = 0x89a2;
+/// linux/if_tun.h
+const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+/// linux/if_tun.h
+const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
 
 /// Time-stamp counter: goes on across kexec.
 pub fn tsc() -> u64 {
@@ -175,15 +179,7 @@ impl NetControl {
             let path = format!("/sys/class/net/{name}/bridge/{knob}");
             fs::write(&path, value).with_context(|| format!("cannot write {path}"))?;
         }
-        let mut request = ifreq(port);
-        self.ioctl(libc::SIOCGIFINDEX, &mut request)
-            .with_context(|| format!("no interface {port}"))?;
-        // SAFETY: SIOCGIFINDEX filled in the index member.
-        let index = unsafe { request.ifr_ifru.ifru_ifindex };
-        let mut request = ifreq(name);
-        request.ifr_ifru.ifru_ifindex = index;
-        self.ioctl(SIOCBRADDIF, &mut request)
-            .with_context(|| format!("cannot put {port} into {name}"))?;
+        self.join(port, name)?;
         // A bridge takes the lowest address of its ports unless it was given
         // one; it must not change when taps join.
         let mut request = ifreq(port);
@@ -194,6 +190,47 @@ impl NetControl {
         fixed.ifr_ifru.ifru_hwaddr = unsafe { request.ifr_ifru.ifru_hwaddr };
         self.ioctl(libc::SIOCSIFHWADDR, &mut fixed)
             .with_context(|| format!("cannot fix the hardware address of {name}"))
+    }
+
+    /// Puts an interface into a bridge.
+    fn join(&self, port: &str, bridge: &str) -> Result<()> {
+        let mut request = ifreq(port);
+        self.ioctl(libc::SIOCGIFINDEX, &mut request)
+            .with_context(|| format!("no interface {port}"))?;
+        // SAFETY: SIOCGIFINDEX filled in the index member.
+        let index = unsafe { request.ifr_ifru.ifru_ifindex };
+        let mut request = ifreq(bridge);
+        request.ifr_ifru.ifru_ifindex = index;
+        self.ioctl(SIOCBRADDIF, &mut request)
+            .with_context(|| format!("cannot put {port} into {bridge}"))
+    }
+
+    /// Makes a tap that stays when its user goes, and puts it into a bridge;
+    /// one that is there is left as it is.
+    pub fn tap(&self, name: &str, bridge: &str) -> Result<()> {
+        if Path::new("/sys/class/net").join(name).exists() {
+            return Ok(());
+        }
+        let device = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/net/tun")
+            .context("cannot open /dev/net/tun")?;
+        let mut request = ifreq(name);
+        request.ifr_ifru.ifru_flags =
+            (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+        // SAFETY: TUNSETIFF takes an ifreq, which lives through the call;
+        // TUNSETPERSIST takes a number.
+        let made = unsafe {
+            libc::ioctl(device.as_raw_fd(), TUNSETIFF as _, &mut request) == 0
+                && libc::ioctl(device.as_raw_fd(), TUNSETPERSIST as _, 1) == 0
+        };
+        if !made {
+            return Err(io::Error::last_os_error())
+                .with_context(|| format!("cannot make the tap {name}"));
+        }
+        self.join(name, bridge)?;
+        self.up(name)
     }
 }
 

@@ -1,7 +1,8 @@
 //! `cargo xtask bench`: the papers' experiments on the emulated machine.
 //!
-//! Ratios within one run mean something; seconds do not, because the machine
-//! is emulated. Every sample is kept.
+//! Ratios within one run mean something; seconds do not where the machine is
+//! emulated. Every sample is kept. What a bench expects is printed beside
+//! what it found, and a failed expectation is a finding, not an error.
 
 mod cache;
 mod reboot;
@@ -15,7 +16,9 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use lab::assets::Assets;
+use lab::machine::Accelerator;
 use serde::Serialize;
+use serde_json::{Value, json};
 
 use crate::ui::Spinner;
 
@@ -28,7 +31,8 @@ pub struct BenchArgs {
 
 #[derive(Subcommand)]
 enum Bench {
-    /// Downtime of warm, saved and cold reboots, by number of VMs.
+    /// Downtime of warm, saved and cold reboots and of QEMU's cpr-reboot, by
+    /// number of VMs.
     Reboot(reboot::RebootArgs),
     /// Suspend and resume on memory and on disk, by RAM size.
     Suspend(suspend::SuspendArgs),
@@ -50,13 +54,20 @@ pub struct Output {
 }
 
 impl Output {
-    /// Writes `all` as JSON, and `rows` under `header` as CSV.
-    fn write(&self, all: &impl Serialize, header: &str, rows: &[String]) -> Result<()> {
+    /// Writes what was found as JSON, and `rows` under `header` as CSV.
+    fn write(&self, found: Value, aims: &[Aim], header: &str, rows: &[String]) -> Result<()> {
+        let mut all = json!({
+            "emulated": emulated(),
+            "aims": aims,
+        });
+        if let (Some(all), Value::Object(found)) = (all.as_object_mut(), found) {
+            all.extend(found);
+        }
         let put = |path: &Path, text: String| {
             fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
         };
         if let Some(path) = &self.json {
-            put(path, serde_json::to_string_pretty(all)?)?;
+            put(path, all.to_string())?;
         }
         if let Some(path) = &self.csv {
             put(path, format!("{header}\n{}\n", rows.join("\n")))?;
@@ -76,8 +87,78 @@ pub fn run(assets: &Assets, args: &BenchArgs, progress: &Spinner) -> Result<Exit
     Ok(ExitCode::SUCCESS)
 }
 
-/// The middle one of some figures; not a number for none.
+/// What is expected of a figure, and whether it came out so.
+#[derive(Serialize)]
+struct Aim {
+    /// What is measured.
+    what: String,
+    /// What came out; none where the run had too few samples for it.
+    value: Option<f64>,
+    /// In words.
+    expected: &'static str,
+    met: bool,
+}
+
+impl Aim {
+    /// A figure that is not a number is an expectation that is not met.
+    fn new(what: String, value: f64, expected: &'static str, met: bool) -> Self {
+        Self {
+            what,
+            value: value.is_finite().then_some(value),
+            expected,
+            met: met && value.is_finite(),
+        }
+    }
+
+    fn print(aims: &[Self]) {
+        for aim in aims {
+            let value = aim.value.map_or("-".to_owned(), |v| format!("{v:.2}"));
+            let met = if aim.met { "met" } else { "NOT met" };
+            println!("{}: {value} (expected {}: {met})", aim.what, aim.expected);
+        }
+    }
+}
+
+/// The machine is emulated, so that its seconds mean nothing elsewhere.
+fn emulated() -> bool {
+    Accelerator::detect() == Accelerator::Tcg
+}
+
+/// What every table must say.
+fn caveat() -> &'static str {
+    match emulated() {
+        true => "emulated machine: compare, do not quote",
+        false => "a machine in a machine: compare rather than quote",
+    }
+}
+
+/// The middle one of some figures, of an even number the mean of the middle
+/// two; not a number for none.
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_unstable_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => f64::NAN,
+        len if len % 2 == 1 => values[middle],
+        _ => f64::midpoint(values[middle - 1], values[middle]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_lies_in_the_middle() {
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(vec![4.0, 1.0, 3.0, 2.0]), 2.5);
+        assert!(median(Vec::new()).is_nan());
+    }
+
+    #[test]
+    fn a_figure_that_is_missing_meets_no_expectation() {
+        let aim = Aim::new("x".to_owned(), f64::NAN, "anything", true);
+        assert!(!aim.met && aim.value.is_none());
+        assert!(Aim::new("x".to_owned(), 1.0, "anything", true).met);
+    }
 }

@@ -1,5 +1,9 @@
 //! QEMU's control socket (QMP): only what the lab asks of it.
+//!
+//! The test machine drives the emulated machine through it, and the init
+//! program of a lab host those VMs that are QEMU's there.
 
+use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -8,10 +12,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+/// Events kept until somebody waits for them; older ones are dropped.
+const EVENTS_MAX: usize = 256;
+
 /// A connection to one QEMU.
 pub struct Qmp {
     stream: UnixStream,
     reader: BufReader<UnixStream>,
+    events: VecDeque<Value>,
 }
 
 impl Qmp {
@@ -24,18 +32,22 @@ impl Qmp {
                 Err(e) if Instant::now() > end => {
                     return Err(e).context("QEMU did not open its control socket");
                 }
-                Err(_) => std::thread::sleep(Duration::from_millis(20)),
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
             }
         };
         stream.set_read_timeout(Some(Duration::from_secs(20)))?;
         let reader = BufReader::new(stream.try_clone()?);
-        let mut qmp = Self { stream, reader };
+        let mut qmp = Self {
+            stream,
+            reader,
+            events: VecDeque::new(),
+        };
         qmp.read()?;
         qmp.execute("qmp_capabilities", json!({}))?;
         Ok(qmp)
     }
 
-    /// Runs one command and returns its result; events in between are passed over.
+    /// Runs one command and returns its result; events in between are kept.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let text = json!({"execute": command, "arguments": arguments}).to_string();
         self.stream
@@ -49,6 +61,46 @@ impl Qmp {
             if let Some(error) = answer.get("error") {
                 bail!("QEMU refuses {command}: {}", error["desc"]);
             }
+            self.keep(answer);
+        }
+    }
+
+    /// Waits for the first event that `wanted` says yes to; those before it
+    /// are given to `wanted`, too, and gone then. Fails when QEMU says nothing
+    /// at all for 20 seconds.
+    pub fn wait_for(&mut self, mut wanted: impl FnMut(&Value) -> bool) -> Result<Value> {
+        loop {
+            let event = match self.events.pop_front() {
+                Some(event) => event,
+                None => self.read()?,
+            };
+            if wanted(&event) {
+                return Ok(event);
+            }
+        }
+    }
+
+    /// Waits until QEMU closes the connection, which its end does.
+    pub fn wait_for_end(mut self) -> Result<()> {
+        loop {
+            let mut line = String::new();
+            if self
+                .reader
+                .read_line(&mut line)
+                .context("QEMU does not end")?
+                == 0
+            {
+                return Ok(());
+            }
+        }
+    }
+
+    fn keep(&mut self, answer: Value) {
+        if answer.get("event").is_some() {
+            if self.events.len() == EVENTS_MAX {
+                self.events.pop_front();
+            }
+            self.events.push_back(answer);
         }
     }
 

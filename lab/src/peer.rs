@@ -1,0 +1,232 @@
+//! QEMU as the VMM of a lab host, and its cpr-reboot: the peer that Hebe is
+//! measured beside.
+//!
+//! The QEMU that runs the lab's machine is copied into the host, with its
+//! libraries and firmware, and runs the same guests there: same kernel, same
+//! initramfs, same command line, same kinds of devices, RAM in the same
+//! reserved range. Its VMs are defined by [`define`] and started by [`start`];
+//! the host's init program freezes them and brings them back.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use lab_guest::peer::{PEER_FOLDER, PEER_REPORT, PEER_VMS, PeerVm};
+use serde_json::{Value, json};
+
+use crate::apt;
+use crate::assets::Qemu;
+use crate::scenario::{GuestSpec, Lab};
+use crate::serial::Serial;
+
+/// The folder of [`PEER_FOLDER`] in the tree that becomes the host's disk.
+pub const TREE: &str = "peer";
+const PROGRAM: &str = "qemu";
+/// The dynamic loader, which x86-64's ABI names.
+const LOADER: &str = "ld-linux-x86-64.so.2";
+/// What [`MACHINE`] asks for with a kernel of its own.
+const FIRMWARE: [&str; 3] = ["bios-microvm.bin", "kvmvapic.bin", "linuxboot_dma.bin"];
+/// QEMU's own answer to small VMMs, with PCI for the guests' devices and with
+/// the clock that stock kernels look for. In a lab host it starts in half of
+/// the time that `q35` takes, and has half of its state.
+const MACHINE: &str = "microvm,memory-backend=ram,acpi=on,pcie=on,pic=off,pit=off,rtc=on,usb=off";
+
+/// Copies QEMU, its libraries and its firmware below `tree`.
+pub fn place(qemu: &Qemu, tree: &Path) -> Result<()> {
+    let root = tree.join(TREE);
+    let (lib, firmware) = (root.join("lib"), root.join("firmware"));
+    for folder in [&lib, &firmware] {
+        fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?;
+    }
+    copy(&qemu.program, &root.join(PROGRAM))?;
+    let mut ldd = Command::new("ldd");
+    if let Some(libraries) = &qemu.libraries {
+        ldd.env("LD_LIBRARY_PATH", libraries);
+    }
+    let text = apt::run(ldd.arg(&qemu.program))?;
+    for (name, path) in libraries(&text)? {
+        copy(&path, &lib.join(name))?;
+    }
+    if !lib.join(LOADER).exists() {
+        bail!("{} names no dynamic loader", qemu.program.display());
+    }
+    for name in FIRMWARE {
+        copy(&firmware_file(qemu, name)?, &firmware.join(name))?;
+    }
+    Ok(())
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let done = fs::copy(from, to).map(drop);
+    done.with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))
+}
+
+/// What ldd says: the name that each library is asked for by, and its file.
+fn libraries(ldd: &str) -> Result<Vec<(String, PathBuf)>> {
+    let mut all = Vec::new();
+    for line in ldd.lines().map(str::trim) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let (name, path) = match words[..] {
+            [name, "=>", "not", "found"] => bail!("QEMU's library {name} is not found"),
+            [name, "=>", path, ..] => (name, path),
+            [path, ..] if path.starts_with('/') => (path, path),
+            // The kernel's own (linux-vdso) has no file.
+            _ => continue,
+        };
+        let name = name.rsplit('/').next().unwrap_or(name);
+        all.push((name.to_owned(), PathBuf::from(path)));
+    }
+    Ok(all)
+}
+
+fn firmware_file(qemu: &Qemu, name: &str) -> Result<PathBuf> {
+    let own = qemu.program.parent().and_then(Path::parent);
+    let shares = own
+        .into_iter()
+        .chain([Path::new("/usr"), Path::new("/usr/local")])
+        .flat_map(|root| ["share/qemu", "share/seabios"].map(|f| root.join(f)));
+    let found = qemu.firmware.iter().cloned().chain(shares);
+    match found.map(|dir| dir.join(name)).find(|file| file.is_file()) {
+        Some(file) => Ok(file),
+        None => bail!("QEMU's firmware {name} is not found"),
+    }
+}
+
+/// The VM that QEMU makes of a guest, its RAM at `offset_mib` of the range.
+fn vm(guest: &GuestSpec, offset_mib: u64) -> Result<PeerVm> {
+    let config = guest.config()?;
+    let net = config.nets.first().context("a guest without a network")?;
+    let mac = net.mac.context("a guest's network card has no address")?;
+    // Where the product keeps a VM's console and log, so that the lab finds them.
+    let folder = format!("/run/hebe/vms/{}", guest.name);
+    let mib = guest.memory_mib;
+    let mut argv: Vec<String> = [
+        format!("{PEER_FOLDER}/lib/{LOADER}"),
+        "--library-path".to_owned(),
+        format!("{PEER_FOLDER}/lib"),
+        format!("{PEER_FOLDER}/{PROGRAM}"),
+        "-L".to_owned(),
+        format!("{PEER_FOLDER}/firmware"),
+    ]
+    .into();
+    let mut add = |words: &[&str]| argv.extend(words.iter().map(|w| (*w).to_owned()));
+    add(&["-nodefaults", "-no-user-config", "-display", "none"]);
+    // As Hebe's guests, these have no virtualization of their own.
+    add(&["-accel", "kvm", "-cpu", "host,svm=off,vmx=off"]);
+    add(&["-machine", MACHINE, "-smp", &config.vcpus.to_string()]);
+    add(&["-m", &format!("{mib}M"), "-object"]);
+    add(&[&format!(
+        "memory-backend-file,id=ram,size={mib}M,mem-path=/dev/dax0.0,offset={offset_mib}M,align=2M,share=on"
+    )]);
+    add(&["-kernel", &config.kernel.to_string_lossy()]);
+    if let Some(initrd) = &config.initrd {
+        add(&["-initrd", &initrd.to_string_lossy()]);
+    }
+    add(&["-append", &config.cmdline]);
+    add(&["-serial", &format!("file:{folder}/console.log")]);
+    let tap = &net.tap;
+    add(&["-netdev"]);
+    add(&[&format!("tap,id=net0,ifname={tap},script=no,downscript=no")]);
+    add(&["-device"]);
+    add(&[&format!("virtio-net-pci,netdev=net0,mac={mac},romfile=")]);
+    for (i, disk) in config.disks.iter().enumerate() {
+        let path = disk.path.display();
+        add(&["-drive"]);
+        add(&[&format!("if=none,id=disk{i},format=raw,file={path}")]);
+        add(&["-device", &format!("virtio-blk-pci,drive=disk{i}")]);
+    }
+    add(&["-device", "virtio-rng-pci"]);
+    Ok(PeerVm {
+        name: guest.name.clone(),
+        tap: tap.clone(),
+        bridge: net.bridge.clone().unwrap_or_else(|| "br0".to_owned()),
+        folder,
+        argv,
+    })
+}
+
+/// Makes the reserved range a devdax device and boots guests on it, one
+/// behind the other.
+pub fn start(lab: &Lab, guests: &[GuestSpec]) -> Result<()> {
+    lab.machine.agent.make_devdax()?;
+    let mut offset_mib = 0;
+    let mut all = Vec::new();
+    for guest in guests {
+        all.push(vm(guest, offset_mib)?);
+        offset_mib += guest.memory_mib;
+    }
+    let agent = &lab.machine.agent;
+    agent.put(PEER_VMS, 0o644, &serde_json::to_vec(&all)?)?;
+    lab.machine.exec_ok(&["/init", "peer", "start"]).map(drop)
+}
+
+/// What reboots such a host, with the next kernel's files and command line.
+pub fn order(kernel: &str, initrd: &str, cmdline: &str) -> Vec<String> {
+    let words = ["/init", "peer", "reboot", kernel, initrd, cmdline];
+    words.map(str::to_owned).into()
+}
+
+/// The last reboot's report, in the form of the product's.
+pub fn report(lab: &Lab) -> Result<Value> {
+    let bytes = lab.machine.agent.get(PEER_REPORT)?;
+    let mut report: Value = serde_json::from_slice(&bytes).context("the report is no JSON")?;
+    add_jump(&mut report, &lab.machine.serial)?;
+    Ok(report)
+}
+
+/// The jump's stamp is on the serial line alone: nothing is written after it.
+fn add_jump(report: &mut Value, serial: &Serial) -> Result<()> {
+    let stamps = serial.stamps()?;
+    let jump = stamps.iter().rev().find(|(label, _)| label == "jump");
+    let (_, tsc) = jump.context("the serial line shows no jump")?;
+    let first = report["events"][0]["tsc"].as_u64();
+    let (Some(first), Some(hz)) = (first, report["tsc_hz"].as_f64()) else {
+        bail!("the report has no first event");
+    };
+    let at_ms = tsc.saturating_sub(first) as f64 * 1000.0 / hz;
+    let row = json!({"kind": "jump", "vm": null, "side": "before", "at_ms": at_ms});
+    let rows = report["rows"].as_array_mut();
+    let rows = rows.context("the report has no rows")?;
+    let later = |row: &Value| row["at_ms"].as_f64().is_some_and(|at| at > at_ms);
+    let place = rows.iter().position(later).unwrap_or(rows.len());
+    rows.insert(place, row);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::assets::KernelName;
+
+    #[test]
+    fn libraries_are_read_from_what_ldd_says() {
+        let text = "\tlinux-vdso.so.1 (0x00007ffc)\n\tlibz.so.1 => /lib/libz.so.1 (0x00007f)\n\t/lib64/ld-linux-x86-64.so.2 (0x00007f)\n";
+        let all = libraries(text).expect("libraries");
+        assert_eq!(all[0], ("libz.so.1".to_owned(), "/lib/libz.so.1".into()));
+        assert_eq!(all[1].0, LOADER);
+        assert_eq!(all.len(), 2);
+        let missing = libraries("\tlibnuma.so.1 => not found\n").expect_err("missing");
+        assert!(missing.to_string().contains("libnuma.so.1"));
+    }
+
+    #[test]
+    fn a_vm_of_the_peer_has_what_the_guest_has() {
+        let mut guest = GuestSpec::numbered(1, KernelName::V6_1Cloud);
+        guest.disk = true;
+        let vm = vm(&guest, 512).expect("vm");
+        let line = vm.argv.join(" ");
+        for word in [
+            "offset=512M",
+            "size=256M",
+            "ifname=tap102",
+            "mac=52:54:00:6c:61:66",
+            "file=/data/guest/disks/vm2.img",
+            "lab.ip=10.0.2.102/24",
+        ] {
+            assert!(line.contains(word), "{word} is missing in {line}");
+        }
+        assert_eq!(vm.state(), "/data/peer/vm2.state");
+    }
+}
