@@ -1,0 +1,15 @@
+//! When to rejuvenate, and what it costs: pure values, no I/O, no clock, no
+//! threads.
+//!
+//! - [`usage`]: the papers' usage model, fitted to measurements.
+//! - [`span`]: lengths of time as people write them.
+//!
+//! Whoever does the I/O reads the files and the clock, and hands both in.
+
+#![forbid(unsafe_code)]
+
+pub mod span;
+pub mod usage;
+
+#[cfg(test)]
+mod testing;
