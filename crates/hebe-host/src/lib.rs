@@ -14,6 +14,7 @@
 //! - [`check`]: is this machine ready?
 
 pub mod check;
+mod checks;
 pub mod cmdline;
 pub mod definitions;
 pub mod files;

@@ -53,6 +53,10 @@ pub trait System: Send + Sync {
     fn unload_kernel(&self) -> Result<(), SystemError>;
     /// Whether a kernel is loaded; `None` when there is no kexec.
     fn kernel_loaded(&self) -> Option<bool>;
+    /// Whether loading kernels was switched off until the next boot.
+    fn kexec_disabled(&self) -> Option<bool>;
+    /// Whether this process may load kernels and leave this one.
+    fn may_reboot(&self) -> bool;
     /// Leaves this kernel; returns only on failure.
     fn leave(&self, how: Leave) -> SystemError;
     /// Writes all dirty pages of files to their disks.
@@ -67,6 +71,8 @@ pub trait System: Send + Sync {
     fn release(&self) -> String;
     /// Bytes that may still be written below `dir`.
     fn free_space(&self, dir: &Path) -> io::Result<ByteSize>;
+    /// Whether something can be written below `dir`.
+    fn is_writable(&self, dir: &Path) -> io::Result<bool>;
     /// Whether what is written below `dir` ends with this kernel.
     fn is_volatile(&self, dir: &Path) -> io::Result<bool>;
     /// This instant.
@@ -110,6 +116,14 @@ impl System for Machine {
         kexec::is_loaded()
     }
 
+    fn kexec_disabled(&self) -> Option<bool> {
+        kexec::is_disabled()
+    }
+
+    fn may_reboot(&self) -> bool {
+        rustix::process::geteuid().is_root()
+    }
+
     fn leave(&self, how: Leave) -> SystemError {
         kexec::leave(how).into()
     }
@@ -141,6 +155,16 @@ impl System for Machine {
     fn free_space(&self, dir: &Path) -> io::Result<ByteSize> {
         let stat = rustix::fs::statvfs(nearest(dir))?;
         Ok(ByteSize(stat.f_bavail.saturating_mul(stat.f_frsize)))
+    }
+
+    fn is_writable(&self, dir: &Path) -> io::Result<bool> {
+        let access = rustix::fs::Access::WRITE_OK;
+        match rustix::fs::access(nearest(dir), access) {
+            Ok(()) => Ok(true),
+            // Also root is told of a file system that is mounted to be read.
+            Err(rustix::io::Errno::ACCESS | rustix::io::Errno::ROFS) => Ok(false),
+            Err(e) => Err(e.into()),
+        }
     }
 
     fn is_volatile(&self, dir: &Path) -> io::Result<bool> {

@@ -22,6 +22,15 @@ pub const CASES: &[crate::Case] = &[
     ("a_reset_is_refused_while_a_vm_is_frozen", reset),
     ("a_vm_that_failed_is_named_and_stops_a_reboot", given_up),
     ("vms_that_a_killed_manager_left_standing", left_standing),
+    ("a_store_in_a_file_in_memory_is_refused", store_in_memory),
+    ("what_this_process_may_not_do_is_found_out_first", may_not),
+    ("a_running_vm_whose_segment_is_damaged", damaged_segment),
+    (
+        "a_vm_comes_back_with_what_it_was_started_with",
+        started_with,
+    ),
+    ("a_paused_vm_is_told_that_it_will_run", paused),
+    ("a_lost_vm_can_be_rebooted_back", lost),
     ("a_refused_reboot_touches_nothing", refused),
     ("the_json_of_lists_and_verdicts_keeps_its_shape", shapes),
 ];
@@ -113,7 +122,8 @@ fn room() {
     let world = World::new();
     world.start(&["web"]);
     *world.machine.free.lock().expect("lock") = 1 << 20;
-    world.machine.volatile.store(true, Ordering::Relaxed);
+    let state = world.host.layout.state.clone();
+    world.machine.volatile.lock().expect("lock").push(state);
     assert!(verdict(&world, RebootMethod::Warm).passes(), "not needed");
     let saved = verdict(&world, RebootMethod::Saved);
     assert_eq!(failed(&saved), ["state-dir", "disk-space"]);
@@ -180,6 +190,122 @@ fn left_standing() {
     paths.commit().expect("commit");
     let verdict = crate::verdicts::verdict(&world, RebootMethod::Warm);
     assert!(verdict.passes(), "{}", verdict.why_not());
+}
+
+fn store_in_memory() {
+    let world = World::new();
+    let root = world.root.path().to_owned();
+    world.machine.volatile.lock().expect("lock").push(root);
+    assert!(
+        verdict(&world, RebootMethod::Warm).passes(),
+        "nothing is in it"
+    );
+    world.start(&["web"]);
+    assert_eq!(failed(&verdict(&world, RebootMethod::Warm)), ["store"]);
+    ops::suspend(&world.host, &name("web")).expect("suspends");
+    assert_eq!(failed(&verdict(&world, RebootMethod::Warm)), ["store"]);
+}
+
+fn may_not() {
+    let world = World::new();
+    world.start(&["web"]);
+    let machine = &world.machine;
+    for (flag, id) in [
+        (&machine.not_root, "root"),
+        (&machine.kexec_disabled, "kexec"),
+        (&machine.read_only, "state-dir"),
+    ] {
+        flag.store(true, Ordering::Relaxed);
+        assert_eq!(failed(&verdict(&world, RebootMethod::Warm)), [id]);
+        flag.store(false, Ordering::Relaxed);
+    }
+    let mut options = world.options(RebootMethod::Warm);
+    options.kernel = Some(world.root.path().to_owned());
+    let (verdict, _) = preflight(&world.host, &options, true);
+    assert_eq!(failed(&verdict), ["kernel"], "a directory is no kernel");
+}
+
+/// It would freeze, and not be found again.
+fn damaged_segment() {
+    use std::os::unix::fs::FileExt;
+    let world = World::new();
+    world.start(&["web"]);
+    let view = world.host.store.view().expect("view").expect("store");
+    let spec = &view.segment_of(&name("web")).expect("segment").spec;
+    let spec: hebe_store::SegmentSpec = serde_json::from_str(spec).expect("spec");
+    let path = world.root.path().join("store");
+    let store = std::fs::File::options()
+        .write(true)
+        .open(path)
+        .expect("open");
+    let guard = spec.exec.offset + spec.exec.len - 4096;
+    store.write_all_at(b"stray", guard).expect("damage");
+    assert_eq!(
+        failed(&verdict(&world, RebootMethod::Warm)),
+        ["segment:web"]
+    );
+    assert!(verdict(&world, RebootMethod::Saved).passes());
+    world.kill("web");
+    let mut options = world.options(RebootMethod::Saved);
+    (options.hard, options.kernel) = (true, None);
+    let (reset, _) = preflight(&world.host, &options, true);
+    assert_eq!(failed(&reset), ["segment:0"], "another release may read it");
+}
+
+/// Its definition counts from the next start on.
+fn started_with() {
+    let world = World::new();
+    let image = world.root.path().join("disk");
+    let disk = format!("[[disk]]\npath = \"{}\"", image.display());
+    std::fs::write(&image, "x").expect("write");
+    world.define("web", &disk);
+    ops::start(&world.host, &name("web")).expect("starts");
+    world.define("web", "[[disk]]\npath = \"/no/such/disk\"");
+    assert!(verdict(&world, RebootMethod::Warm).passes());
+    assert_eq!(failed(&verdict(&world, RebootMethod::Cold)), ["files:web"]);
+    world.define("web", "");
+    std::fs::remove_file(&image).expect("remove");
+    assert_eq!(failed(&verdict(&world, RebootMethod::Warm)), ["files:web"]);
+    assert!(verdict(&world, RebootMethod::Cold).passes());
+}
+
+fn paused() {
+    let world = World::new();
+    world.start(&["web"]);
+    let socket = world.host.layout.socket(&name("web"));
+    let pause = hebe_api::Request::Pause;
+    hebe_host::vmm::order(&socket, &pause, Duration::from_secs(5)).expect("pauses");
+    for method in [RebootMethod::Warm, RebootMethod::Saved, RebootMethod::Cold] {
+        let verdict = verdict(&world, method);
+        let sentence = &verdict.vms[0].sentence;
+        assert!(sentence.contains("will run afterwards"), "{sentence}");
+    }
+}
+
+/// The way out of a kernel without the reservation is one with it.
+fn lost() {
+    let world = World::new();
+    world.start(&["web"]);
+    world.reboot(RebootMethod::Warm);
+    let bare = world.bare();
+    let mut options = world.options(RebootMethod::Warm);
+    for (words, fails) in [
+        ("memmap=256M!4G", &[][..]),
+        ("memmap=256M!5G", &["reservation"][..]),
+        ("memmap=256M!4G memmap=64M!8G", &["reservation"][..]),
+    ] {
+        options.append = Some(words.into());
+        let (verdict, _) = preflight(&bare, &options, true);
+        assert_eq!(failed(&verdict), fails, "{words}");
+    }
+    let mut options = world.options(RebootMethod::Cold);
+    options.kernel = None;
+    let (reset, _) = preflight(&bare, &options, true);
+    assert_eq!(
+        failed(&reset),
+        ["lost:web"],
+        "memory may not outlive a reset"
+    );
 }
 
 fn refused() {

@@ -26,7 +26,11 @@ pub struct FakeMachine {
     pub boot_id: Mutex<[u8; 16]>,
     pub cmdline: Mutex<String>,
     pub free: Mutex<u64>,
-    pub volatile: AtomicBool,
+    /// What lies below these ends with the kernel.
+    pub volatile: Mutex<Vec<PathBuf>>,
+    pub read_only: AtomicBool,
+    pub not_root: AtomicBool,
+    pub kexec_disabled: AtomicBool,
     pub refuse_load: AtomicBool,
     pub refuse_services: AtomicBool,
     /// Leaving works: then whoever leaves never returns.
@@ -74,6 +78,15 @@ impl System for FakeMachine {
     fn kernel_loaded(&self) -> Option<bool> {
         Some(false)
     }
+    fn kexec_disabled(&self) -> Option<bool> {
+        Some(self.kexec_disabled.load(Ordering::Relaxed))
+    }
+    fn may_reboot(&self) -> bool {
+        !self.not_root.load(Ordering::Relaxed)
+    }
+    fn is_writable(&self, _: &Path) -> io::Result<bool> {
+        Ok(!self.read_only.load(Ordering::Relaxed))
+    }
     fn leave(&self, how: Leave) -> SystemError {
         self.event(&format!("leave {how:?}"));
         if !self.leaves.load(Ordering::Relaxed) {
@@ -113,8 +126,9 @@ impl System for FakeMachine {
     fn free_space(&self, _: &Path) -> io::Result<ByteSize> {
         Ok(ByteSize(*self.free.lock().expect("lock")))
     }
-    fn is_volatile(&self, _: &Path) -> io::Result<bool> {
-        Ok(self.volatile.load(Ordering::Relaxed))
+    fn is_volatile(&self, dir: &Path) -> io::Result<bool> {
+        let volatile = self.volatile.lock().expect("lock");
+        Ok(volatile.iter().any(|v| dir.starts_with(v)))
     }
     fn stamp(&self) -> Stamp {
         hebe_sys::clock::stamp_now()
@@ -197,7 +211,10 @@ impl World {
             boot_id: Mutex::new([1; 16]),
             cmdline: Mutex::new(RESERVED.into()),
             free: Mutex::new(1 << 40),
-            volatile: AtomicBool::new(false),
+            volatile: Mutex::new(Vec::new()),
+            read_only: AtomicBool::new(false),
+            not_root: AtomicBool::new(false),
+            kexec_disabled: AtomicBool::new(false),
             refuse_load: AtomicBool::new(false),
             refuse_services: AtomicBool::new(false),
             leaves: AtomicBool::new(false),
