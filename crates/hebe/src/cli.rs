@@ -1,10 +1,14 @@
 //! The command line: every flag is defined here, once.
 
+mod plan;
+
 use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use hebe_host::preflight::RebootOptions;
 use hebe_types::{ByteSize, RebootMethod, VmName};
+
+pub use plan::{PLAN_HELP, PlanArgs};
 
 const EXIT_CODES: &str = "\
 Exit status:
@@ -120,6 +124,9 @@ Examples:
     /// Look after this host.
     #[command(subcommand)]
     Host(HostCommand),
+    /// Plan rejuvenations: what each method costs now, and what it saves a year.
+    #[command(after_help = PLAN_HELP)]
+    Plan(PlanArgs),
     /// Print a completion script for a shell.
     #[command(after_help = "Example:\n  hebe completions bash > /etc/bash_completion.d/hebe")]
     Completions {

@@ -2,6 +2,7 @@
 
 mod console;
 mod host;
+mod plan;
 mod reboot;
 mod store;
 mod suspend;
@@ -28,6 +29,7 @@ pub fn run(host: &Host, command: Command, out: &Output, started: Stamp) -> Outco
         Command::Reboot(args) => reboot::reboot(host, &args, out),
         Command::Store(command) => store::store(host, command, out),
         Command::Host(command) => host::host(host, &command, out),
+        Command::Plan(args) => plan::plan(&args, out),
         Command::Completions { shell } => {
             use clap::CommandFactory;
             let mut script = Vec::new();
