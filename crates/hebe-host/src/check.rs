@@ -7,6 +7,7 @@ use std::path::Path;
 use hebe_store::StoreError;
 use hebe_sys::kexec;
 
+use crate::checks;
 use crate::cmdline;
 use crate::host::Host;
 use crate::listing::with_cause;
@@ -30,6 +31,7 @@ pub fn host_check(host: &Host) -> Vec<Check> {
         check_tun(Path::new("/dev/net/tun")),
         check_vmm(&host.layout.vmm),
     ];
+    checks.push(checks::host_config(host));
     checks.extend(check_dirs(host));
     checks
 }
@@ -156,7 +158,7 @@ fn check_dax(bus: &Path) -> Check {
             "dax",
             Level::Warn,
             "there is no devdax device",
-            "make one of the reserved range: hebe store init",
+            "make one of the reserved range: `hebe store init`",
         ),
         Ok(n) => Check::ok("dax", format!("{n} devdax devices")),
         Err(_) => Check::bad(
@@ -187,7 +189,7 @@ fn check_store(access: &dyn StoreAccess) -> Check {
             "store",
             Level::Warn,
             "there is no store: VMs live in memfds and do not outlive the host kernel",
-            "reserve memory and run: hebe store init",
+            "reserve memory and run `hebe store init`",
         ),
         Err(StoreTrouble::Store(StoreError::Overrun { at })) => Check::bad(
             "store",
@@ -195,7 +197,7 @@ fn check_store(access: &dyn StoreAccess) -> Check {
             format!(
                 "something else used the store's memory since the store was made (its guard is overwritten at byte {at:#x}): no VM in it is resumed, and nothing in it is changed"
             ),
-            "see that every kernel boots with the same memmap= words, then give the VMs in the store up and make it anew: hebe store init --force",
+            "see that every kernel boots with the same memmap= words, then give the VMs in the store up and make it anew: `hebe store init --force`",
         ),
         Err(error) => Check::bad(
             "store",
@@ -240,7 +242,14 @@ fn check_vmm(path: &Path) -> Check {
 fn check_dirs(host: &Host) -> Vec<Check> {
     let mut checks = Vec::new();
     let state = &host.layout.state;
-    if host.system.is_volatile(state).unwrap_or(false) {
+    if !host.system.is_writable(state).unwrap_or(false) {
+        checks.push(Check::bad(
+            "state-dir",
+            Level::Fail,
+            format!("{} cannot be written", state.display()),
+            "run as root, mount it for writing, or name another directory in HEBE_STATE_DIR",
+        ));
+    } else if host.system.is_volatile(state).unwrap_or(false) {
         checks.push(Check::bad(
             "state-dir",
             Level::Warn,
@@ -253,7 +262,7 @@ fn check_dirs(host: &Host) -> Vec<Check> {
     } else {
         checks.push(Check::ok(
             "state-dir",
-            format!("{} outlives the kernel", state.display()),
+            format!("{} outlives the kernel and can be written", state.display()),
         ));
     }
     checks

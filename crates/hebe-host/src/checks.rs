@@ -84,6 +84,19 @@ pub(crate) fn right(host: &Host) -> Option<Check> {
     })
 }
 
+/// What is to be stopped first is found out while nothing is stopped.
+pub(crate) fn host_config(host: &Host) -> Check {
+    match host.config() {
+        Ok(_) => Check::ok("host-config", "host.toml can be used, or there is none"),
+        Err(error) => Check::bad(
+            "host-config",
+            Level::Fail,
+            error.to_string(),
+            "correct that file",
+        ),
+    }
+}
+
 /// The next kernel finds the store, and resumes from it, in its initramfs or
 /// after it; the modules that it needs for that are rarely built in.
 pub(crate) fn initramfs(

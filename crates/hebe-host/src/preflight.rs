@@ -189,6 +189,7 @@ pub fn preflight(host: &Host, options: &RebootOptions, probe: bool) -> (Verdict,
         checks.push(Check::bad("options", Level::Fail, why, remedy));
     }
     checks.extend(checks::right(host));
+    checks.push(checks::host_config(host));
     match &next {
         Some(next) => {
             checks.extend(checks::kernel(host, next, probe));

@@ -219,6 +219,12 @@ fn may_not() {
         assert_eq!(failed(&verdict(&world, RebootMethod::Warm)), [id]);
         flag.store(false, Ordering::Relaxed);
     }
+    let config = world.host.layout.config.join("host.toml");
+    let good = std::fs::read(&config).expect("read");
+    std::fs::write(&config, "[service]\n").expect("write");
+    let verdict = crate::verdicts::verdict(&world, RebootMethod::Warm);
+    assert_eq!(failed(&verdict), ["host-config"]);
+    std::fs::write(&config, good).expect("write");
     let mut options = world.options(RebootMethod::Warm);
     options.kernel = Some(world.root.path().to_owned());
     let (verdict, _) = preflight(&world.host, &options, true);
