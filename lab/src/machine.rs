@@ -104,6 +104,19 @@ pub struct MachineConfig {
     pub dir: PathBuf,
 }
 
+/// The emulator failed, not what runs in it: a processor shut down (triple
+/// fault) without an order. QEMU 10.0.2 does that now and then, to the host as
+/// to guests, whatever they do (docs/lab.md, limits).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the emulated processor of {0} shut down")]
+pub struct EmulatorFailure(
+    /// "the lab host" or "a guest".
+    pub &'static str,
+);
+
+/// What QEMU writes to its log at a triple fault of the machine's own.
+const TRIPLE_FAULT: &str = "Triple fault";
+
 /// A running machine. Dropping it ends QEMU.
 pub struct Machine {
     /// The agent in the host.
@@ -116,6 +129,7 @@ pub struct Machine {
     pub accelerator: Accelerator,
     /// QEMU's process id.
     pub pid: u32,
+    resets: PathBuf,
     qmp: Qmp,
     _sockets: tempfile::TempDir,
     ended: Option<thread::JoinHandle<()>>,
@@ -163,6 +177,10 @@ impl Machine {
                 &format!("user,model=virtio-net-pci{}", ports.forwards()),
             ])
             .args(["-device", "virtio-rng-pci"]);
+        let resets = config.dir.join("resets.log");
+        if accelerator == Accelerator::Tcg {
+            command.args(["-d", "cpu_reset", "-D"]).arg(&resets);
+        }
         if let Some(disk) = &config.disk {
             command.args([
                 "-drive",
@@ -185,6 +203,7 @@ impl Machine {
             guests: ports.guests,
             accelerator,
             pid,
+            resets,
             qmp,
             _sockets: sockets,
             ended: Some(ended),
@@ -202,8 +221,12 @@ impl Machine {
     }
 
     /// Fails when the serial line shows a kernel failure that was not
-    /// reported before, or when QEMU is gone.
+    /// reported before, when QEMU is gone, or with an [`EmulatorFailure`].
     pub fn check(&mut self) -> Result<()> {
+        let resets = std::fs::read(&self.resets).unwrap_or_default();
+        if String::from_utf8_lossy(&resets).contains(TRIPLE_FAULT) {
+            return Err(EmulatorFailure("the lab host").into());
+        }
         let alarms = self.serial.alarms().unwrap_or_default();
         let seen = std::mem::replace(&mut self.alarms_seen, alarms.len());
         if let Some(alarm) = alarms.get(seen) {

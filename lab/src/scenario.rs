@@ -14,7 +14,9 @@ use lab_guest::status::GuestStatus;
 
 use crate::assets::{Assets, Kernel, KernelName};
 use crate::binaries::{Binaries, HEBE, HEBE_VMM, Program, workspace_root};
-use crate::machine::{GuestPorts, Machine, MachineConfig, host_cmdline};
+use crate::machine::{
+    Accelerator, EmulatorFailure, GuestPorts, Machine, MachineConfig, host_cmdline,
+};
 use crate::progress::Progress;
 use crate::{disk, initramfs, peer, probe, serial};
 
@@ -360,6 +362,7 @@ impl Lab {
             let ports = self.ports(guest)?;
             let status = probe::wait_for_guest(&ports, GUEST_LIMIT, || {
                 self.machine.check()?;
+                self.check_exit(guest)?;
                 match self.guest_alarms(guest).first() {
                     Some(alarm) => bail!("the kernel of {} is in trouble: {alarm}", guest.name),
                     None => Ok(()),
@@ -368,6 +371,22 @@ impl Lab {
             all.push(status.with_context(|| self.console_tail(guest))?);
         }
         Ok(all)
+    }
+
+    /// Fails when a guest's VMM says that its processor shut down.
+    fn check_exit(&self, guest: &GuestSpec) -> Result<()> {
+        let path = format!("/run/hebe/vms/{}/exit.json", guest.name);
+        let Ok(exit) = self.machine.agent.get(&path) else {
+            return Ok(());
+        };
+        let exit: serde_json::Value = serde_json::from_slice(&exit).unwrap_or_default();
+        if exit["reason"] != "triple-fault" {
+            return Ok(());
+        }
+        match self.machine.accelerator {
+            Accelerator::Tcg => Err(EmulatorFailure("a guest").into()),
+            Accelerator::Kvm => bail!("the processor of {} shut down", guest.name),
+        }
     }
 
     /// What a guest's kernel printed in trouble, on its serial port.

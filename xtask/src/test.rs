@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use lab::assets::Assets;
 use lab::binaries::workspace_root;
+use lab::machine::EmulatorFailure;
 use lab::progress::Progress;
 
 use crate::lab_tests;
@@ -41,6 +42,9 @@ pub struct Scene<'a> {
     /// Longer campaigns.
     pub full: bool,
 }
+
+/// How often a check is repeated because the emulated processor failed.
+const EMULATOR_FAILURES: u32 = 2;
 
 const CHECKS: [Check; 9] = [
     Check {
@@ -128,7 +132,7 @@ pub fn run(assets: &Assets, args: &TestArgs, progress: &Spinner) -> Result<ExitC
     for check in &checks {
         println!("--- {}", check.name);
         let start = Instant::now();
-        let result = (check.run)(&context);
+        let result = run_one(check, &context);
         progress.clear();
         let seconds = start.elapsed().as_secs_f64();
         match result {
@@ -153,6 +157,22 @@ pub fn run(assets: &Assets, args: &TestArgs, progress: &Spinner) -> Result<ExitC
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// Runs a check; once more if the emulator failed under it.
+fn run_one(check: &Check, scene: &Scene) -> Result<()> {
+    for _ in 0..EMULATOR_FAILURES {
+        match (check.run)(scene) {
+            Err(error) if error.is::<EmulatorFailure>() => {
+                scene.progress.note(&format!(
+                    "    repeated, because the emulator failed: {}",
+                    ui::chain(&error)
+                ));
+            }
+            other => return other,
+        }
+    }
+    (check.run)(scene)
 }
 
 fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {
