@@ -133,6 +133,8 @@ pub struct Launch {
     pub memory: Memory,
     /// What it starts from.
     pub origin: Origin,
+    /// Take disks that changed since the state in `origin` was made.
+    pub accept_changed_disk: bool,
 }
 
 impl Launch {
@@ -153,6 +155,7 @@ impl Launch {
                 spec: segment.spec.clone(),
             },
             origin: Origin::Frozen,
+            accept_changed_disk: false,
         })
     }
 }
@@ -309,6 +312,9 @@ fn spawn(host: &Host, lock: &VmLock, order: &Launch, dir: &Path) -> Result<Child
         Origin::Frozen => command.arg("--resume"),
         Origin::File(file) => command.arg("--restore").arg(file),
     };
+    if order.accept_changed_disk {
+        command.arg("--accept-changed-disk");
+    }
     command.stdin(Stdio::null());
     command.stdout(Stdio::null());
     command.stderr(Stdio::from(log));

@@ -40,7 +40,9 @@ pub fn admit(row: &VmRow, order: Order) -> Result<(), HostError> {
             // Of a VM that does not answer only what is known of it helps.
             let known = row.detail.as_ref();
             let known = known.filter(|_| row.state == VmState::Unresponsive);
-            let refused = known.cloned().unwrap_or_else(|| refused.to_string());
+            let refused = known
+                .cloned()
+                .unwrap_or_else(|| refused.sentence(&row.name));
             Err(HostError::Refused {
                 name: row.name.clone(),
                 why: format!("{} ({refused})", row.state.as_str()),
@@ -164,6 +166,7 @@ fn boot_locked(host: &Host, lock: &VmLock, config: &VmConfig) -> Result<VmStatus
         size: config.memory,
         memory,
         origin: Origin::Boot(Box::new(config.clone())),
+        accept_changed_disk: false,
     };
     launch(host, lock, &order, LAUNCH_WAIT).map_err(|error| {
         if let Memory::Segment { id, .. } = order.memory {

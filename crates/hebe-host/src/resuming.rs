@@ -22,6 +22,8 @@ pub struct ResumeOptions {
     pub from: Option<ResumeFrom>,
     /// Use a file whose restore was interrupted.
     pub again: bool,
+    /// Resume with disks that changed while the VM was suspended.
+    pub accept_changed_disk: bool,
 }
 
 /// One of two states.
@@ -63,7 +65,8 @@ pub(crate) fn resume_one(
                 paths.withdraw()?;
             }
             if !held {
-                let status = continue_frozen(host, name, survey.store.as_ref())?;
+                let store = survey.store.as_ref();
+                let status = continue_with(host, name, store, options.accept_changed_disk)?;
                 notes::forget(&host.layout, name, status.id);
                 return Ok(status);
             }
@@ -82,7 +85,8 @@ pub(crate) fn resume_one(
                 vmm::quit(host, name, Some(VmmState::Frozen))?;
                 wait_for_end(host, name, END_WAIT)?;
             }
-            saving::restore(host, name, options.from == Some(ResumeFrom::File))
+            let meant = options.from == Some(ResumeFrom::File);
+            saving::restore_with(host, name, meant, options.accept_changed_disk)
         }
     }
 }
@@ -104,7 +108,7 @@ fn source(
         )),
         (file, _) => file.map(|_| Ok(File)),
     };
-    match (life, file, options.from) {
+    let found = match (life, file, options.from) {
         // The VMM holds what the file holds, or what is newer.
         (Life::SavedHeld | Life::Paused, _, None) => Ok(Memory),
         (Life::SavedHeld | Life::Paused, _, Some(_)) => {
@@ -123,7 +127,12 @@ fn source(
         }
         (_, Some(file), _) => file,
         (_, None, _) => Err("there is nothing to resume: `hebe start NAME` boots it"),
+    };
+    let in_its_vmm = matches!(life, Life::SavedHeld | Life::Paused | Life::Held);
+    if options.accept_changed_disk && in_its_vmm && found == Ok(Memory) {
+        return Err("its VMM still has its disks: leave --accept-changed-disk out");
     }
+    found
 }
 
 /// Starts a VMM around the segment that is frozen. Nothing else happens here,
@@ -138,6 +147,16 @@ pub fn continue_frozen(
     name: &VmName,
     store: Option<&StoreView>,
 ) -> Result<VmStatus, HostError> {
+    continue_with(host, name, store, false)
+}
+
+/// [`continue_frozen`]; whether with disks that changed is up to the operator.
+fn continue_with(
+    host: &Host,
+    name: &VmName,
+    store: Option<&StoreView>,
+    accept_changed_disk: bool,
+) -> Result<VmStatus, HostError> {
     let segment = store.and_then(|s| s.segment_of(name));
     let refused = |why: String| HostError::Refused {
         name: name.clone(),
@@ -145,7 +164,8 @@ pub fn continue_frozen(
     };
     let none = || refused("no segment holds a state of it: `hebe store list` shows them".into());
     let segment = segment.ok_or_else(none)?;
-    let order = Launch::of_frozen(segment).ok_or_else(none)?;
+    let mut order = Launch::of_frozen(segment).ok_or_else(none)?;
+    order.accept_changed_disk = accept_changed_disk;
     let lock = lock(host, name)?;
     // Under the lock: whoever starts it afresh holds it meanwhile.
     if notes::is_given_up(&host.layout, segment)? {
@@ -177,7 +197,12 @@ mod tests {
             for file in files {
                 for from in choices {
                     for again in [false, true] {
-                        let found = source(life, file, ResumeOptions { from, again });
+                        let options = ResumeOptions {
+                            from,
+                            again,
+                            accept_changed_disk: false,
+                        };
+                        let found = source(life, file, options);
                         let text = format!("{life:?} {file:?} {from:?} {again}: {found:?}");
                         if let (Ok(found), Some(from)) = (found, from) {
                             assert_eq!(found, from, "{text}");
@@ -199,5 +224,20 @@ mod tests {
         assert!(two.is_err_and(|why| why.contains("--from")));
         let file = source(Life::Saved, Some(SavedFact::Complete), plain);
         assert_eq!(file, Ok(ResumeFrom::File));
+    }
+
+    #[test]
+    fn disks_are_chosen_where_a_vmm_starts_and_nowhere_else() {
+        let accept = ResumeOptions {
+            accept_changed_disk: true,
+            ..ResumeOptions::default()
+        };
+        let saved = Some(SavedFact::Complete);
+        assert_eq!(source(Life::Frozen, None, accept), Ok(ResumeFrom::Memory));
+        assert_eq!(source(Life::Saved, saved, accept), Ok(ResumeFrom::File));
+        for life in [Life::Held, Life::SavedHeld, Life::Paused] {
+            let refused = source(life, None, accept);
+            assert!(refused.is_err_and(|why| why.contains("leave --accept-changed-disk out")));
+        }
     }
 }

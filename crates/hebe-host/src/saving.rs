@@ -22,6 +22,17 @@ use crate::vmm;
 /// may be frozen in a store that is not here, only if that is `meant` to be
 /// given up.
 pub fn restore(host: &Host, name: &VmName, meant: bool) -> Result<VmStatus, HostError> {
+    restore_with(host, name, meant, false)
+}
+
+/// [`restore`]; whether with disks that changed since the file was saved is up
+/// to the operator.
+pub(crate) fn restore_with(
+    host: &Host,
+    name: &VmName,
+    meant: bool,
+    accept_changed_disk: bool,
+) -> Result<VmStatus, HostError> {
     let lock = lock(host, name)?;
     let view = host.store.view().ok().flatten();
     let way = format!("`hebe resume {name} --from file`");
@@ -46,6 +57,7 @@ pub fn restore(host: &Host, name: &VmName, meant: bool) -> Result<VmStatus, Host
         size: info.memory,
         memory,
         origin: Origin::File(paths.restoring.clone()),
+        accept_changed_disk,
     };
     match launch(host, &lock, &order, LAUNCH_WAIT * 10) {
         Ok(status) => {

@@ -215,6 +215,10 @@ pub struct ResumeArgs {
     /// Use a saved file whose restore was interrupted before the guest ran.
     #[arg(long, conflicts_with = "all")]
     pub again: bool,
+    /// Take a disk that was replaced, or written to, while the VM was suspended. Its memory
+    /// destroys what is on it, unless it holds the very bytes that the old one did.
+    #[arg(long, conflicts_with = "all")]
+    pub accept_changed_disk: bool,
 }
 
 /// Where to resume from.

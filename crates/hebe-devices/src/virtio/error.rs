@@ -66,7 +66,7 @@ pub enum DeviceError {
     },
     /// The disk is another one, or was written to by others.
     #[error(
-        "disk '{}' in PCI slot {slot} changed while the VM was suspended ({how}), and the VM's memory would destroy what is on it: put the disk back as it was, or give the suspended VM up with `hebe drop`",
+        "disk '{}' in PCI slot {slot} changed while the VM was suspended ({how}), and the VM's memory would destroy what is on it: put the disk back as it was, or give the suspended VM up with `hebe drop`; if the disk holds the same bytes as before, `hebe resume --accept-changed-disk` takes it",
         path.display()
     )]
     DiskChanged {

@@ -192,6 +192,7 @@ fn lost_with_file() {
     let file = ResumeOptions {
         from: Some(ResumeFrom::File),
         again: false,
+        ..ResumeOptions::default()
     };
     ops::resume(&bare, &name("web"), file).expect("restores");
     stop(&bare);

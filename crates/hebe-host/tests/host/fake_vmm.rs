@@ -96,6 +96,12 @@ fn start(options: &BTreeMap<&str, &str>, dir: PathBuf) -> Result<Fake, String> {
     if fake.told("fail-start") {
         return Err("the tap is taken".into());
     }
+    let continues = ["--resume", "--restore"]
+        .iter()
+        .any(|f| options.contains_key(f));
+    if continues && fake.told("changed-disk") && !options.contains_key("--accept-changed-disk") {
+        return Err("a disk changed".into());
+    }
     if fake.told("hang-start") {
         thread::sleep(Duration::from_secs(600));
     }

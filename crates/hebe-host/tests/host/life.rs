@@ -48,6 +48,7 @@ pub const CASES: &[crate::Case] = &[
         "a_silent_vmm_that_continues_a_state_is_not_ended",
         silent_with_a_state,
     ),
+    ("a_changed_disk_is_accepted_by_order_only", changed_disk),
 ];
 
 fn force() -> StopOptions {
@@ -257,6 +258,7 @@ fn two_states() {
     let options = ResumeOptions {
         from: Some(ResumeFrom::File),
         again: false,
+        ..ResumeOptions::default()
     };
     // A file that cannot replace the frozen state does not cost it.
     let good = fs::read(&paths.complete).expect("read");
@@ -440,4 +442,21 @@ fn held_without_directory() {
     assert_eq!(world.state("web"), VmState::Frozen, "its state is kept");
     let back = ops::resume(host, &web, ResumeOptions::default()).expect("resumes");
     assert_eq!(back.id, id);
+}
+
+fn changed_disk() {
+    let world = World::new();
+    world.start(&["web"]);
+    ops::suspend(&world.host, &name("web")).expect("suspends");
+    world.tell("web", "changed-disk");
+    let plain = ResumeOptions::default();
+    let refused = ops::resume(&world.host, &name("web"), plain).expect_err("changed");
+    assert!(refused.to_string().contains("a disk changed"), "{refused}");
+    assert_eq!(world.state("web"), VmState::Frozen);
+    let accept = ResumeOptions {
+        accept_changed_disk: true,
+        ..plain
+    };
+    ops::resume(&world.host, &name("web"), accept).expect("as ordered");
+    assert_eq!(world.state("web"), VmState::Running);
 }

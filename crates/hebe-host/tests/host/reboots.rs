@@ -351,6 +351,7 @@ fn ended_after_restore() {
     let again = ops::ResumeOptions {
         from: None,
         again: true,
+        ..ops::ResumeOptions::default()
     };
     assert!(ops::resume(&world.host, &name("web"), again).is_err());
     assert!(hebe_host::saving::restore(&world.host, &name("web"), false).is_err());
@@ -389,6 +390,7 @@ fn booted_after_restore() {
     let again = ops::ResumeOptions {
         from: None,
         again: true,
+        ..ops::ResumeOptions::default()
     };
     assert!(ops::resume(&world.host, &name("web"), again).is_err());
     // Where nothing shows that it ran, the file may be all that is left of it.

@@ -61,6 +61,7 @@ pub fn resume(host: &Host, args: &ResumeArgs, out: &Output, started: Stamp) -> O
             FromArg::File => ResumeFrom::File,
         }),
         again: args.again,
+        accept_changed_disk: args.accept_changed_disk,
     };
     ops::resume(host, name, options)?;
     let answer = ResumedOne {
