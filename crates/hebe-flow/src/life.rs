@@ -22,6 +22,7 @@
 //! for good. The owner of a VM's state is the holder of its lock: the VMM while
 //! there is one, and the host program that starts it before that.
 
+use hebe_types::VmName;
 use serde::{Deserialize, Serialize};
 
 /// Where a VM stands.
@@ -135,27 +136,34 @@ impl std::fmt::Display for Refused {
                 "it runs already: nothing to do"
             }
             (Life::Frozen | Life::Held, Order::Start | Order::StartAfresh) => {
-                "it is frozen in memory: `hebe resume` continues it, `hebe drop --yes` gives it up"
+                "it is frozen in memory: `hebe resume NAME` continues it, `hebe drop NAME --yes` gives it up"
             }
             (Life::Saved | Life::SavedHeld, Order::Start | Order::StartAfresh) => {
-                "it is saved in a file: `hebe resume` continues it, `hebe drop --yes` gives it up"
+                "it is saved in a file: `hebe resume NAME` continues it, `hebe drop NAME --yes` gives it up"
             }
-            (Life::Running | Life::Paused, Order::Drop) => "it is up: `hebe stop` it first",
-            (Life::Absent, _) => "it is not up: `hebe start` boots it",
+            (Life::Running | Life::Paused, Order::Drop) => "it is up: `hebe stop NAME` it first",
+            (Life::Absent, _) => "it is not up: `hebe start NAME` boots it",
             (Life::Crashed, _) => {
-                "it stopped without a state: `hebe start` boots it, `hebe drop` frees its memory"
+                "it stopped without a state: `hebe start NAME` boots it, `hebe drop NAME` frees its memory"
             }
             (Life::Lost, _) => {
-                "it was frozen in a store that this kernel does not have: boot the kernel that has it to continue it; `hebe start --afresh` boots it, `hebe drop --yes` gives it up, and after either its memory is never continued"
+                "it was frozen in a store that this kernel does not have: boot the kernel that has it to continue it; `hebe start NAME --afresh` boots it, `hebe drop NAME --yes` gives it up, and after either its memory is never continued"
             }
             (Life::Frozen, Order::Stop | Order::Freeze | Order::Pause | Order::Save) => {
-                "it is frozen: `hebe resume` it first"
+                "it is frozen: `hebe resume NAME` it first"
             }
             _ => {
                 "it is in the middle of something else, or the order makes no sense now: see `hebe list`"
             }
         };
         f.write_str(out)
+    }
+}
+
+impl Refused {
+    /// The sentence, with the VM's name in the orders that it names.
+    pub fn sentence(&self, name: &VmName) -> String {
+        self.to_string().replace("NAME", name.as_str())
     }
 }
 
@@ -339,7 +347,10 @@ mod tests {
             }
         }
         let refused = Life::Frozen.order(Order::Start).expect_err("frozen");
-        assert!(refused.to_string().contains("hebe resume"));
+        let name: VmName = "web".parse().expect("name");
+        let sentence = refused.sentence(&name);
+        assert!(sentence.contains("`hebe resume web`"), "{sentence}");
+        assert!(sentence.contains("`hebe drop web --yes`"), "{sentence}");
     }
 
     /// Its memory may still be there, where this kernel cannot see it.
