@@ -410,6 +410,14 @@ pub fn suspend(host: &Host, name: &VmName) -> Result<FreezeReport, HostError> {
             why: "its RAM is in a memfd, which ends with its VMM: only VMs in a store can be suspended, see store = \"devdax\"".into(),
         });
     };
+    if let ExecView::Damaged { reason } = &segment.exec {
+        return Err(HostError::Refused {
+            name: name.clone(),
+            why: format!(
+                "its segment could not be resumed from ({reason}): let it run, or `hebe stop {name}`"
+            ),
+        });
+    }
     withdraw_stale(host, name)?;
     notes::note(host, store, segment)?;
     let report = vmm::freeze(&socket, vmm::FREEZE_WAIT).map_err(|source| {

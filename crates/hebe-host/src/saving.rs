@@ -12,7 +12,7 @@ use crate::launch::{
     ExitRecord, Instance, LAUNCH_WAIT, Launch, LaunchError, Memory, Origin, launch,
 };
 use crate::notes;
-use crate::ops::lock;
+use crate::ops::{lock, withdraw_stale};
 use crate::saved::{SavedInfo, SavedPaths};
 use crate::segments::free_segment;
 use crate::stores::{ExecView, StoreTrouble};
@@ -157,6 +157,8 @@ pub fn save_held(
         })?,
         in_store: instance.is_some_and(|i| i.segment.is_some()),
     };
+    // One of a restore after which the VM ran would count instead of the new one.
+    withdraw_stale(host, name)?;
     paths.prepare(&info)?;
     let report = vmm::save(&socket, &paths.part, vmm::SAVE_WAIT);
     let report = match report {

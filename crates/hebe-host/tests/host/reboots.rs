@@ -56,6 +56,10 @@ pub const CASES: &[crate::Case] = &[
         booted_after_restore,
     ),
     (
+        "a_file_that_a_running_vm_left_behind_is_no_second_state",
+        stale_file,
+    ),
+    (
         "a_stop_of_the_machine_before_a_vm_ever_ran",
         stop_before_first_run,
     ),
@@ -400,6 +404,38 @@ fn booted_after_restore() {
     let refused = ops::boot(&world.host, &config.expect("defined").1);
     assert!(refused.is_err(), "never booted beside a file");
     assert_eq!(paths.fact(), Some(hebe_flow::resume::SavedFact::Restoring));
+}
+
+/// The manager was killed between the VM's first step and the withdrawal of
+/// its file: the VM runs, so the file is older than its disk, whatever comes.
+fn stale_file() {
+    for method in [RebootMethod::Warm, RebootMethod::Saved] {
+        let world = World::new();
+        world.start(&["web"]);
+        let paths = SavedPaths::new(&world.host.layout, &name("web"));
+        let leave_behind = || {
+            let info = hebe_host::saved::SavedInfo {
+                vm: world.instance("web").expect("instance").vm,
+                memory: hebe_types::ByteSize::mib(4),
+                in_store: true,
+            };
+            paths.prepare(&info).expect("prepare");
+            fs::write(&paths.restoring, "old").expect("write");
+        };
+        leave_behind();
+        world.reboot(method);
+        let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
+        let back = &all.vms[&name("web")];
+        assert!(
+            matches!(back, Resumed::Resumed | Resumed::Restored),
+            "{method:?}: {back:?}"
+        );
+        assert_eq!(paths.fact(), None);
+        leave_behind();
+        ops::suspend(&world.host, &name("web")).expect("suspends");
+        let plain = ops::ResumeOptions::default();
+        ops::resume(&world.host, &name("web"), plain).expect("no choice to make");
+    }
 }
 
 fn stop_before_first_run() {

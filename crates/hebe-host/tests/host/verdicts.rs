@@ -251,6 +251,8 @@ fn damaged_segment() {
         ["segment:web"]
     );
     assert!(verdict(&world, RebootMethod::Saved).passes());
+    let error = ops::suspend(&world.host, &name("web")).expect_err("no way back");
+    assert!(error.to_string().contains("hebe stop web"), "{error}");
     world.kill("web");
     let mut options = world.options(RebootMethod::Saved);
     (options.hard, options.kernel) = (true, None);
