@@ -2,6 +2,8 @@
 
 mod cli;
 mod commands;
+#[cfg(test)]
+mod hints;
 mod output;
 
 use std::process::ExitCode;
