@@ -12,7 +12,9 @@
 //! - [`preflight`], [`reboot`], [`resume_all`]: all of them.
 //! - [`timeline`], [`report`], [`gantt`]: the report that spans both kernels.
 //! - [`check`]: is this machine ready?
+//! - [`ageing`]: samples of how it is doing.
 
+pub mod ageing;
 pub mod check;
 mod checks;
 pub mod cmdline;

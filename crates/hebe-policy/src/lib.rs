@@ -2,12 +2,14 @@
 //! threads.
 //!
 //! - [`usage`]: the papers' usage model, fitted to measurements.
+//! - [`ageing`]: is the host ageing, and when is it exhausted.
 //! - [`span`]: lengths of time as people write them.
 //!
 //! Whoever does the I/O reads the files and the clock, and hands both in.
 
 #![forbid(unsafe_code)]
 
+pub mod ageing;
 pub mod span;
 pub mod usage;
 

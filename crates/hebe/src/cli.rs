@@ -1,5 +1,6 @@
 //! The command line: every flag is defined here, once.
 
+mod age;
 mod plan;
 
 use std::path::PathBuf;
@@ -8,6 +9,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use hebe_host::preflight::RebootOptions;
 use hebe_types::{ByteSize, RebootMethod, VmName};
 
+pub use age::{AGE_HELP, AgeArgs};
 pub use plan::{PLAN_HELP, PlanArgs};
 
 const EXIT_CODES: &str = "\
@@ -406,6 +408,12 @@ pub enum HostCommand {
     /// Is this machine ready? The exact remedy for each thing that is not.
     #[command(after_help = "Example:\n  hebe host check")]
     Check,
+    /// Note how the host is doing; run it from a timer.
+    #[command(after_help = "Example:\n  hebe host sample")]
+    Sample,
+    /// Is the host ageing, and when will it be exhausted?
+    #[command(after_help = AGE_HELP)]
+    Age(AgeArgs),
 }
 
 #[cfg(test)]

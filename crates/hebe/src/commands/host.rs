@@ -1,4 +1,4 @@
-//! `host check`.
+//! `host`: its commands, and `host check`.
 
 use hebe_host::Host;
 use hebe_host::check::host_check;
@@ -17,7 +17,14 @@ struct Answer<'a> {
 
 /// `hebe host`.
 pub fn host(host: &Host, command: &HostCommand, out: &Output) -> Outcome {
-    let HostCommand::Check = command;
+    match command {
+        HostCommand::Check => check(host, out),
+        HostCommand::Sample => super::age::sample(host, out),
+        HostCommand::Age(args) => super::age::age(host, args, out),
+    }
+}
+
+fn check(host: &Host, out: &Output) -> Outcome {
     let checks = host_check(host);
     let ready = checks.iter().all(|c| c.level != Level::Fail);
     let answer = Answer {

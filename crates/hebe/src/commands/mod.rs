@@ -1,5 +1,6 @@
 //! One file per group of commands.
 
+mod age;
 mod console;
 mod host;
 mod plan;
