@@ -55,11 +55,19 @@ pub fn bind(source: &str, target: &str) -> Result<()> {
 }
 
 /// Loads a module that lies uncompressed in a file.
-pub fn load_module(path: &Path) -> io::Result<()> {
+pub fn load_module(path: &Path, parameters: &str) -> io::Result<()> {
     let file = File::open(path)?;
+    let parameters = CString::new(parameters)?;
     // SAFETY: the descriptor and the NUL-terminated parameter string live
     // through the call; the kernel copies what it needs.
-    let rc = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+    let rc = unsafe {
+        libc::syscall(
+            libc::SYS_finit_module,
+            file.as_raw_fd(),
+            parameters.as_ptr(),
+            0,
+        )
+    };
     match rc {
         0 => Ok(()),
         _ => match io::Error::last_os_error() {
