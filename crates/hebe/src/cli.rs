@@ -1,16 +1,18 @@
 //! The command line: every flag is defined here, once.
 
 mod age;
+mod check;
 mod plan;
+mod reboot;
 
 use std::path::PathBuf;
 
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
-use hebe_host::preflight::RebootOptions;
-use hebe_types::{ByteSize, RebootMethod, VmName};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use hebe_types::{ByteSize, VmName};
 
 pub use age::{AGE_HELP, AgeArgs};
 pub use plan::{PLAN_HELP, PlanArgs};
+pub use reboot::{MethodArg, RebootArgs};
 
 const EXIT_CODES: &str = "\
 Exit status:
@@ -24,7 +26,7 @@ Exit status:
 Environment:
   HEBE_RUN_DIR     sockets, locks and logs of VMs that are up  [/run/hebe]
   HEBE_CONFIG_DIR  vms/NAME.toml and host.toml                 [/etc/hebe]
-  HEBE_STATE_DIR   saved VMs and reports                       [/var/lib/hebe]
+  HEBE_STATE_DIR   saved VMs, notes and reports                [/var/lib/hebe]
   HEBE_STORE       the store's device         [the first /dev/dax* with a store]
   HEBE_VMM         the hebe-vmm program                 [beside hebe, or in PATH]";
 
@@ -89,7 +91,9 @@ Examples:
         name: VmName,
     },
     /// Suspend a VM on memory: its RAM stays where it is.
-    #[command(after_help = "Example:\n  hebe suspend web && hebe resume web")]
+    #[command(
+        after_help = "Examples:\n  hebe suspend web db\n  hebe suspend web && hebe resume web"
+    )]
     Suspend {
         /// The VMs.
         #[arg(required = true)]
@@ -98,7 +102,8 @@ Examples:
     /// Resume a VM from memory or from its saved file.
     #[command(after_help = "\
 Examples:
-  hebe resume web
+  hebe resume web db
+  hebe resume web --from file  # frozen and saved: the frozen state is given up
   hebe resume --all            # in early user space, after a reboot
   hebe resume --all --autostart")]
     Resume(ResumeArgs),
@@ -130,10 +135,24 @@ Examples:
     #[command(after_help = PLAN_HELP)]
     Plan(PlanArgs),
     /// Print a completion script for a shell.
-    #[command(after_help = "Example:\n  hebe completions bash > /etc/bash_completion.d/hebe")]
+    #[command(after_help = "\
+Examples:
+  hebe completions bash > /etc/bash_completion.d/hebe
+  hebe completions zsh > /usr/local/share/zsh/site-functions/_hebe
+  hebe completions fish > /etc/fish/completions/hebe.fish")]
     Completions {
         /// The shell.
         shell: clap_complete::Shell,
+    },
+    /// Print the manual page, or write one for each command.
+    #[command(after_help = "\
+Examples:
+  hebe man | man -l -
+  hebe man --dir /usr/local/share/man/man1")]
+    Man {
+        /// Where to write them, instead of printing the first.
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
     },
 }
 
@@ -202,14 +221,14 @@ pub struct StopArgs {
 /// Flags of `resume`.
 #[derive(Debug, Args)]
 pub struct ResumeArgs {
-    /// The VM.
+    /// The VMs.
     #[arg(required_unless_present = "all", conflicts_with = "all")]
-    pub name: Option<VmName>,
+    pub names: Vec<VmName>,
     /// Every VM that was up before the host rebooted.
     #[arg(long)]
     pub all: bool,
     /// With --all: boot also VMs with autostart = true.
-    #[arg(long, requires = "all", conflicts_with = "name")]
+    #[arg(long, requires = "all", conflicts_with = "names")]
     pub autostart: bool,
     /// Which of two states to continue; the other is given up.
     #[arg(long, value_enum, conflicts_with = "all")]
@@ -230,137 +249,6 @@ pub enum FromArg {
     Memory,
     /// The saved file.
     File,
-}
-
-/// Flags of `reboot`.
-#[derive(Debug, Args)]
-pub struct RebootArgs {
-    /// How VMs get over the reboot.
-    #[arg(long, value_enum, default_value_t = MethodArg::Warm)]
-    pub method: MethodArg,
-    /// The next kernel [default: the running one, in /boot].
-    #[arg(long, value_name = "FILE")]
-    pub kernel: Option<PathBuf>,
-    /// Its initramfs [default: the one that belongs to the kernel].
-    #[arg(long, value_name = "FILE")]
-    pub initrd: Option<PathBuf>,
-    /// Words to add to the running kernel's command line.
-    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
-    pub append: Option<String>,
-    /// A whole command line instead of the running kernel's.
-    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
-    pub cmdline: Option<String>,
-    /// With saved or cold: reset the machine instead of jumping.
-    #[arg(long, conflicts_with_all = ["kexec", "kernel", "initrd", "append", "cmdline"])]
-    pub hard: bool,
-    /// With cold: jump instead of resetting the machine, as it does anyway
-    /// where a kernel, initramfs or command line is named.
-    #[arg(long)]
-    pub kexec: bool,
-    /// Say what would happen to each VM, check everything, and stop there.
-    #[arg(long)]
-    pub dry_run: bool,
-    /// With cold: how long a guest has to shut down, in seconds [default: 60].
-    #[arg(long, value_name = "SECONDS")]
-    pub timeout: Option<u64>,
-    /// With cold: power off guests that do not shut down in time.
-    #[arg(long)]
-    pub force: bool,
-    /// Print the timeline of the last reboot instead of rebooting.
-    #[arg(long, conflicts_with_all = [
-        "method", "kernel", "initrd", "append", "cmdline", "hard", "kexec", "dry_run", "timeout", "force",
-    ])]
-    pub report: bool,
-    /// With --report: draw it as a Gantt chart into this file.
-    #[arg(long, value_name = "FILE", requires = "report")]
-    pub svg: Option<PathBuf>,
-}
-
-/// How long a guest has to shut down at a cold reboot, in seconds.
-const TIMEOUT_S: u64 = 60;
-
-impl RebootArgs {
-    /// What they ask of a reboot.
-    pub fn options(&self) -> RebootOptions {
-        RebootOptions {
-            method: self.method.into(),
-            kernel: self.kernel.clone(),
-            initrd: self.initrd.clone(),
-            append: self.append.clone(),
-            cmdline: self.cmdline.clone(),
-            hard: self.hard,
-            kexec: self.kexec,
-            timeout_s: self.timeout.unwrap_or(TIMEOUT_S),
-            force: self.force,
-        }
-    }
-}
-
-impl Cli {
-    /// Refuses flags that would be ignored because of the value of another;
-    /// what excludes each other whatever the values are is said at the flags.
-    pub fn check(&self) -> Result<(), clap::Error> {
-        match self.contradiction() {
-            Some((command, why)) => {
-                let mut whole = Self::command();
-                whole.build();
-                let own = whole.find_subcommand_mut(command);
-                let kind = clap::error::ErrorKind::ArgumentConflict;
-                Err(match own {
-                    Some(own) => own.error(kind, why),
-                    None => whole.error(kind, why),
-                })
-            }
-            None => Ok(()),
-        }
-    }
-
-    fn contradiction(&self) -> Option<(&'static str, &'static str)> {
-        match &self.command {
-            Command::Stop(args) if args.timeout == 0 && !args.force => Some((
-                "stop",
-                "--timeout 0 does not ask the guest, and without --force it is not powered off either: give it time, or say --force",
-            )),
-            Command::Resume(args) if args.again && args.from == Some(FromArg::Memory) => Some((
-                "resume",
-                "--again is about the saved file, and --from memory gives that up: leave one out",
-            )),
-            // A requirement that conflicts with another flag is not enforced.
-            Command::Reboot(args) if args.svg.is_some() && !args.report => {
-                Some(("reboot", "--svg draws a report: use it with --report"))
-            }
-            Command::Reboot(args) => {
-                let late = args.timeout.is_some() && args.method != MethodArg::Cold;
-                let late = late.then_some(
-                    "--timeout is for guests that shut down, as with --method cold: leave it out",
-                );
-                let why = args.options().contradiction().or(late)?;
-                Some(("reboot", why))
-            }
-            _ => None,
-        }
-    }
-}
-
-/// How VMs get over a reboot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum MethodArg {
-    /// Frozen in memory.
-    Warm,
-    /// Saved to disk.
-    Saved,
-    /// Shut down and booted.
-    Cold,
-}
-
-impl From<MethodArg> for RebootMethod {
-    fn from(method: MethodArg) -> Self {
-        match method {
-            MethodArg::Warm => Self::Warm,
-            MethodArg::Saved => Self::Saved,
-            MethodArg::Cold => Self::Cold,
-        }
-    }
 }
 
 /// What to do with the store.
@@ -386,13 +274,19 @@ Examples:
         force: bool,
     },
     /// List segments.
+    #[command(after_help = "Examples:\n  hebe store list\n  hebe store list --json")]
     List,
     /// Show one segment: whose it is, its state, where its RAM lies.
+    #[command(after_help = "Examples:\n  hebe store show web\n  hebe store show 3")]
     Show {
         /// A VM's name or a segment's number.
         segment: String,
     },
     /// Scrub and free a segment; what its VM was doing is lost.
+    #[command(after_help = "\
+Examples:
+  hebe store drop web
+  hebe store drop 3 --yes      # frozen, or cannot be read")]
     Drop {
         /// A VM's name or a segment's number.
         segment: String,
@@ -406,7 +300,9 @@ Examples:
 #[derive(Debug, Subcommand)]
 pub enum HostCommand {
     /// Is this machine ready? The exact remedy for each thing that is not.
-    #[command(after_help = "Example:\n  hebe host check")]
+    #[command(
+        after_help = "Exit status 3: something is missing.\n\nExamples:\n  hebe host check\n  hebe host check --json"
+    )]
     Check,
     /// Note how the host is doing; run it from a timer.
     #[command(after_help = "Example:\n  hebe host sample")]
@@ -418,6 +314,8 @@ pub enum HostCommand {
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory;
+
     use super::*;
 
     #[test]
@@ -446,6 +344,8 @@ mod tests {
             "hebe run --name a --kernel /k --net tap0@br0",
             "hebe resume --all --autostart",
             "hebe resume web --from file",
+            "hebe resume web db",
+            "hebe man --dir /tmp",
             "hebe list --json",
             "hebe store init --force",
             "hebe store format",
@@ -511,6 +411,9 @@ mod tests {
             "hebe reboot --report --timeout 5",
             "hebe reboot --report --force",
             "hebe store init /dev/dax0.0 --namespace n",
+            "hebe console web --json",
+            "hebe --json completions bash",
+            "hebe man --json",
         ] {
             let error = parse(line).expect_err(line);
             assert_eq!(error.exit_code(), 2, "{line}");
@@ -521,10 +424,22 @@ mod tests {
         assert!(text.contains("hebe reboot"), "{text}");
     }
 
+    /// Whoever asks for help gets a line to begin with.
     #[test]
     fn every_command_explains_itself() {
-        for command in Cli::command().get_subcommands() {
+        fn explained(command: &clap::Command) {
             assert!(command.get_about().is_some(), "{}", command.get_name());
+            for argument in command.get_arguments() {
+                let id = argument.get_id();
+                assert!(argument.get_help().is_some(), "{} {id}", command.get_name());
+            }
+            if !command.has_subcommands() {
+                let after = command.get_after_help().map(ToString::to_string);
+                let after = after.unwrap_or_default();
+                assert!(after.contains("Example"), "{}", command.get_name());
+            }
+            command.get_subcommands().for_each(explained);
         }
+        explained(&Cli::command());
     }
 }

@@ -12,13 +12,23 @@ use clap::Parser;
 use hebe_host::Host;
 use hebe_sys::clock::stamp_now;
 
+/// Ends with what is wrong with the command line; as JSON, too, where that was
+/// asked for.
+fn wrong(error: &clap::Error) -> ! {
+    if error.use_stderr() && std::env::args_os().any(|word| word == "--json") {
+        output::Output::new(true).wrong(error);
+    }
+    error.exit()
+}
+
 fn main() -> ExitCode {
     // First of all: the timeline's "user space" is this instant.
     let started = stamp_now();
-    let cli = cli::Cli::parse();
-    if let Err(error) = cli.check() {
-        error.exit();
-    }
+    let parsed = cli::Cli::try_parse();
+    let cli = match parsed.and_then(|cli| cli.check().map(|()| cli)) {
+        Ok(cli) => cli,
+        Err(error) => wrong(&error),
+    };
     let out = output::Output::new(cli.json);
     match commands::run(&Host::here(), cli.command, &out, started) {
         Ok(exit) => exit.into(),

@@ -93,14 +93,27 @@ impl Output {
 
     /// Why a command failed.
     pub fn failure(&self, failure: &Failure) {
-        if self.json {
-            #[derive(Serialize)]
-            struct Error<'a> {
-                error: &'a str,
-            }
-            self.answer(&Error { error: &failure.0 }, String::new);
-        }
+        self.error(&failure.0);
         self.progress(&failure.0);
+    }
+
+    /// What is wrong with the command line; people get to read it elsewhere.
+    pub fn wrong(&self, error: &clap::Error) {
+        let text = error.to_string();
+        // Behind the first empty line stands how the command is used.
+        let lines = text.lines().take_while(|line| !line.trim().is_empty());
+        let sentence = lines.map(str::trim).collect::<Vec<_>>().join(" ");
+        self.error(sentence.strip_prefix("error: ").unwrap_or(&sentence));
+    }
+
+    fn error(&self, error: &str) {
+        #[derive(Serialize)]
+        struct Error<'a> {
+            error: &'a str,
+        }
+        if self.json {
+            self.answer(&Error { error }, String::new);
+        }
     }
 }
 

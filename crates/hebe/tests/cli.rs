@@ -229,12 +229,73 @@ fn a_cold_reboot_never_ignores_an_initramfs() {
 }
 
 #[test]
-fn help_and_completions_are_there() {
+fn help_completions_and_manual_pages_are_there() {
     let host = Host::new();
     let help = host.hebe(&["reboot", "--help"]);
     let text = String::from_utf8(help.stdout).expect("text");
     assert!(text.contains("Examples:") && text.contains("--dry-run"));
-    let script = host.hebe(&["completions", "bash"]);
-    assert!(String::from_utf8_lossy(&script.stdout).contains("_hebe"));
+    for (shell, word) in [
+        ("bash", "_hebe"),
+        ("zsh", "#compdef hebe"),
+        ("fish", "complete -c hebe"),
+    ] {
+        let script = host.hebe(&["completions", shell]);
+        let text = String::from_utf8_lossy(&script.stdout);
+        assert!(text.contains(word) && text.contains("afresh"), "{shell}");
+    }
+    let page = host.hebe(&["man"]);
+    let text = String::from_utf8(page.stdout).expect("text");
+    assert!(
+        text.contains(".TH hebe 1") && text.contains("HEBE_STATE_DIR"),
+        "{text}"
+    );
+    let dir = host.path("man");
+    assert_eq!(host.fails(&["man", "--dir", &dir]).0, 0);
+    for (page, words) in [
+        ("hebe.1", "hebe\\-reboot(1)"),
+        ("hebe-reboot.1", "dry"),
+        ("hebe-store-init.1", "namespace"),
+    ] {
+        let text = fs::read_to_string(Path::new(&dir).join(page)).expect(page);
+        assert!(text.contains(words), "{page}: {text}");
+    }
     assert_eq!(host.fails(&["reboot", "--method", "lukewarm"]).0, 2);
+}
+
+#[test]
+fn a_wrong_command_line_is_told_as_json_too() {
+    let host = Host::new();
+    for (line, words) in [
+        (&["reboot", "--method", "lukewarm"][..], "lukewarm"),
+        (&["reboot", "--hard"][..], "--method saved"),
+        (&["start"][..], "NAMES"),
+        (&["console", "web"][..], "no JSON"),
+    ] {
+        let (status, answer) = host.json(line);
+        assert_eq!(status, 2, "{line:?}");
+        let error = answer["error"].as_str().expect("a sentence");
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+/// One that fails does not keep the others from it, and each is answered.
+#[test]
+fn an_order_for_several_vms_answers_for_each() {
+    let host = Host::new();
+    host.hebe(&["store", "init"]);
+    for orders in ["start", "stop", "suspend", "resume"] {
+        let output = host.hebe(&["--json", orders, "b", "a", "b"]);
+        assert_eq!(output.status.code(), Some(1));
+        let answers = serde_json::Deserializer::from_slice(&output.stdout);
+        let answers: Vec<Value> = answers
+            .into_iter()
+            .collect::<Result<_, _>>()
+            .expect("documents");
+        let named: Vec<bool> = answers
+            .iter()
+            .zip(["'b'", "'a'"])
+            .map(|(a, name)| a["error"].as_str().is_some_and(|e| e.contains(name)))
+            .collect();
+        assert_eq!(named, [true, true], "{orders}: {answers:?}");
+    }
 }

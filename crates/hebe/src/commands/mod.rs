@@ -3,6 +3,7 @@
 mod age;
 mod console;
 mod host;
+mod man;
 mod plan;
 mod reboot;
 mod store;
@@ -31,6 +32,7 @@ pub fn run(host: &Host, command: Command, out: &Output, started: Stamp) -> Outco
         Command::Store(command) => store::store(host, command, out),
         Command::Host(command) => host::host(host, &command, out),
         Command::Plan(args) => plan::plan(&args, out),
+        Command::Man { dir } => man::man(dir.as_deref(), out),
         Command::Completions { shell } => {
             use clap::CommandFactory;
             let mut script = Vec::new();

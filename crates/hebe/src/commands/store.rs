@@ -7,7 +7,7 @@ use hebe_host::lock::VmLock;
 use hebe_host::segments::free_segment;
 use hebe_host::store_init::{InitOptions, init};
 use hebe_host::stores::{ExecView, SegmentView, StoreTrouble, StoreView};
-use hebe_types::ByteSize;
+use hebe_types::{ByteSize, VmId};
 use serde::Serialize;
 
 use crate::cli::StoreCommand;
@@ -88,8 +88,9 @@ fn list(host: &Host, out: &Output) -> Outcome {
         };
         let rows: Vec<Vec<String>> = store.segments.iter().map(row).collect();
         format!(
-            "{}: {} MiB, {} MiB free\n{}",
+            "{}: store {}, {} MiB, {} MiB free\n{}",
             store.path.display(),
+            VmId(store.uuid),
             store.capacity.0 >> 20,
             store.free.0 >> 20,
             table(&["SEGMENT", "VM", "MEMORY", "EXTENTS", "STATE"], &rows)

@@ -9,7 +9,7 @@ use hebe_host::resume_all::{Resumed, resume_all};
 use hebe_types::{Stamp, VmName};
 use serde::Serialize;
 
-use super::vm::each;
+use super::vm::{done, each};
 use crate::cli::{FromArg, ResumeArgs};
 use crate::output::{Exit, Failure, Outcome, Output};
 
@@ -24,37 +24,34 @@ struct Suspended<'a> {
 pub fn suspend(host: &Host, names: &[VmName], out: &Output) -> Outcome {
     each(names, out, |name| {
         let report = ops::suspend(host, name)?;
-        let answer = Suspended {
-            name,
-            result: "frozen",
-            freeze: &report,
-        };
-        out.answer(&answer, || {
-            let took_ns = report
-                .committed
-                .realtime_ns
-                .saturating_sub(report.asked.realtime_ns);
-            format!(
-                "{name}: frozen in {:.1} ms, {} bytes of state",
-                took_ns as f64 / 1e6,
-                report.state_bytes
-            )
-        });
-        Ok(())
+        Ok(move |out: &Output| suspended(out, name, &report))
     })
 }
 
-#[derive(Serialize)]
-struct ResumedOne<'a> {
-    name: &'a VmName,
-    result: &'static str,
+fn suspended(out: &Output, name: &VmName, report: &FreezeReport) {
+    let answer = Suspended {
+        name,
+        result: "frozen",
+        freeze: report,
+    };
+    out.answer(&answer, || {
+        let took_ns = report
+            .committed
+            .realtime_ns
+            .saturating_sub(report.asked.realtime_ns);
+        format!(
+            "{name}: frozen in {:.1} ms, {} bytes of state",
+            took_ns as f64 / 1e6,
+            report.state_bytes
+        )
+    });
 }
 
 /// `hebe resume`.
 pub fn resume(host: &Host, args: &ResumeArgs, out: &Output, started: Stamp) -> Outcome {
-    let Some(name) = &args.name else {
+    if args.all {
         return all(host, args.autostart, out, started);
-    };
+    }
     let options = ResumeOptions {
         from: args.from.map(|from| match from {
             FromArg::Memory => ResumeFrom::Memory,
@@ -63,13 +60,10 @@ pub fn resume(host: &Host, args: &ResumeArgs, out: &Output, started: Stamp) -> O
         again: args.again,
         accept_changed_disk: args.accept_changed_disk,
     };
-    ops::resume(host, name, options)?;
-    let answer = ResumedOne {
-        name,
-        result: "running",
-    };
-    out.answer(&answer, || format!("{name}: running"));
-    Ok(Exit::Done)
+    each(&args.names, out, |name| {
+        ops::resume(host, name, options)?;
+        Ok(move |out: &Output| done(out, name, "running"))
+    })
 }
 
 fn all(host: &Host, autostart: bool, out: &Output, started: Stamp) -> Outcome {

@@ -1,5 +1,6 @@
 //! `run`, `start`, `stop`, `list`, `show`, `drop`.
 
+use std::thread;
 use std::time::Duration;
 
 use hebe_host::definitions;
@@ -18,7 +19,8 @@ struct Done<'a> {
     result: &'static str,
 }
 
-fn done(out: &Output, name: &VmName, result: &'static str) {
+/// One VM, and where it is now.
+pub fn done(out: &Output, name: &VmName, result: &'static str) {
     out.answer(&Done { name, result }, || format!("{name}: {result}"));
 }
 
@@ -79,8 +81,7 @@ pub fn start(host: &Host, names: &[VmName], afresh: bool, out: &Output) -> Outco
     };
     each(names, out, |name| {
         order(host, name)?;
-        done(out, name, "running");
-        Ok(())
+        Ok(move |out: &Output| done(out, name, "running"))
     })
 }
 
@@ -92,26 +93,47 @@ pub fn stop(host: &Host, args: &StopArgs, out: &Output) -> Outcome {
     };
     each(&args.names, out, |name| {
         ops::stop(host, name, options)?;
-        done(out, name, "stopped");
-        Ok(())
+        Ok(move |out: &Output| done(out, name, "stopped"))
     })
 }
 
-/// Carries out an order for each VM; one that fails does not keep the others
+/// Carries out an order for each VM, all at once, and says what came of each in
+/// the order in which they were named; one that fails does not keep the others
 /// from it.
-pub fn each(
-    names: &[VmName],
+pub fn each<'a, Say: FnOnce(&Output) + Send>(
+    names: &'a [VmName],
     out: &Output,
-    order: impl Fn(&VmName) -> Result<(), HostError>,
+    order: impl Fn(&'a VmName) -> Result<Say, HostError> + Sync,
 ) -> Outcome {
-    let mut exit = Exit::Done;
+    // The same VM named twice is one order.
+    let mut distinct: Vec<&VmName> = Vec::with_capacity(names.len());
     for name in names {
-        if let Err(error) = order(name) {
-            out.failure(&error.into());
-            exit = Exit::Failed;
+        if !distinct.contains(&name) {
+            distinct.push(name);
         }
     }
-    Ok(exit)
+    let order = &order;
+    thread::scope(|scope| {
+        let workers: Vec<_> = distinct
+            .into_iter()
+            .map(|name| (name, scope.spawn(move || order(name))))
+            .collect();
+        let mut exit = Exit::Done;
+        for (name, worker) in workers {
+            match worker.join() {
+                Ok(Ok(say)) => {
+                    say(out);
+                    continue;
+                }
+                Ok(Err(error)) => out.failure(&error.into()),
+                Err(_) => out.failure(&Failure(format!(
+                    "the order for '{name}' broke off: see `hebe list`, and please report this"
+                ))),
+            }
+            exit = Exit::Failed;
+        }
+        Ok(exit)
+    })
 }
 
 #[derive(Serialize)]

@@ -1,0 +1,92 @@
+//! Flags of `reboot`.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use hebe_host::preflight::RebootOptions;
+use hebe_types::RebootMethod;
+
+/// Flags of `reboot`.
+#[derive(Debug, Args)]
+pub struct RebootArgs {
+    /// How VMs get over the reboot.
+    #[arg(long, value_enum, default_value_t = MethodArg::Warm)]
+    pub method: MethodArg,
+    /// The next kernel [default: the running one, in /boot].
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Its initramfs [default: the one that belongs to the kernel].
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Words to add to the running kernel's command line.
+    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// A whole command line instead of the running kernel's.
+    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+    /// With saved or cold: reset the machine instead of jumping.
+    #[arg(long, conflicts_with_all = ["kexec", "kernel", "initrd", "append", "cmdline"])]
+    pub hard: bool,
+    /// With cold: jump instead of resetting the machine, as it does anyway
+    /// where a kernel, initramfs or command line is named.
+    #[arg(long)]
+    pub kexec: bool,
+    /// Say what would happen to each VM, check everything, and stop there.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// With cold: how long a guest has to shut down, in seconds [default: 60].
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<u64>,
+    /// With cold: power off guests that do not shut down in time.
+    #[arg(long)]
+    pub force: bool,
+    /// Print the timeline of the last reboot instead of rebooting.
+    #[arg(long, conflicts_with_all = [
+        "method", "kernel", "initrd", "append", "cmdline", "hard", "kexec", "dry_run", "timeout", "force",
+    ])]
+    pub report: bool,
+    /// With --report: draw it as a Gantt chart into this file.
+    #[arg(long, value_name = "FILE", requires = "report")]
+    pub svg: Option<PathBuf>,
+}
+
+/// How long a guest has to shut down at a cold reboot, in seconds.
+const TIMEOUT_S: u64 = 60;
+
+impl RebootArgs {
+    /// What they ask of a reboot.
+    pub fn options(&self) -> RebootOptions {
+        RebootOptions {
+            method: self.method.into(),
+            kernel: self.kernel.clone(),
+            initrd: self.initrd.clone(),
+            append: self.append.clone(),
+            cmdline: self.cmdline.clone(),
+            hard: self.hard,
+            kexec: self.kexec,
+            timeout_s: self.timeout.unwrap_or(TIMEOUT_S),
+            force: self.force,
+        }
+    }
+}
+
+/// How VMs get over a reboot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MethodArg {
+    /// Frozen in memory.
+    Warm,
+    /// Saved to disk.
+    Saved,
+    /// Shut down and booted.
+    Cold,
+}
+
+impl From<MethodArg> for RebootMethod {
+    fn from(method: MethodArg) -> Self {
+        match method {
+            MethodArg::Warm => Self::Warm,
+            MethodArg::Saved => Self::Saved,
+            MethodArg::Cold => Self::Cold,
+        }
+    }
+}
