@@ -3,6 +3,9 @@
 //!
 //! - [`usage`]: the papers' usage model, fitted to measurements.
 //! - [`ageing`]: is the host ageing, and when is it exhausted.
+//! - [`calendar`]: events and windows.
+//! - [`policy`]: when to go, decided from facts.
+//! - [`fleet`]: through a group of hosts, at most k at once.
 //! - [`span`]: lengths of time as people write them.
 //!
 //! Whoever does the I/O reads the files and the clock, and hands both in.
@@ -10,6 +13,9 @@
 #![forbid(unsafe_code)]
 
 pub mod ageing;
+pub mod calendar;
+pub mod fleet;
+pub mod policy;
 pub mod span;
 pub mod usage;
 

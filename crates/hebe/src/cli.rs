@@ -2,6 +2,7 @@
 
 mod age;
 mod check;
+mod fleet;
 mod plan;
 mod reboot;
 
@@ -11,6 +12,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use hebe_types::{ByteSize, VmName};
 
 pub use age::{AGE_HELP, AgeArgs};
+pub use fleet::{FleetCommand, RollArgs};
 pub use plan::{PLAN_HELP, PlanArgs};
 pub use reboot::{MethodArg, RebootArgs};
 
@@ -134,6 +136,9 @@ Examples:
     /// Plan rejuvenations: what each method costs now, and what it saves a year.
     #[command(after_help = PLAN_HELP)]
     Plan(PlanArgs),
+    /// Look after a group of hosts.
+    #[command(subcommand)]
+    Fleet(FleetCommand),
     /// Print a completion script for a shell.
     #[command(after_help = "\
 Examples:

@@ -2,6 +2,7 @@
 
 mod age;
 mod console;
+mod fleet;
 mod host;
 mod man;
 mod plan;
@@ -31,6 +32,7 @@ pub fn run(host: &Host, command: Command, out: &Output, started: Stamp) -> Outco
         Command::Reboot(args) => reboot::reboot(host, &args, out),
         Command::Store(command) => store::store(host, command, out),
         Command::Host(command) => host::host(host, &command, out),
+        Command::Fleet(command) => fleet::fleet(&command, out),
         Command::Plan(args) => plan::plan(&args, out),
         Command::Man { dir } => man::man(dir.as_deref(), out),
         Command::Completions { shell } => {

@@ -1,0 +1,80 @@
+//! `fleet`: rolling through a group of hosts, so far as a forecast.
+
+use std::fs;
+
+use hebe_host::listing::with_cause;
+use hebe_policy::fleet::forecast::{Forecast, Inventory};
+
+use crate::cli::{FleetCommand, RollArgs};
+use crate::output::{Exit, Failure, Outcome, Output, table};
+
+/// `hebe fleet`.
+pub fn fleet(command: &FleetCommand, out: &Output) -> Outcome {
+    let FleetCommand::Roll(args) = command;
+    let forecast = forecast(args)?;
+    out.answer(&forecast, || text(&forecast));
+    Ok(Exit::Done)
+}
+
+fn forecast(args: &RollArgs) -> Result<Forecast, Failure> {
+    let file = args.inventory.display();
+    let content = fs::read_to_string(&args.inventory)
+        .map_err(|e| Failure(format!("cannot read {file}: {}", with_cause(&e))))?;
+    let inventory: Inventory = toml::from_str(&content)
+        .map_err(|e| Failure(format!("{file}: {}", sentence(&e, &content))))?;
+    inventory
+        .forecast()
+        .map_err(|e| Failure(format!("{file}: {e}")))
+}
+
+/// A TOML error in one line, with the line that it is about.
+fn sentence(error: &toml::de::Error, content: &str) -> String {
+    let at = error.span().map_or(0, |span| span.start);
+    let line = content.get(..at).unwrap_or_default().lines().count().max(1);
+    let message = error.message().replace('\n', " ");
+    format!("line {line}: {message}")
+}
+
+fn clock(seconds: u64) -> String {
+    let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
+    format!("{hours}:{minutes:02}:{:02}", seconds % 60)
+}
+
+fn text(forecast: &Forecast) -> String {
+    let steps: Vec<Vec<String>> = forecast
+        .steps
+        .iter()
+        .map(|s| vec![s.host.clone(), clock(s.from_s), clock(s.to_s)])
+        .collect();
+    let whole = forecast.capacity_whole;
+    let part = |capacity: f64| {
+        let percent = if whole > 0.0 {
+            100.0 * capacity / whole
+        } else {
+            100.0
+        };
+        format!("{percent:.0} %")
+    };
+    let capacity: Vec<Vec<String>> = forecast
+        .capacity
+        .iter()
+        .map(|c| {
+            vec![
+                clock(c.from_s),
+                format!("{:.1}", c.capacity),
+                part(c.capacity),
+            ]
+        })
+        .collect();
+    format!(
+        "group {}: {} hosts, at most {} at once, {} if all goes as expected\n\n{}\n{}\nleast capacity: {:.1} of {whole:.1} ({})\n",
+        forecast.group,
+        forecast.steps.len(),
+        forecast.at_most,
+        clock(forecast.duration_s),
+        table(&["HOST", "REBOOTS AT", "SERVES AT"], &steps),
+        table(&["FROM", "CAPACITY", ""], &capacity),
+        forecast.capacity_least,
+        part(forecast.capacity_least),
+    )
+}
