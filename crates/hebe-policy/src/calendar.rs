@@ -30,8 +30,8 @@ const DAYS_MAX: u32 = 40 * 366;
 const WEEKDAYS: [&str; 7] = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"];
 const YEARS: (i16, i16) = (1970, 2200);
 
-/// An instant: seconds since 1970, UTC.
-pub type Instant = i64;
+/// A moment: seconds since 1970, UTC.
+pub type Moment = i64;
 
 /// Which values of a field fit.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -241,7 +241,7 @@ fn parse_time(text: &str) -> Option<[Field; 3]> {
 
 impl Calendar {
     /// The first event after `now`; `None` if there is none in forty years.
-    pub fn next_after(&self, now: Instant) -> Option<Instant> {
+    pub fn next_after(&self, now: Moment) -> Option<Moment> {
         let here = Timestamp::from_second(now)
             .ok()?
             .to_zoned(self.zone.clone());
@@ -261,7 +261,7 @@ impl Calendar {
     }
 
     /// Before the first year that fits.
-    fn earliest(&self) -> Instant {
+    fn earliest(&self) -> Moment {
         let years = self.date[0].0.iter().map(|part| part.from);
         let first = Date::new(years.min().unwrap_or(YEARS.0), 1, 1).ok();
         let begins = first.and_then(|date| date.to_zoned(TimeZone::UTC).ok());
@@ -278,14 +278,14 @@ impl Calendar {
             && day.fits(date.day().into())
     }
 
-    fn first_of_day(&self, date: Date, from_hour: i16, now: Instant) -> Option<Instant> {
+    fn first_of_day(&self, date: Date, from_hour: i16, now: Moment) -> Option<Moment> {
         let [hours, minutes, seconds] = &self.time;
         let fitting = |field: &Field, from: i16, to: i16| {
             let all = (from.max(0)..=to).filter(|v| field.fits(*v));
             all.collect::<Vec<i16>>()
         };
         let (minutes, seconds) = (fitting(minutes, 0, 59), fitting(seconds, 0, 59));
-        let mut best: Option<(Instant, DateTime)> = None;
+        let mut best: Option<(Moment, DateTime)> = None;
         for hour in fitting(hours, from_hour, 23) {
             for minute in &minutes {
                 for second in &seconds {
@@ -345,7 +345,7 @@ pub struct Window {
 impl Window {
     /// The end of the window that `now` lies in, if it lies in one: the first
     /// of those that are open.
-    pub fn open_until(&self, now: Instant) -> Option<Instant> {
+    pub fn open_until(&self, now: Moment) -> Option<Moment> {
         let length = i64::try_from(self.length.as_s()).ok()?;
         let began = self.from.next_after(now.checked_sub(length)?)?;
         (began <= now).then(|| began + length)
@@ -357,7 +357,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn at(text: &str) -> Instant {
+    fn at(text: &str) -> Moment {
         text.parse::<Timestamp>().expect("time").as_second()
     }
 

@@ -25,7 +25,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::calendar::{Calendar, Instant, Window};
+use crate::calendar::{Calendar, Moment, Window};
 use crate::span::Span;
 
 /// Most windows that are followed from one into the next.
@@ -93,9 +93,9 @@ pub struct Quiet {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Facts {
     /// When it was rejuvenated last.
-    pub last: Option<Instant>,
+    pub last: Option<Moment>,
     /// When a person asked, and it has not been rejuvenated since.
-    pub asked: Option<Instant>,
+    pub asked: Option<Moment>,
     /// Ageing: since when exhaustion is foretold, and for when.
     pub exhaustion: Option<Exhaustion>,
     /// Load over time, the oldest first, each until the next.
@@ -108,16 +108,16 @@ pub struct Facts {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Exhaustion {
     /// When it was found.
-    pub found: Instant,
+    pub found: Moment,
     /// When the host is exhausted.
-    pub at: Instant,
+    pub at: Moment,
 }
 
 /// Load from an instant on.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Load {
     /// From when.
-    pub from: Instant,
+    pub from: Moment,
     /// How much.
     pub load: f64,
 }
@@ -139,7 +139,7 @@ pub enum Decision {
         why: Why,
         /// Before then the same facts give the same answer; `None` while
         /// nothing but other facts can change it.
-        until: Option<Instant>,
+        until: Option<Moment>,
     },
 }
 
@@ -179,7 +179,7 @@ pub enum PolicyError {
 
 impl Policy {
     /// Refuses what cannot be meant. `now` is where blackouts are looked at from.
-    pub fn check(&self, now: Instant) -> Result<(), PolicyError> {
+    pub fn check(&self, now: Moment) -> Result<(), PolicyError> {
         if self.at_most == 0 {
             return Err(PolicyError::AtMostZero);
         }
@@ -220,7 +220,7 @@ impl Policy {
     }
 
     /// The first instant from `now` on that no blackout covers.
-    pub fn free_from(&self, now: Instant) -> Option<Instant> {
+    pub fn free_from(&self, now: Moment) -> Option<Moment> {
         let mut at = now;
         for _ in 0..WINDOWS_MAX {
             let ends = self.blackouts.iter().filter_map(|w| w.open_until(at));
@@ -242,7 +242,7 @@ impl Rule {
     }
 
     /// Whether it is due, or when that may be next.
-    fn due(&self, facts: &Facts, now: Instant) -> Due {
+    fn due(&self, facts: &Facts, now: Moment) -> Due {
         match self {
             Self::Calendar { on, within, .. } => {
                 let reach = now.saturating_sub(seconds(*within));
@@ -274,7 +274,7 @@ impl Rule {
                 }
             }
             Self::ByHand => {
-                let fresh = |asked: &Instant| facts.last.is_none_or(|last| last < *asked);
+                let fresh = |asked: &Moment| facts.last.is_none_or(|last| last < *asked);
                 match facts.asked.filter(fresh) {
                     Some(since) if since <= now => Due::Since { since, until: None },
                     asked => Due::NotBefore(asked),
@@ -284,26 +284,26 @@ impl Rule {
     }
 }
 
-fn seconds(span: Span) -> Instant {
+fn seconds(span: Span) -> Moment {
     // A span is far below what fits.
-    span.as_s() as Instant
+    span.as_s() as Moment
 }
 
 /// Whether a rule is due.
 enum Due {
     /// It is.
     Since {
-        since: Instant,
+        since: Moment,
         /// When it is too late.
-        until: Option<Instant>,
+        until: Option<Moment>,
     },
     /// It is not, and not before this, if ever.
-    NotBefore(Option<Instant>),
+    NotBefore(Option<Moment>),
 }
 
 /// What to do with a host, given what is known of it. Before [`Policy::check`]
 /// accepted the policy, the answer may be to wait for ever.
-pub fn decide(policy: &Policy, facts: &Facts, now: Instant) -> Decision {
+pub fn decide(policy: &Policy, facts: &Facts, now: Moment) -> Decision {
     let mut waits = Vec::new();
     for (index, rule) in policy.rules.iter().enumerate() {
         match one_rule(policy, rule, facts, now) {
@@ -325,13 +325,13 @@ fn one_rule(
     policy: &Policy,
     rule: &Rule,
     facts: &Facts,
-    now: Instant,
-) -> Result<Option<bool>, (Why, Option<Instant>)> {
+    now: Moment,
+) -> Result<Option<bool>, (Why, Option<Moment>)> {
     let (since, too_late) = match rule.due(facts, now) {
         Due::NotBefore(at) => return Err((Why::NothingDue, at)),
         Due::Since { since, until } => (since, until),
     };
-    let or_too_late = |at: Option<Instant>| match (at, too_late) {
+    let or_too_late = |at: Option<Moment>| match (at, too_late) {
         (Some(at), Some(late)) => Some(at.min(late)),
         (at, late) => at.or(late),
     };
@@ -360,7 +360,7 @@ fn one_rule(
 
 /// When it will have been quiet for long enough, if the load stays as it is;
 /// `None` while it is not quiet.
-fn quiet_from(quiet: &Quiet, load: &[Load]) -> Option<Instant> {
+fn quiet_from(quiet: &Quiet, load: &[Load]) -> Option<Moment> {
     let calm = |l: &&Load| l.load <= quiet.below;
     let since = load.iter().rev().take_while(calm).last()?.from;
     Some(since.saturating_add(seconds(quiet.lasting)))

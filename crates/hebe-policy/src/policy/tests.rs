@@ -1,10 +1,10 @@
 use super::*;
 use proptest::prelude::*;
 
-const HOUR: Instant = 3600;
-const DAY: Instant = 86_400;
+const HOUR: Moment = 3600;
+const DAY: Moment = 86_400;
 /// Monday, 23 November 2026, 00:00 UTC.
-const MONDAY: Instant = 1_795_392_000;
+const MONDAY: Moment = 1_795_392_000;
 
 fn policy(text: &str) -> Policy {
     let policy: Policy = toml::from_str(text).expect(text);
@@ -29,11 +29,11 @@ from = "Mon..Fri 08:00 UTC"
 length = "10h"
 "#;
 
-fn quiet_since(from: Instant) -> Vec<Load> {
+fn quiet_since(from: Moment) -> Vec<Load> {
     vec![Load { from: 0, load: 0.9 }, Load { from, load: 0.1 }]
 }
 
-fn wait(why: Why, until: impl Into<Option<Instant>>) -> Decision {
+fn wait(why: Why, until: impl Into<Option<Moment>>) -> Decision {
     Decision::Wait {
         why,
         until: until.into(),
@@ -229,7 +229,7 @@ proptest! {
             let ahead = facts.load.iter().any(|l| l.from > now);
             let end = until.unwrap_or(now + 30 * DAY);
             for part in part {
-                let between = now + ((end - now) as f64 * part) as Instant;
+                let between = now + ((end - now) as f64 * part) as Moment;
                 if between < end && !ahead {
                     let decision = decide(&policy, &facts, between);
                     let waits = matches!(decision, Decision::Wait { .. });
@@ -267,7 +267,7 @@ fn a_simulation_and_a_service_decide_alike() {
 }
 
 /// Instants at which hosts of a group of three began; each takes ten minutes.
-fn group(policy: &Policy, begin: Instant, end: Instant, poll: Option<Instant>) -> Vec<Instant> {
+fn group(policy: &Policy, begin: Moment, end: Moment, poll: Option<Moment>) -> Vec<Moment> {
     let mut last = [begin; 3];
     let mut starts = Vec::new();
     let mut now = begin;
