@@ -1,6 +1,6 @@
 //! The usage model: what a rejuvenation costs, and what it saves a year.
 //!
-//! [`data`] reads measurements, [`line`] fits them, [`model`] holds the papers'
+//! [`data`] reads measurements, [`mod@line`] fits them, [`model`] holds the papers'
 //! formulas, [`paper`] their figures; [`report`] puts an answer together, and
 //! [`text`] and [`chart`] show it.
 
