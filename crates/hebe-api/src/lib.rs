@@ -6,6 +6,7 @@
 //! ends the connection. After [`Request::Console`] is answered with
 //! [`Response::Done`], the connection carries raw console bytes both ways.
 
+mod cage;
 mod frame;
 mod order;
 
@@ -14,6 +15,7 @@ use std::path::PathBuf;
 use hebe_types::{Stamp, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
+pub use cage::{CagePart, CageReport};
 pub use frame::{Client, ClientError, FRAME_LEN_MAX, read_frame, write_frame};
 pub use order::{Deadline, Order};
 
@@ -115,6 +117,9 @@ pub struct VmStatus {
     pub first_tx: Option<Stamp>,
     /// Stamps of the last resume, if the VM was resumed.
     pub resume: Option<ResumeReport>,
+    /// How the VMM is confined; `None` from a release that did not confine it.
+    #[serde(default)]
+    pub cage: Option<CageReport>,
 }
 
 /// Guest RAM touched by the VMM, in bytes, since it started.

@@ -79,7 +79,7 @@ impl BlockBackend {
     /// here; a size that is 0 or no multiple of 512 is refused rather than
     /// rounded, because rounding hides a tail or invents one.
     pub fn open(path: &Path, readonly: bool) -> Result<Self, BlockError> {
-        let mut file = OpenOptions::new()
+        let file = OpenOptions::new()
             .read(true)
             .write(!readonly)
             // A FIFO must be refused, not waited for.
@@ -101,22 +101,40 @@ impl BlockBackend {
             return Err(BlockError::Kind(path.to_owned()));
         }
         lock(&file, path, readonly)?;
-        // Works for block devices too, whose metadata has no length.
-        let bytes = file.seek(SeekFrom::End(0)).map_err(open_error)?;
-        if bytes == 0 || !bytes.is_multiple_of(SECTOR_SIZE) {
-            return Err(BlockError::Size {
-                path: path.to_owned(),
-                bytes,
-            });
-        }
+        let sectors = sectors(&file, path, readonly)?;
         Ok(Self {
             file,
             path: path.to_owned(),
-            sectors: bytes / SECTOR_SIZE,
+            sectors,
             readonly,
             device: identity::of_device(&metadata, Path::new(identity::SYSFS)),
             dirty: AtomicBool::new(false),
             unsettled: AtomicBool::new(false),
+            flushing: Mutex::new(None),
+            bytes_read: AtomicU64::new(0),
+            bytes_written: AtomicU64::new(0),
+        })
+    }
+
+    /// The same open disk once more, with the size that it has now: for a VM
+    /// that is built again. The two share one lock; only one may be used.
+    pub fn again(&self) -> Result<Self, BlockError> {
+        let open_error = |source| BlockError::Open {
+            path: self.path.clone(),
+            readonly: self.readonly,
+            source,
+        };
+        let file = self.file.try_clone().map_err(open_error)?;
+        let sectors = sectors(&file, &self.path, self.readonly)?;
+        Ok(Self {
+            file,
+            path: self.path.clone(),
+            sectors,
+            readonly: self.readonly,
+            device: self.device.clone(),
+            // The other one may have left writes behind.
+            dirty: AtomicBool::new(!self.readonly),
+            unsettled: AtomicBool::new(!self.readonly),
             flushing: Mutex::new(None),
             bytes_read: AtomicU64::new(0),
             bytes_written: AtomicU64::new(0),
@@ -265,6 +283,24 @@ fn beyond() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, "beyond the end of the disk")
 }
 
+/// Works for block devices too, whose metadata has no length.
+fn sectors(mut file: &File, path: &Path, readonly: bool) -> Result<u64, BlockError> {
+    let bytes = file
+        .seek(SeekFrom::End(0))
+        .map_err(|source| BlockError::Open {
+            path: path.to_owned(),
+            readonly,
+            source,
+        })?;
+    if bytes == 0 || !bytes.is_multiple_of(SECTOR_SIZE) {
+        return Err(BlockError::Size {
+            path: path.to_owned(),
+            bytes,
+        });
+    }
+    Ok(bytes / SECTOR_SIZE)
+}
+
 fn lock(file: &File, path: &Path, readonly: bool) -> Result<(), BlockError> {
     let how = if readonly {
         FlockOperation::NonBlockingLockShared
@@ -286,6 +322,20 @@ mod tests {
 
     use super::*;
     use crate::{DiskChange, disk_change};
+
+    #[test]
+    fn a_disk_once_more_shares_the_lock_and_has_the_size_of_now() {
+        let file = disk(1024);
+        let first = BlockBackend::open(file.path(), false).expect("open");
+        file.as_file().set_len(2048).expect("grow");
+        let again = first.again().expect("again");
+        assert_eq!((first.sectors(), again.sectors()), (2, 4));
+        drop(first);
+        let busy = BlockBackend::open(file.path(), false);
+        assert!(matches!(busy, Err(BlockError::Busy(_))), "{busy:?}");
+        file.as_file().set_len(0).expect("shrink");
+        assert!(matches!(again.again(), Err(BlockError::Size { .. })));
+    }
 
     fn disk(bytes: u64) -> tempfile::NamedTempFile {
         let file = tempfile::NamedTempFile::new().expect("temporary file");

@@ -33,6 +33,8 @@ pub struct Layout {
     pub store: Option<PathBuf>,
     /// `HEBE_VMM`; by default `hebe-vmm` beside this program, then in `PATH`.
     pub vmm: PathBuf,
+    /// It is started without its cage: for debugging.
+    pub no_sandbox: bool,
 }
 
 impl Layout {
@@ -51,6 +53,7 @@ impl Layout {
                 .filter(|v| !v.is_empty())
                 .map(PathBuf::from),
             vmm: find_vmm(),
+            no_sandbox: false,
         }
     }
 
@@ -62,6 +65,7 @@ impl Layout {
             state: root.join("state"),
             store: None,
             vmm: root.join("hebe-vmm"),
+            no_sandbox: false,
         }
     }
 
@@ -102,6 +106,29 @@ pub struct HostConfig {
     /// What is stopped before VMs are suspended, and started when a
     /// reboot is undone.
     pub services: Services,
+    /// How VMMs are confined.
+    pub cage: Cage,
+}
+
+/// How a VMM is confined, where `--no-sandbox` does not say otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Cage {
+    /// As far as the kernel can.
+    #[default]
+    On,
+    /// Wholly, or the VM does not run.
+    Required,
+}
+
+impl Cage {
+    /// As `hebe-vmm --cage` takes it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::On => "on",
+            Self::Required => "required",
+        }
+    }
 }
 
 /// Host services, as shell commands in order.

@@ -25,8 +25,9 @@ use hebe_types::{ByteSize, SegmentId, VmConfig, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
 use crate::files;
-use crate::host::Host;
+use crate::host::{Cage, Host};
 use crate::lock::VmLock;
+use crate::saved::SavedPaths;
 use crate::stores::{ExecView, SegmentView, StoreTrouble};
 use crate::vmm;
 
@@ -315,6 +316,7 @@ fn spawn(host: &Host, lock: &VmLock, order: &Launch, dir: &Path) -> Result<Child
     if order.accept_changed_disk {
         command.arg("--accept-changed-disk");
     }
+    confine(host, order, &mut command);
     command.stdin(Stdio::null());
     command.stdout(Stdio::null());
     command.stderr(Stdio::from(log));
@@ -322,6 +324,21 @@ fn spawn(host: &Host, lock: &VmLock, order: &Launch, dir: &Path) -> Result<Child
         path: vmm.clone(),
         source,
     })
+}
+
+/// How the VMM confines itself, and what it can reach all the same. Nothing
+/// here keeps a VM from running: without a directory it just cannot be saved.
+fn confine(host: &Host, order: &Launch, command: &mut Command) {
+    let cage = match host.config() {
+        _ if host.layout.no_sandbox => "off",
+        Ok(config) => config.cage.as_str(),
+        Err(_) => Cage::On.as_str(),
+    };
+    command.args(["--cage", cage]);
+    let saves = SavedPaths::writable(&host.layout, &order.name);
+    if fs::create_dir_all(&saves).is_ok() {
+        command.arg("--save-dir").arg(saves);
+    }
 }
 
 fn wait_until_up(
@@ -375,6 +392,9 @@ pub fn last_words(dir: &Path, status: Option<ExitStatus>) -> String {
         return record.words().to_owned();
     }
     let lines = files::tail(&dir.join("log"), 3);
+    if let Some(word) = killed_by_cage(&lines) {
+        return word;
+    }
     match (lines.is_empty(), status) {
         (false, _) => lines.join(" | "),
         (true, Some(status)) => format!("hebe-vmm ended without a word ({status})"),
@@ -382,9 +402,32 @@ pub fn last_words(dir: &Path, status: Option<ExitStatus>) -> String {
     }
 }
 
+/// What a VMM said that made a system call which no VMM makes: its guest may
+/// have taken it over.
+pub(crate) fn killed_by_cage(log: &[String]) -> Option<String> {
+    let last: serde_json::Value = serde_json::from_str(log.last()?).ok()?;
+    let word = last.get("text")?.as_str()?;
+    let hint = "its guest may have broken into it, or this is a fault of Hebe";
+    word.starts_with("killed by its cage")
+        .then(|| format!("{word}: {hint}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_word_of_a_vmm_that_its_cage_killed_is_its_reason() {
+        let dir = tempfile::tempdir().expect("dir");
+        let word = r#"{"level":"error","text":"killed by its cage: it made system call 59, which hebe-vmm never makes"}"#;
+        let before = r#"{"level":"info","text":"running"}"#;
+        fs::write(dir.path().join("log"), format!("{before}\n{word}\n")).expect("log");
+        let words = last_words(dir.path(), None);
+        assert!(words.starts_with("killed by its cage: "), "{words}");
+        assert!(words.contains("system call 59"), "{words}");
+        // What an earlier VMM said is no word of this one.
+        assert_eq!(killed_by_cage(&[word.into(), before.into()]), None);
+    }
 
     #[test]
     fn only_a_committed_state_of_a_known_vm_is_continued() {

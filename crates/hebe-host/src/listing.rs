@@ -12,8 +12,9 @@ use hebe_types::{ByteSize, VmConfig, VmName};
 use serde::Serialize;
 
 use crate::definitions::{self, DefinitionError};
+use crate::files;
 use crate::host::{Host, HostError};
-use crate::launch::{ExitRecord, Instance, last_words};
+use crate::launch::{ExitRecord, Instance, killed_by_cage, last_words};
 use crate::lock::VmLock;
 use crate::notes::{self, FrozenNote};
 use crate::saved;
@@ -330,8 +331,9 @@ fn at_rest(
         }
         (true, Some(_)) => (VmState::Crashed, Life::Crashed, Some(last_words(dir, None))),
         (true, None) => {
-            let text = "its VMM or the host stopped while it ran";
-            (VmState::Crashed, Life::Crashed, Some(text.into()))
+            let text = killed_by_cage(&files::tail(&dir.join("log"), 1))
+                .unwrap_or_else(|| "its VMM or the host stopped while it ran".into());
+            (VmState::Crashed, Life::Crashed, Some(text))
         }
         (false, _) => match known.definition {
             Some(Err(error)) => (VmState::Damaged, Life::Absent, Some(error.to_string())),

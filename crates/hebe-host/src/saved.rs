@@ -5,9 +5,12 @@
 //! name `NAME.hebe` is the commit: it is given when everything is on disk.
 //!
 //! ```text
-//!   NAME.part ──rename──▶ NAME.hebe ──rename──▶ NAME.restoring ──remove──▶ –
-//!   VMM writes            saved                 a VMM starts from it       it runs
+//!   NAME.new/part ──rename──▶ NAME.hebe ──rename──▶ NAME.restoring ──remove──▶ –
+//!   VMM writes                saved                 a VMM starts from it       it runs
 //! ```
+//!
+//! `NAME.new` is the one directory here that the VM's own VMM can reach from
+//! its cage, and no other VMM can: it is made before the VMM starts, and stays.
 //!
 //! A file stops being `NAME.hebe` *before* the VM may run: once it runs, its
 //! disk goes on, and the file's RAM must never meet that disk again.
@@ -54,11 +57,16 @@ impl SavedPaths {
         let dir = layout.state.join("saved");
         let with = |ending: &str| dir.join(format!("{name}.{ending}"));
         Self {
-            part: with("part"),
+            part: Self::writable(layout, name).join("part"),
             complete: with("hebe"),
             restoring: with("restoring"),
             info: with("json"),
         }
+    }
+
+    /// The directory that the VM's VMM writes to.
+    pub fn writable(layout: &Layout, name: &VmName) -> PathBuf {
+        layout.state.join("saved").join(format!("{name}.new"))
     }
 
     /// Makes the directory and removes what an earlier attempt left.

@@ -7,6 +7,8 @@ use clap::Parser;
 use hebe_store::SegmentSpec;
 use hebe_types::{VmId, VmName};
 
+use crate::cage::Wish;
+
 /// The process around one VM. Started by `hebe`; see `hebe --help`.
 #[derive(Debug, Parser)]
 #[command(name = "hebe-vmm", version)]
@@ -45,6 +47,12 @@ pub struct Args {
     /// as, the VM had when it was suspended.
     #[arg(long)]
     pub accept_changed_disk: bool,
+    /// How this process confines itself before the guest runs.
+    #[arg(long, value_enum, default_value_t, value_name = "HOW")]
+    pub cage: Wish,
+    /// Directory in which the VM may be saved: the cage leaves a way to it.
+    #[arg(long, value_name = "DIR")]
+    pub save_dir: Option<PathBuf>,
     /// Restore RAM and execution state from a saved file.
     #[arg(long, value_name = "FILE")]
     pub restore: Option<PathBuf>,

@@ -18,11 +18,13 @@
 mod acpi;
 pub mod args;
 mod board;
+pub mod cage;
 mod control;
 pub mod descriptors;
 #[cfg(test)]
 #[path = "../tests/process/guest.rs"]
 mod guest;
+mod held;
 mod interrupts;
 mod log;
 mod parts;

@@ -3,11 +3,9 @@
 //! PCI slots follow from the definition alone, so that a resume finds every
 //! device where it was: console in 1, entropy in 2, then disks, then NICs.
 
-use std::fs;
-use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, OnceLock};
 
-use hebe_block::BlockBackend;
 use hebe_boot::layout;
 use hebe_devices::{ConsoleHub, DeviceKind, PciRoot, Platform, Ram, SerialPort, VirtioPci};
 use hebe_kvm::Machine;
@@ -15,14 +13,14 @@ use hebe_state::v1::devices::{PciRootV1, SerialV1};
 use hebe_state::v2::devices::VirtioV2;
 use hebe_state::{SectionKind, StateReader};
 use hebe_store::Segment;
-use hebe_sys::tap::Tap;
-use hebe_types::{MacAddr, VmConfig};
+use hebe_types::VmConfig;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestRegionMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::acpi::Acpi;
 use crate::board::Board;
+use crate::held::Held;
 use crate::interrupts::{KvmDoorbells, Vectors};
 use crate::log;
 use crate::vm::{Event, Identity, VmError};
@@ -79,6 +77,7 @@ fn too_large() -> VmError {
 /// Fresh devices.
 pub(crate) fn build(
     identity: &Identity,
+    held: &Held,
     machine: &Arc<Machine>,
     ram: Ram,
     events: &Sender<Event>,
@@ -87,7 +86,7 @@ pub(crate) fn build(
     let platform = platform(machine, ram);
     let pci = PciRoot::new();
     let mut devices = Vec::new();
-    for (slot, kind) in kinds(identity, &hub)? {
+    for (slot, kind) in kinds(identity, held, &hub)? {
         let bar = layout::PCI_WINDOW_START + u64::from(slot) * BAR_STRIDE;
         let device = VirtioPci::new(slot, bar, kind, &platform)?;
         pci.add(device.clone())?;
@@ -112,6 +111,7 @@ pub(crate) fn build(
 /// Devices as the state describes them, paused.
 pub(crate) fn restore(
     identity: &Identity,
+    held: &Held,
     machine: &Arc<Machine>,
     ram: Ram,
     reader: &mut StateReader,
@@ -122,7 +122,7 @@ pub(crate) fn restore(
     let platform = platform(machine, ram);
     let pci = PciRoot::restore(&reader.take::<PciRootV1>(0)?);
     let mut devices = Vec::new();
-    for (slot, kind) in kinds(identity, &hub)? {
+    for (slot, kind) in kinds(identity, held, &hub)? {
         let mut state: VirtioV2 = reader.take(u32::from(slot))?;
         if disks == Disks::Any {
             state.accept_any_disk();
@@ -186,7 +186,11 @@ fn pin(machine: &Machine, number: u32) -> Result<EventFd, VmError> {
 }
 
 /// What is in which slot.
-fn kinds(identity: &Identity, hub: &Arc<ConsoleHub>) -> Result<Vec<(u8, DeviceKind)>, VmError> {
+fn kinds(
+    identity: &Identity,
+    held: &Held,
+    hub: &Arc<ConsoleHub>,
+) -> Result<Vec<(u8, DeviceKind)>, VmError> {
     let config: &VmConfig = &identity.config;
     let mut kinds = Vec::new();
     if config.console.virtio {
@@ -201,29 +205,16 @@ fn kinds(identity: &Identity, hub: &Arc<ConsoleHub>) -> Result<Vec<(u8, DeviceKi
     }
     kinds.push((SLOT_ENTROPY, DeviceKind::Rng));
     let mut slot = SLOT_FIRST_DISK;
-    for disk in &config.disks {
-        kinds.push((
-            slot,
-            DeviceKind::Block(BlockBackend::open(&disk.path, disk.readonly)?),
-        ));
+    for disk in &held.disks {
+        kinds.push((slot, DeviceKind::Block(disk.again()?)));
         slot += 1;
     }
-    for (index, net) in config.nets.iter().enumerate() {
-        let tap = Tap::open(&net.tap)?;
-        if let Some(bridge) = &net.bridge {
-            tap.join_bridge(bridge)?;
-        }
-        tap.set_up()?;
-        let mac = net
-            .mac
-            .unwrap_or_else(|| MacAddr::derived(identity.id, index as u8));
-        kinds.push((
-            slot,
-            DeviceKind::Net {
-                tap: tap.into(),
-                mac,
-            },
-        ));
+    for (tap, mac) in &held.nets {
+        let tap = tap.try_clone().map_err(|source| VmError::Io {
+            what: "an open tap cannot be used once more",
+            source,
+        })?;
+        kinds.push((slot, DeviceKind::Net { tap, mac: *mac }));
         slot += 1;
     }
     Ok(kinds)
@@ -237,18 +228,15 @@ pub(crate) fn ram_view(mapped: &hebe_store::MappedRam) -> hebe_snapshot::RamView
 }
 
 /// The host kernel's boot id: tells a VMM of this boot from one of an
-/// earlier kernel.
+/// earlier kernel. Read once: the cage leaves no way to it.
 pub(crate) fn host_boot_id() -> Result<[u8; 16], VmError> {
-    let unreadable = |source| VmError::Io {
+    static KNOWN: OnceLock<[u8; 16]> = OnceLock::new();
+    if let Some(id) = KNOWN.get() {
+        return Ok(*id);
+    }
+    let id = hebe_sys::proc::boot_id().map_err(|source| VmError::Io {
         what: "the host's boot id cannot be read: is /proc mounted?",
         source,
-    };
-    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(unreadable)?;
-    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
-    let mut id = [0; 16];
-    for (byte, pair) in id.iter_mut().zip(digits.as_bytes().chunks_exact(2)) {
-        let pair = std::str::from_utf8(pair).unwrap_or_default();
-        *byte = u8::from_str_radix(pair, 16).unwrap_or_default();
-    }
-    Ok(id)
+    })?;
+    Ok(*KNOWN.get_or_init(|| id))
 }

@@ -5,13 +5,14 @@ use std::fs;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, bail};
-use hebe_api::VmmState;
+use hebe_api::{CageReport, VmmState};
 use hebe_kvm::Stop;
 use hebe_snapshot::SavedFile;
 use hebe_store::{ExecStatus, Segment};
@@ -20,11 +21,13 @@ use hebe_types::{Stamp, VmConfig};
 use serde_json::json;
 
 use crate::args::Args;
+use crate::cage::{self, Room};
 use crate::control::{self, Shared};
+use crate::held::Held;
 use crate::log;
 use crate::parts::Disks;
 use crate::signals;
-use crate::vm::{Event, Identity, Vm, mark_ended};
+use crate::vm::{Event, Found, Identity, Vm, mark_ended};
 
 /// How a VMM ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -113,8 +116,11 @@ fn write_exit(run_dir: &Path, report: &str) -> io::Result<()> {
     fs::rename(part, run_dir.join("exit.json"))
 }
 
+const BEFORE_IT_RAN: &str = "ended by a signal before the VM ran";
+
 /// What a VM needs to come up.
 struct Start<'a> {
+    shared: &'a Shared,
     args: &'a Args,
     process_started: Stamp,
     events: &'a Sender<Event>,
@@ -124,20 +130,22 @@ struct Start<'a> {
     ran: &'a Cell<bool>,
 }
 
+/// Ordering requirements:
+/// 1. what the VM needs from outside is open before the cage is entered;
+/// 2. no thread exists before that: all inherit the cage;
+/// 3. whatever can fail besides the VM itself comes before it: once a vCPU
+///    has run, there is no way back to what it was resumed from.
+///
+/// Clients that connect early wait in the listener's queue, then at the lock.
 fn live(args: Args, process_started: Stamp, ran: &Cell<bool>) -> anyhow::Result<Outcome> {
     hebe_kvm::install_kick_handler().context("the kick signal's handler cannot be installed")?;
     let (events, inbox) = mpsc::channel();
-    // Before any other thread starts: none must take the signals.
-    signals::forward(events.clone()).context("SIGTERM cannot be waited for")?;
+    signals::block().context("SIGTERM cannot be waited for")?;
     let shared: Shared = Arc::new(Mutex::new(None));
-    // Whatever can fail besides the VM itself comes before it: once a vCPU
-    // has run, there is no way back to what it was resumed from. Clients that
-    // connect early wait at the lock.
     let mut place = shared.lock().unwrap_or_else(PoisonError::into_inner);
     let listener = control::listen(&args.run_dir.join("vmm.sock"))?;
-    control::serve(listener, shared.clone(), events.clone())
-        .context("the control thread cannot be started")?;
     let start = Start {
+        shared: &shared,
         args: &args,
         process_started,
         events: &events,
@@ -145,9 +153,9 @@ fn live(args: Args, process_started: Stamp, ran: &Cell<bool>) -> anyhow::Result<
         ran,
     };
     let vm = if args.resume || args.restore.is_some() {
-        start.take_back()?
+        start.take_back(listener)?
     } else {
-        start.boot()?
+        start.boot(listener)?
     };
     vm.announce();
     *place = Some(vm);
@@ -157,7 +165,7 @@ fn live(args: Args, process_started: Stamp, ran: &Cell<bool>) -> anyhow::Result<
 }
 
 impl Start<'_> {
-    fn boot(&self) -> anyhow::Result<Vm> {
+    fn boot(&self, listener: UnixListener) -> anyhow::Result<Vm> {
         let args = self.args;
         let config = read_config(args)?;
         if config.name != args.name {
@@ -174,14 +182,17 @@ impl Start<'_> {
             config,
             run_dir: args.run_dir.clone(),
         };
-        let mut vm = Vm::boot(identity, segment, self.events)?;
+        let held = Arc::new(Held::open(identity.id, &identity.config)?);
+        let cage = self.confine(&identity.config, listener)?;
+        let mut vm = Vm::boot_with(held, identity, segment, self.events)?;
+        vm.cage = Some(cage);
         self.set_off(&mut vm)?;
         Ok(vm)
     }
 
     /// Resumes or restores. Nothing is withdrawn until the VM is whole again:
     /// a failure leaves the state where it was.
-    fn take_back(&self) -> anyhow::Result<Vm> {
+    fn take_back(&self, listener: UnixListener) -> anyhow::Result<Vm> {
         let args = self.args;
         let (segment, state) = match &args.restore {
             None => {
@@ -198,18 +209,42 @@ impl Start<'_> {
         } else {
             Disks::Same
         };
-        let mut vm = Vm::resume_with(disks, args.vm_id, run_dir, segment, &state, self.events)?;
+        let found = Found::read(args.vm_id, run_dir, &segment, &state)?;
+        let held = Arc::new(Held::open(args.vm_id, &found.identity.config)?);
+        let cage = self.confine(&found.identity.config, listener)?;
+        let mut vm = Vm::resume_found(disks, found, held, segment, self.events)?;
+        vm.cage = Some(cage);
         let constructed = stamp_now();
         self.set_off(&mut vm)?;
         vm.set_resume_report(self.process_started, state_read, constructed);
         Ok(vm)
     }
 
+    /// Enters the cage, and starts the threads that all VMs have.
+    fn confine(&self, config: &VmConfig, listener: UnixListener) -> anyhow::Result<CageReport> {
+        let boot_files = std::iter::once(&config.kernel).chain(&config.initrd);
+        let room = Room {
+            run_dir: self.args.run_dir.clone(),
+            save_dir: self.args.save_dir.clone(),
+            boot_dirs: boot_files
+                .filter_map(|file| file.parent().map(Path::to_owned))
+                .collect(),
+        };
+        let cage = cage::enter(self.args.cage, &room)?;
+        if signals::arrived() {
+            bail!("{BEFORE_IT_RAN}");
+        }
+        signals::forward(self.events.clone()).context("SIGTERM cannot be waited for")?;
+        control::serve(listener, self.shared.clone(), self.events.clone())
+            .context("the control thread cannot be started")?;
+        Ok(cage)
+    }
+
     /// Lets the VM run, unless a signal came first: what it comes from is
     /// then kept.
     fn set_off(&self, vm: &mut Vm) -> anyhow::Result<()> {
         if self.inbox.try_recv() == Ok(Event::Terminated) {
-            bail!("ended by a signal before the VM ran");
+            bail!("{BEFORE_IT_RAN}");
         }
         self.ran.set(true);
         Ok(vm.start()?)
@@ -374,7 +409,9 @@ fn rebuild(
     events: &Sender<Event>,
     inbox: &Receiver<Event>,
 ) -> Option<Outcome> {
-    let (identity, segment) = vm.take()?.dismantle();
+    let old = vm.take()?;
+    let (held, cage) = (old.held.clone(), old.cage.clone());
+    let (identity, segment) = old.dismantle();
     // What the old vCPUs still said is about a VM that is gone; an order to
     // end is not.
     while let Ok(event) = inbox.try_recv() {
@@ -386,7 +423,8 @@ fn rebuild(
         mark_ended(&segment);
         return Some(outcome);
     }
-    let built = Vm::boot(identity, segment, events).and_then(|mut fresh| {
+    let built = Vm::boot_with(held, identity, segment, events).and_then(|mut fresh| {
+        fresh.cage = cage;
         fresh.start()?;
         Ok(fresh)
     });

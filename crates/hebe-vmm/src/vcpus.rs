@@ -18,6 +18,7 @@ use hebe_kvm::{Kick, Stop, Vcpu, VcpuError};
 use hebe_state::v1::machine::VcpuV1;
 
 use crate::board::Board;
+use crate::cage;
 use crate::vm::Event;
 
 enum Command {
@@ -63,11 +64,14 @@ struct VcpuThread {
 }
 
 impl Vcpus {
+    /// Starts them; their threads are confined further where this process
+    /// is in its cage.
     pub(crate) fn start(
         vcpus: Vec<Vcpu>,
         board: &Arc<Board>,
         events: &Sender<Event>,
     ) -> Result<Self, VcpusError> {
+        let caged = cage::has_filters();
         let mut threads = Vec::with_capacity(vcpus.len());
         for vcpu in vcpus {
             let (commands, inbox) = mpsc::channel();
@@ -76,6 +80,9 @@ impl Vcpus {
             let handle = thread::Builder::new()
                 .name(format!("vcpu{}", vcpu.index()))
                 .spawn(move || {
+                    if caged {
+                        cage::narrow_vcpu();
+                    }
                     let events_of_panic = events.clone();
                     let obey = AssertUnwindSafe(|| obey(vcpu, &inbox, &board, &events));
                     if panic::catch_unwind(obey).is_err() {

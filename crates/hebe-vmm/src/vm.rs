@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
-use hebe_api::{RamMeter, ResumeReport, VmStatus, VmmState};
+use hebe_api::{CageReport, RamMeter, ResumeReport, VmStatus, VmmState};
 use hebe_boot::{AcpiError, BootError, BootPlan, Entry};
 use hebe_devices::{ConsoleHub, DeviceError, VirtioPci};
 use hebe_kvm::{BootRegisters, ClockPlan, Machine, MachineError, Stop, Vcpu, VcpuError};
@@ -15,6 +15,7 @@ use hebe_sys::clock::stamp_now;
 use hebe_types::{RamRange, VmConfig, VmId, ram_ranges};
 
 use crate::board::Board;
+use crate::held::Held;
 use crate::log;
 use crate::parts::{self, Disks, Parts};
 use crate::vcpus::{Vcpus, VcpusError};
@@ -146,6 +147,10 @@ pub struct Vm {
     pub(crate) quitting: bool,
     /// Why it stands still for good.
     pub(crate) failed: Option<String>,
+    /// What it has from outside, for as long as the VMM lives.
+    pub(crate) held: Arc<Held>,
+    /// How the VMM is confined, where it is.
+    pub(crate) cage: Option<CageReport>,
 }
 
 /// Who the VM is. Does not change as long as it lives.
@@ -159,9 +164,61 @@ pub struct Identity {
     pub run_dir: PathBuf,
 }
 
+/// An execution state whose owner and definition are known and in order.
+pub(crate) struct Found<'a> {
+    reader: StateReader<'a>,
+    pub(crate) identity: Identity,
+    resumes: u32,
+}
+
+impl<'a> Found<'a> {
+    /// Reads who is in `state`, which must be VM `id` and fit its segment.
+    pub(crate) fn read(
+        id: VmId,
+        run_dir: PathBuf,
+        segment: &Segment,
+        state: &'a [u8],
+    ) -> Result<Self, VmError> {
+        let mut reader = StateReader::parse(state)?;
+        let vm: VmV1 = reader.take(0)?;
+        if vm.id != id.0 {
+            return Err(VmError::OtherVm {
+                expected: id,
+                found: VmId(vm.id),
+            });
+        }
+        let config: VmConfig = toml::from_str(&vm.config_toml).map_err(VmError::Config)?;
+        config
+            .validate()
+            .map_err(|e| VmError::Mismatch(e.to_string()))?;
+        check_ram(&config, segment)?;
+        let identity = Identity {
+            id,
+            config,
+            run_dir,
+        };
+        Ok(Self {
+            reader,
+            identity,
+            resumes: vm.resumes,
+        })
+    }
+}
+
 impl Vm {
     /// Builds the VM and puts its kernel into RAM. It does not run yet.
     pub fn boot(
+        identity: Identity,
+        segment: Arc<Segment>,
+        events: &Sender<Event>,
+    ) -> Result<Self, VmError> {
+        let held = Arc::new(Held::open(identity.id, &identity.config)?);
+        Self::boot_with(held, identity, segment, events)
+    }
+
+    /// [`Vm::boot`], with what is open already.
+    pub(crate) fn boot_with(
+        held: Arc<Held>,
         identity: Identity,
         segment: Arc<Segment>,
         events: &Sender<Event>,
@@ -179,7 +236,7 @@ impl Vm {
             ranges: &ranges,
         };
         let entry = hebe_boot::load(&plan, &ram)?;
-        let parts = parts::build(&identity, &machine, ram, events)?;
+        let parts = parts::build(&identity, &held, &machine, ram, events)?;
         let mut vcpus = Vec::new();
         for index in 0..config.vcpus {
             let vcpu = machine.create_vcpu(index)?;
@@ -187,7 +244,7 @@ impl Vm {
             vcpu.prepare_boot(&machine.guest_cpuid(index, config.vcpus), boot)?;
             vcpus.push(vcpu);
         }
-        Self::assemble(identity, segment, machine, parts, vcpus, events)
+        Self::assemble(held, identity, segment, machine, parts, vcpus, events)
     }
 
     /// Builds the VM around RAM that it finds, from its execution state, with
@@ -211,35 +268,37 @@ impl Vm {
         state: &[u8],
         events: &Sender<Event>,
     ) -> Result<Self, VmError> {
-        let mut reader = StateReader::parse(state)?;
-        let vm: VmV1 = reader.take(0)?;
-        if vm.id != id.0 {
-            return Err(VmError::OtherVm {
-                expected: id,
-                found: VmId(vm.id),
-            });
-        }
-        let config: VmConfig = toml::from_str(&vm.config_toml).map_err(VmError::Config)?;
-        config
-            .validate()
-            .map_err(|e| VmError::Mismatch(e.to_string()))?;
-        check_ram(&config, &segment)?;
-        let identity = Identity {
-            id,
-            config,
-            run_dir,
-        };
+        let found = Found::read(id, run_dir, &segment, state)?;
+        let held = Arc::new(Held::open(id, &found.identity.config)?);
+        Self::resume_found(disks, found, held, segment, events)
+    }
+
+    /// [`Vm::resume_with`], from a state that was read, with what is open
+    /// already.
+    pub(crate) fn resume_found(
+        disks: Disks,
+        found: Found<'_>,
+        held: Arc<Held>,
+        segment: Arc<Segment>,
+        events: &Sender<Event>,
+    ) -> Result<Self, VmError> {
+        let Found {
+            mut reader,
+            identity,
+            resumes,
+        } = found;
         let machine = Arc::new(Machine::new()?);
         let ram = parts::map_ram(&machine, &segment)?;
         let vcpus = restore_vcpus(&mut reader, &machine, &identity.config)?;
-        let parts = parts::restore(&identity, &machine, ram, &mut reader, disks, events)?;
+        let parts = parts::restore(&identity, &held, &machine, ram, &mut reader, disks, events)?;
         reader.finish()?;
-        let mut vm_built = Self::assemble(identity, segment, machine, parts, vcpus, events)?;
-        vm_built.resumes = vm.resumes.saturating_add(1);
-        Ok(vm_built)
+        let mut vm = Self::assemble(held, identity, segment, machine, parts, vcpus, events)?;
+        vm.resumes = resumes.saturating_add(1);
+        Ok(vm)
     }
 
     fn assemble(
+        held: Arc<Held>,
         identity: Identity,
         segment: Arc<Segment>,
         machine: Arc<Machine>,
@@ -261,6 +320,8 @@ impl Vm {
             resume_report: None,
             quitting: false,
             failed: None,
+            held,
+            cage: None,
         })
     }
 
@@ -344,6 +405,7 @@ impl Vm {
                 .filter_map(|d| d.first_tx())
                 .min_by_key(|s| s.tsc),
             resume: self.resume_report.clone(),
+            cage: self.cage.clone(),
         }
     }
 

@@ -240,6 +240,7 @@ impl Fake {
             ram_meter: RamMeter::default(),
             first_tx: self.resume.as_ref().map(|r| r.running),
             resume: self.resume.clone(),
+            cage: None,
         }
     }
 

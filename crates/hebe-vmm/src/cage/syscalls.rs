@@ -1,0 +1,242 @@
+//! Which system calls can be made: seccomp filters.
+//!
+//! Three filters lie on top of each other, of which the strictest answer
+//! counts. One lets `clone3` seem absent, because its flags lie in memory
+//! where no filter sees them: the C library then takes `clone`. The second
+//! holds for the whole process. The third holds for vCPU threads, which the
+//! guest keeps busiest, and lets them open nothing.
+
+use std::collections::BTreeMap;
+use std::process;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use libc::c_long;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen as Len, SeccompCmpOp as Op, SeccompCondition,
+    SeccompFilter, SeccompRule, TargetArch, apply_filter,
+};
+
+use super::verdict;
+use crate::log;
+
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+/// What every thread needs: memory, locks, signals, clocks, its end, and
+/// descriptors that are open.
+const COMMON: &[c_long] = &[
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_close,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_fcntl,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_nanosleep,
+    libc::SYS_read,
+    libc::SYS_restart_syscall,
+    libc::SYS_rseq,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    libc::SYS_set_robust_list,
+    libc::SYS_sigaltstack,
+    libc::SYS_write,
+    libc::SYS_writev,
+];
+
+/// What a VMM does besides: files of its room, disks, taps, its control
+/// socket, events, and another VM after a reset.
+const VMM: &[c_long] = &[
+    libc::SYS_accept4,
+    libc::SYS_access,
+    libc::SYS_clone3,
+    libc::SYS_dup,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_wait,
+    libc::SYS_eventfd2,
+    libc::SYS_fadvise64,
+    libc::SYS_fallocate,
+    libc::SYS_fdatasync,
+    libc::SYS_flock,
+    libc::SYS_fstat,
+    libc::SYS_fstatfs,
+    libc::SYS_fsync,
+    libc::SYS_ftruncate,
+    libc::SYS_getdents64,
+    libc::SYS_getpeername,
+    libc::SYS_getsockname,
+    libc::SYS_getsockopt,
+    libc::SYS_lseek,
+    libc::SYS_msync,
+    libc::SYS_newfstatat,
+    libc::SYS_open,
+    libc::SYS_openat,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_preadv2,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_pwritev2,
+    libc::SYS_readlink,
+    libc::SYS_readv,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_rename,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_rt_sigpending,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+    libc::SYS_statx,
+    libc::SYS_sync_file_range,
+    libc::SYS_uname,
+    libc::SYS_unlink,
+    libc::SYS_unlinkat,
+];
+
+static CONFINED: AtomicBool = AtomicBool::new(false);
+
+/// The first byte of every request to KVM (KVM API, `KVMIO`).
+const KVM_REQUESTS: u64 = 0xae00;
+
+/// Confines this thread, and those that it starts.
+pub(super) fn confine() -> Result<String, String> {
+    // Three programs are compiled before the first is put on: whatever can
+    // fail leaves nothing half done.
+    let told_absent = Rules::from([(libc::SYS_clone3, Vec::new())]);
+    let absent = compile(
+        told_absent,
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS as u32),
+    )?;
+    let whole = compile(process_rules()?, SeccompAction::Trap, SeccompAction::Allow)?;
+    verdict::install().map_err(|e| format!("SIGSYS cannot be handled ({e})"))?;
+    let put_on = |program: &BpfProgram| {
+        apply_filter(program)
+            .map_err(|e| format!("{e}: this kernel has no CONFIG_SECCOMP_FILTER, or forbids it"))
+    };
+    put_on(&absent)?;
+    put_on(&whole)?;
+    CONFINED.store(true, Ordering::Relaxed);
+    Ok("process, vcpus".to_owned())
+}
+
+/// Whether [`confine`] has confined this process.
+pub(crate) fn has_filters() -> bool {
+    CONFINED.load(Ordering::Relaxed)
+}
+
+/// Confines a vCPU's thread further.
+pub(crate) fn narrow_vcpu() {
+    let narrowed = vcpu_rules()
+        .and_then(|rules| compile(rules, SeccompAction::Trap, SeccompAction::Allow))
+        .and_then(|program| apply_filter(&program).map_err(|e| e.to_string()));
+    // The process's own filter holds as before.
+    if let Err(why) = narrowed {
+        log::log_error(&format!("a vCPU's thread is not confined further: {why}"));
+    }
+}
+
+fn process_rules() -> Result<Rules, String> {
+    let mut rules = vcpu_rules()?;
+    rules.extend(VMM.iter().map(|&call| (call, Vec::new())));
+    let own = u64::from(process::id());
+    let no_program = [when(2, Op::MaskedEq(libc::PROT_EXEC as u64), 0)?];
+    // A thread of this process, and no new process.
+    let thread = libc::CLONE_THREAD as u64;
+    let special = [
+        (
+            libc::SYS_clone,
+            vec![rule(&[when(0, Op::MaskedEq(thread), thread)?])?],
+        ),
+        (libc::SYS_mmap, vec![rule(&no_program)?]),
+        (libc::SYS_mprotect, vec![rule(&no_program)?]),
+        (libc::SYS_tgkill, vec![rule(&[when(0, Op::Eq, own)?])?]),
+        // The handler of the last word stays.
+        (
+            libc::SYS_rt_sigaction,
+            vec![rule(&[when(0, Op::Ne, libc::SIGSYS as u64)?])?],
+        ),
+        (
+            libc::SYS_ioctl,
+            vec![
+                kvm()?,
+                // `set_nonblocking` of a socket.
+                rule(&[when(1, Op::Eq, libc::FIONBIO)?])?,
+            ],
+        ),
+        (libc::SYS_prctl, prctl()?),
+        (
+            libc::SYS_seccomp,
+            vec![rule(&[when(
+                0,
+                Op::Eq,
+                u64::from(libc::SECCOMP_SET_MODE_FILTER),
+            )?])?],
+        ),
+    ];
+    rules.extend(special);
+    Ok(rules)
+}
+
+fn vcpu_rules() -> Result<Rules, String> {
+    let mut rules: Rules = COMMON.iter().map(|&call| (call, Vec::new())).collect();
+    let no_program = [when(2, Op::MaskedEq(libc::PROT_EXEC as u64), 0)?];
+    let own = u64::from(process::id());
+    rules.insert(libc::SYS_ioctl, vec![kvm()?]);
+    rules.insert(libc::SYS_mmap, vec![rule(&no_program)?]);
+    rules.insert(libc::SYS_mprotect, vec![rule(&no_program)?]);
+    // abort() signals its own thread.
+    rules.insert(libc::SYS_tgkill, vec![rule(&[when(0, Op::Eq, own)?])?]);
+    Ok(rules)
+}
+
+fn kvm() -> Result<SeccompRule, String> {
+    rule(&[when(1, Op::MaskedEq(0xff00), KVM_REQUESTS)?])
+}
+
+/// A thread's name, a name for memory, and a narrower filter.
+fn prctl() -> Result<Vec<SeccompRule>, String> {
+    [
+        libc::PR_SET_NAME,
+        libc::PR_SET_VMA,
+        libc::PR_SET_NO_NEW_PRIVS,
+    ]
+    .into_iter()
+    .map(|option| rule(&[when(0, Op::Eq, option as u64)?]))
+    .collect()
+}
+
+/// The kernel looks at 32 bits of each of these arguments.
+fn when(argument: u8, op: Op, value: u64) -> Result<SeccompCondition, String> {
+    SeccompCondition::new(argument, Len::Dword, op, value).map_err(|e| e.to_string())
+}
+
+fn rule(conditions: &[SeccompCondition]) -> Result<SeccompRule, String> {
+    SeccompRule::new(conditions.to_vec()).map_err(|e| e.to_string())
+}
+
+fn compile(
+    rules: Rules,
+    otherwise: SeccompAction,
+    matched: SeccompAction,
+) -> Result<BpfProgram, String> {
+    SeccompFilter::new(rules, otherwise, matched, TargetArch::x86_64)
+        .and_then(TryInto::try_into)
+        .map_err(|e| e.to_string())
+}

@@ -1,0 +1,225 @@
+//! Ways out, and what must go on working.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::path::Path;
+
+use libc::{c_long, c_ulong};
+
+/// How an attempt must end inside the cage.
+#[derive(Clone, Copy, Debug)]
+pub enum End {
+    /// As outside.
+    Works,
+    /// The file is denied, and the process lives.
+    Denied,
+    /// This system call ends the process.
+    Killed(c_long),
+}
+
+/// One thing that code in a VMM might do.
+pub struct Attempt {
+    pub name: &'static str,
+    pub end: End,
+    /// Whether it works for whoever runs these tests, without a cage.
+    pub works_outside: bool,
+    pub make: fn(&Path) -> io::Result<()>,
+}
+
+const fn attempt(name: &'static str, end: End, make: fn(&Path) -> io::Result<()>) -> Attempt {
+    Attempt {
+        name,
+        end,
+        works_outside: true,
+        make,
+    }
+}
+
+/// Needs rights that whoever runs these tests may lack.
+const fn privileged(
+    name: &'static str,
+    call: c_long,
+    make: fn(&Path) -> io::Result<()>,
+) -> Attempt {
+    Attempt {
+        name,
+        end: End::Killed(call),
+        works_outside: false,
+        make,
+    }
+}
+
+pub const ATTEMPTS: &[Attempt] = &[
+    attempt("write a file of its own", End::Works, |dir| {
+        let part = dir.join("own/exit.json.part");
+        fs::write(&part, "{}")?;
+        File::open(&part)?.sync_all()?;
+        fs::rename(&part, dir.join("own/exit.json"))?;
+        fs::remove_file(dir.join("own/exit.json"))
+    }),
+    attempt("start a thread", End::Works, |_| {
+        std::thread::spawn(|| ())
+            .join()
+            .map_err(|_| io::Error::other("it panicked"))
+    }),
+    attempt("read /etc/passwd", End::Denied, |_| {
+        File::open("/etc/passwd").map(drop)
+    }),
+    attempt("read another VM's disk", End::Denied, |dir| {
+        fs::read(dir.join("other/disk.img")).map(drop)
+    }),
+    attempt("write to another VM's disk", End::Denied, |dir| {
+        let disk = dir.join("other/disk.img");
+        OpenOptions::new().write(true).open(disk).map(drop)
+    }),
+    attempt("leave its room by ..", End::Denied, |dir| {
+        File::open(dir.join("own/../other/disk.img")).map(drop)
+    }),
+    attempt("put a file beside its room", End::Denied, |dir| {
+        fs::write(dir.join("new"), "")
+    }),
+    attempt("read its parent's environment", End::Denied, |_| {
+        File::open(format!("/proc/{}/environ", parent_id())).map(drop)
+    }),
+    attempt("open the kernel's random device", End::Denied, |_| {
+        File::open("/dev/urandom").map(drop)
+    }),
+    attempt("execve", End::Killed(libc::SYS_execve), |_| {
+        let argv = [c"/bin/true".as_ptr(), std::ptr::null()];
+        // SAFETY: the path and the arguments end in a null.
+        unsafe { libc::execve(argv[0], argv.as_ptr(), argv.as_ptr().add(1)) };
+        Err(io::Error::last_os_error())
+    }),
+    attempt("fork", End::Killed(libc::SYS_fork), |_| {
+        call(libc::SYS_fork, [0; 5]).map(exit_if_child)
+    }),
+    attempt("clone a process", End::Killed(libc::SYS_clone), |_| {
+        call(libc::SYS_clone, [libc::SIGCHLD as c_ulong, 0, 0, 0, 0]).map(exit_if_child)
+    }),
+    attempt("socket(AF_INET)", End::Killed(libc::SYS_socket), |_| {
+        let (family, kind) = (libc::AF_INET as c_ulong, libc::SOCK_DGRAM as c_ulong);
+        call(libc::SYS_socket, [family, kind, 0, 0, 0]).map(drop)
+    }),
+    attempt("socket(AF_UNIX)", End::Killed(libc::SYS_socket), |_| {
+        let (family, kind) = (libc::AF_UNIX as c_ulong, libc::SOCK_STREAM as c_ulong);
+        call(libc::SYS_socket, [family, kind, 0, 0, 0]).map(drop)
+    }),
+    attempt("kill its parent", End::Killed(libc::SYS_kill), |_| {
+        call(libc::SYS_kill, [parent_id().into(), 0, 0, 0, 0]).map(drop)
+    }),
+    attempt(
+        "kill a thread of its parent",
+        End::Killed(libc::SYS_tgkill),
+        |_| {
+            let parent = parent_id().into();
+            call(libc::SYS_tgkill, [parent, parent, 0, 0, 0]).map(drop)
+        },
+    ),
+    attempt(
+        "make memory executable",
+        End::Killed(libc::SYS_mprotect),
+        |_| {
+            let prot = (libc::PROT_READ | libc::PROT_WRITE) as c_ulong;
+            let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as c_ulong;
+            let page = mmap(prot, flags)?;
+            let exec = prot | libc::PROT_EXEC as c_ulong;
+            call(libc::SYS_mprotect, [page, 4096, exec, 0, 0]).map(drop)
+        },
+    ),
+    attempt("map executable memory", End::Killed(libc::SYS_mmap), |_| {
+        let prot = (libc::PROT_READ | libc::PROT_EXEC) as c_ulong;
+        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as c_ulong;
+        mmap(prot, flags).map(drop)
+    }),
+    attempt(
+        "take the handler away",
+        End::Killed(libc::SYS_rt_sigaction),
+        |_| {
+            let signal = libc::SIGSYS as c_ulong;
+            call(libc::SYS_rt_sigaction, [signal, 0, 0, 8, 0]).map(drop)
+        },
+    ),
+    attempt(
+        "an ioctl that is not KVM's",
+        End::Killed(libc::SYS_ioctl),
+        |dir| {
+            let file = File::create(dir.join("own/file"))?;
+            let mut waiting = 0;
+            let fd = std::os::fd::AsRawFd::as_raw_fd(&file) as c_ulong;
+            let at = (&raw mut waiting) as c_ulong;
+            call(libc::SYS_ioctl, [fd, libc::FIONREAD, at, 0, 0]).map(drop)
+        },
+    ),
+    attempt(
+        "make memory with a name",
+        End::Killed(libc::SYS_memfd_create),
+        |_| {
+            let name = c"x".as_ptr() as c_ulong;
+            call(libc::SYS_memfd_create, [name, 0, 0, 0, 0]).map(drop)
+        },
+    ),
+    privileged("ptrace its parent", libc::SYS_ptrace, |_| {
+        let attach = libc::PTRACE_ATTACH as c_ulong;
+        call(libc::SYS_ptrace, [attach, parent_id().into(), 0, 0, 0]).map(drop)
+    }),
+    privileged(
+        "read its parent's memory",
+        libc::SYS_process_vm_readv,
+        |_| call(libc::SYS_process_vm_readv, [parent_id().into(), 0, 0, 0, 0]).map(drop),
+    ),
+    privileged("mount", libc::SYS_mount, |_| {
+        let (kind, at) = (
+            c"tmpfs".as_ptr() as c_ulong,
+            c"/nowhere".as_ptr() as c_ulong,
+        );
+        call(libc::SYS_mount, [kind, at, kind, 0, 0]).map(drop)
+    }),
+    privileged("enter another namespace", libc::SYS_unshare, |_| {
+        call(
+            libc::SYS_unshare,
+            [libc::CLONE_NEWUSER as c_ulong, 0, 0, 0, 0],
+        )
+        .map(drop)
+    }),
+    privileged("become another user", libc::SYS_setuid, |_| {
+        call(libc::SYS_setuid, [0; 5]).map(drop)
+    }),
+    privileged("open by handle", libc::SYS_open_by_handle_at, |_| {
+        call(libc::SYS_open_by_handle_at, [0; 5]).map(drop)
+    }),
+    privileged("load a kernel", libc::SYS_kexec_file_load, |_| {
+        call(libc::SYS_kexec_file_load, [c_ulong::MAX; 5]).map(drop)
+    }),
+    privileged("load a BPF program", libc::SYS_bpf, |_| {
+        call(libc::SYS_bpf, [0; 5]).map(drop)
+    }),
+];
+
+/// The process that started this one; asking the kernel is not a VMM's.
+fn parent_id() -> u32 {
+    std::env::var(crate::PARENT)
+        .ok()
+        .and_then(|id| id.parse().ok())
+        .expect("its id")
+}
+
+fn mmap(prot: c_ulong, flags: c_ulong) -> io::Result<c_ulong> {
+    call(libc::SYS_mmap, [0, 4096, prot, flags, c_ulong::MAX])
+}
+
+fn exit_if_child(pid: c_ulong) {
+    if pid == 0 {
+        // SAFETY: it ends this process, and does nothing else.
+        unsafe { libc::_exit(0) }
+    }
+}
+
+fn call(number: c_long, a: [c_ulong; 5]) -> io::Result<c_ulong> {
+    // SAFETY: every caller passes what the call it names takes: numbers, null
+    // pointers, or pointers to what outlives the call.
+    let result = unsafe { libc::syscall(number, a[0], a[1], a[2], a[3], a[4], 0) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(result as c_ulong)
+}

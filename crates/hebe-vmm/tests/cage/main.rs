@@ -1,0 +1,118 @@
+//! A guest that owns its VMM: what code inside the cage can do.
+//!
+//! This program starts itself again, as an inmate that enters the cage by the
+//! very function that `hebe-vmm` calls, and then tries to break out, each time
+//! in another way.
+
+mod attempts;
+
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use attempts::{ATTEMPTS, Attempt, End};
+use hebe_vmm::cage::{EXIT_STATUS, Room, Wish, enter};
+
+/// Which attempt the inmate makes.
+const TRY: &str = "CAGE_TEST_TRY";
+/// Its room.
+const ROOM: &str = "CAGE_TEST_ROOM";
+
+/// Who started it.
+pub const PARENT: &str = "CAGE_TEST_PARENT";
+
+/// Makes the attempt in a process of its own; in the cage, if `caged`.
+fn run(attempt: &str, room: &Path, caged: bool) -> Output {
+    let this = std::env::current_exe().expect("this program");
+    let mut command = Command::new(this);
+    command.args(["--exact", "every_attempt_works_outside_the_cage"]);
+    command.args(["--nocapture", "--test-threads=1"]);
+    command
+        .env(TRY, attempt)
+        .env("CAGE_TEST_CAGED", if caged { "yes" } else { "no" });
+    command.env(PARENT, std::process::id().to_string());
+    command.env(ROOM, room).output().expect("start")
+}
+
+/// What the inmate does; returns if this process is none.
+fn be_inmate() {
+    let (Some(name), Some(dir)) = (std::env::var_os(TRY), std::env::var_os(ROOM)) else {
+        return;
+    };
+    let attempt = ATTEMPTS.iter().find(|a| *a.name == *name).expect("known");
+    let dir = Path::new(&dir);
+    if std::env::var_os("CAGE_TEST_CAGED").is_some_and(|v| v == "yes") {
+        let room = Room {
+            run_dir: dir.join("own"),
+            ..Room::default()
+        };
+        let cage = enter(Wish::On, &room).expect("not demanded");
+        eprintln!("cage: {cage}");
+    }
+    match (attempt.make)(dir) {
+        Ok(()) => std::process::exit(0),
+        Err(error) => {
+            eprintln!("refused: {error}");
+            std::process::exit(1)
+        }
+    }
+}
+
+fn room() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("dir");
+    fs::create_dir(dir.path().join("own")).expect("own");
+    fs::create_dir(dir.path().join("other")).expect("other");
+    fs::write(dir.path().join("other/disk.img"), "another VM's").expect("disk");
+    dir
+}
+
+/// Whether a part of the cage is off here, which is said.
+fn lacks(part: &str, said: &str, attempt: &Attempt) -> bool {
+    let off = said.contains(&format!("{part} OFF"));
+    if off {
+        use std::io::Write;
+        let line = format!("skipped here: {}: {said}", attempt.name);
+        let _ = writeln!(std::io::stderr(), "{line}");
+    }
+    off
+}
+
+/// The control: an attempt that fails anyhow would prove nothing.
+#[test]
+fn every_attempt_works_outside_the_cage() {
+    be_inmate();
+    for attempt in ATTEMPTS.iter().filter(|a| a.works_outside) {
+        let room = room();
+        let output = run(attempt.name, room.path(), false);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{}: {said}", attempt.name);
+    }
+}
+
+#[test]
+fn no_attempt_works_inside_the_cage_and_what_a_vmm_does_still_does() {
+    for attempt in ATTEMPTS {
+        let room = room();
+        let output = run(attempt.name, room.path(), true);
+        let said = String::from_utf8_lossy(&output.stderr);
+        let name = attempt.name;
+        assert_eq!(output.status.signal(), None, "{name}: {said}");
+        match attempt.end {
+            End::Works => assert_eq!(output.status.code(), Some(0), "{name}: {said}"),
+            End::Denied => {
+                if !lacks("landlock", &said, attempt) {
+                    assert_eq!(output.status.code(), Some(1), "{name}: {said}");
+                    assert!(said.contains("Permission denied"), "{name}: {said}");
+                }
+            }
+            End::Killed(call) => {
+                assert_eq!(output.status.code(), Some(EXIT_STATUS), "{name}: {said}");
+                let word = format!("killed by its cage: it made system call {call},");
+                assert!(said.contains(&word), "{name}: {said}");
+            }
+        }
+        let theirs = fs::read(room.path().join("other/disk.img")).expect("disk");
+        assert_eq!(theirs, b"another VM's", "{name}");
+    }
+}

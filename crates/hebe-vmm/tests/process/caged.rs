@@ -1,0 +1,120 @@
+//! `hebe-vmm` in its cage, as the kernel sees it.
+
+use std::fs;
+use std::path::Path;
+
+use hebe_api::{Request, Response, VmmState};
+
+use crate::guest;
+use crate::vmm::Vmm;
+
+const DISK: &str = "disk.img";
+
+/// A VMM with a disk and a directory to be saved in, caged as `wish` says.
+fn start(wish: &str) -> Vmm {
+    let dir = tempfile::tempdir().expect("dir");
+    let kernel = dir.path().join("kernel");
+    fs::write(&kernel, guest::image(guest::IDLE)).expect("kernel");
+    let disk = dir.path().join(DISK);
+    fs::write(&disk, vec![0; 1 << 20]).expect("disk");
+    let saves = dir.path().join("saves");
+    fs::create_dir(&saves).expect("saves");
+    let config = format!(
+        "name = 'web'\nmemory = '8MiB'\nkernel = '{}'\n[[disk]]\npath = '{}'\n",
+        kernel.display(),
+        disk.display()
+    );
+    Vmm::start(dir, &config, |command| {
+        command.args(["--cage", wish]);
+        command.arg("--save-dir").arg(saves);
+        Vec::new()
+    })
+}
+
+/// A field of what /proc says of the thread.
+fn field(task: &Path, name: &str) -> String {
+    let status = fs::read_to_string(task.join("status")).expect("status");
+    let line = status.lines().find(|l| l.starts_with(name));
+    let line = line.unwrap_or_else(|| panic!("no {name} in {status}"));
+    line.trim_start_matches(name).trim().to_owned()
+}
+
+#[test]
+fn every_thread_of_a_vmm_is_in_the_cage_and_the_status_says_so() {
+    if guest::cannot_run() {
+        return;
+    }
+    let vmm = start("on");
+    let status = vmm.status();
+    let cage = status.cage.expect("a cage");
+    for part in ["limits", "capabilities", "seccomp"] {
+        let is_on = cage.parts.iter().any(|p| p.name == part && p.on);
+        assert!(is_on, "{part}: {cage}");
+    }
+    for open in cage.open() {
+        assert!(vmm.log().contains(&open.detail), "{open:?} is not told");
+    }
+    let mut vcpus = 0;
+    let tasks = format!("/proc/{}/task", vmm.child.id());
+    for task in fs::read_dir(tasks).expect("tasks") {
+        let task = task.expect("task").path();
+        // One that served a connection may be gone by now; one of KVM's own
+        // takes after the vCPU that it was made for.
+        let Ok(name) = fs::read_to_string(task.join("comm")) else {
+            continue;
+        };
+        if name.starts_with("control") || name.starts_with("kvm-") {
+            continue;
+        }
+        let on = (field(&task, "NoNewPrivs:"), field(&task, "Seccomp:"));
+        assert_eq!(on, ("1".into(), "2".into()), "{name}");
+        let layers: u32 = field(&task, "Seccomp_filters:").parse().expect("a number");
+        let is_vcpu = name.starts_with("vcpu");
+        assert_eq!(layers, if is_vcpu { 3 } else { 2 }, "{name}");
+        vcpus += u32::from(is_vcpu);
+        for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
+            assert_eq!(field(&task, set), "0000000000000000", "{name} {set}");
+        }
+    }
+    assert_eq!(vcpus, 1);
+    let limits = format!("/proc/{}/limits", vmm.child.id());
+    if let Ok(limits) = fs::read_to_string(limits) {
+        let core = limits.lines().find(|l| l.starts_with("Max core file size"));
+        let words: Vec<_> = core.expect("core").split_whitespace().collect();
+        assert_eq!(words[4..6], ["0", "0"]);
+    }
+}
+
+#[test]
+fn a_caged_vm_is_saved_frozen_thawed_and_ended() {
+    if guest::cannot_run() {
+        return;
+    }
+    let mut vmm = start("on");
+    assert_eq!(vmm.status().state, VmmState::Running);
+    let path = vmm.dir.path().join("saves/web.part");
+    let saved = vmm.ask(&Request::Save { path: path.clone() });
+    assert!(matches!(saved, Ok(Response::Saved(_))), "{saved:?}");
+    assert!(path.exists());
+    for request in [Request::Unpause, Request::Freeze, Request::Thaw] {
+        let answer = vmm.ask(&request);
+        let good = matches!(answer, Ok(Response::Done | Response::Frozen(_)));
+        assert!(good, "{request:?}: {answer:?}: {}", vmm.log());
+    }
+    let ended = vmm.ask(&Request::Quit { expected: None });
+    assert!(matches!(ended, Ok(Response::Done)), "{ended:?}");
+    assert_eq!(vmm.wait().1["reason"], "quit");
+}
+
+#[test]
+fn a_vmm_without_a_cage_says_so_loudly() {
+    if guest::cannot_run() {
+        return;
+    }
+    let vmm = start("off");
+    let status = vmm.status();
+    let cage = status.cage.expect("a report");
+    assert!(!cage.is_whole());
+    assert!(cage.to_string().contains("--no-sandbox"), "{cage}");
+    assert!(vmm.log().contains("NOT CAGED"), "{}", vmm.log());
+}
