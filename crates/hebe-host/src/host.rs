@@ -122,7 +122,7 @@ pub enum Cage {
 }
 
 impl Cage {
-    /// As `hebe-vmm --cage` takes it.
+    /// The word for it that a VMM takes.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::On => "on",

@@ -430,6 +430,45 @@ mod tests {
     }
 
     #[test]
+    fn a_vmm_is_caged_as_the_host_says_and_reaches_its_own_saves_alone() {
+        let root = tempfile::tempdir().expect("dir");
+        let mut host = Host {
+            layout: crate::host::Layout::below(root.path()),
+            ..Host::here()
+        };
+        let order = Launch {
+            name: "web".parse().expect("name"),
+            vm: VmId([7; 16]),
+            size: ByteSize::mib(4),
+            memory: Memory::Memfd,
+            origin: Origin::Frozen,
+            accept_changed_disk: false,
+        };
+        let words = |host: &Host| {
+            let mut command = Command::new("x");
+            confine(host, &order, &mut command);
+            let words = command.get_args().map(|a| a.to_string_lossy().into_owned());
+            words.collect::<Vec<_>>()
+        };
+        let saves = root.path().join("state/saved/web.new");
+        let on = words(&host);
+        assert_eq!(on[..3], ["--cage", "on", "--save-dir"]);
+        assert_eq!(Path::new(&on[3]), saves);
+        assert!(saves.is_dir());
+        let toml = host.layout.config.join("host.toml");
+        fs::create_dir_all(&host.layout.config).expect("mkdir");
+        fs::write(&toml, "cage = \"required\"\n").expect("write");
+        assert_eq!(words(&host)[1], "required");
+        // A VM's life comes before its cage.
+        fs::write(&toml, "cage = \"perhaps\"\n").expect("write");
+        assert_eq!(words(&host)[1], "on");
+        host.layout.no_sandbox = true;
+        assert_eq!(words(&host)[1], "off");
+        host.layout.state = "/proc/none".into();
+        assert_eq!(words(&host), ["--cage", "off"]);
+    }
+
+    #[test]
     fn only_a_committed_state_of_a_known_vm_is_continued() {
         let vm = VmId([7; 16]);
         let frozen = SegmentView {

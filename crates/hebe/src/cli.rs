@@ -66,6 +66,8 @@ Examples:
         /// does not have: that memory is never continued afterwards.
         #[arg(long)]
         afresh: bool,
+        #[command(flatten)]
+        cage: CageArgs,
     },
     /// Shut a VM down: press its power button and wait.
     #[command(after_help = "\
@@ -196,6 +198,17 @@ pub struct RunArgs {
     /// Where its RAM lives.
     #[arg(long, value_enum, default_value_t = StoreArg::Auto)]
     pub store: StoreArg,
+    #[command(flatten)]
+    pub cage: CageArgs,
+}
+
+/// Flags of all commands that start VMMs.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct CageArgs {
+    /// For debugging alone: the VMM keeps all rights of whoever starts it, and a guest that
+    /// breaks out of its VM has them too.
+    #[arg(long)]
+    pub no_sandbox: bool,
 }
 
 /// Where RAM lives.
@@ -245,6 +258,8 @@ pub struct ResumeArgs {
     /// destroys what is on it, unless it holds the very bytes that the old one did.
     #[arg(long, conflicts_with = "all")]
     pub accept_changed_disk: bool,
+    #[command(flatten)]
+    pub cage: CageArgs,
 }
 
 /// Where to resume from.

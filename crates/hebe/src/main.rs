@@ -30,7 +30,14 @@ fn main() -> ExitCode {
         Err(error) => wrong(&error),
     };
     let out = output::Output::new(cli.json);
-    match commands::run(&Host::here(), cli.command, &out, started) {
+    let mut host = Host::here();
+    host.layout.no_sandbox = cli.command.no_sandbox();
+    if host.layout.no_sandbox {
+        out.progress(
+            "WARNING: --no-sandbox: VMMs that this command starts are not confined, and a guest that breaks out of its VM has all their rights; `hebe show` says so of each",
+        );
+    }
+    match commands::run(&host, cli.command, &out, started) {
         Ok(exit) => exit.into(),
         Err(failure) => {
             out.failure(&failure);

@@ -77,6 +77,16 @@ impl Host {
 }
 
 #[test]
+fn a_command_that_starts_vmms_without_a_cage_says_so_loudly() {
+    let host = Host::new();
+    let without = ["start", "web", "--no-sandbox"];
+    let (_, loud) = host.fails(&without);
+    assert!(loud.contains("WARNING: --no-sandbox"), "{loud}");
+    let (_, quiet) = host.fails(&without[..2]);
+    assert!(!quiet.contains("WARNING"), "{quiet}");
+}
+
+#[test]
 fn a_store_is_made_listed_and_kept() {
     let host = Host::new();
     let (status, _) = host.fails(&["store", "list"]);

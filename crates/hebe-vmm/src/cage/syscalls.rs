@@ -109,6 +109,9 @@ const VMM: &[c_long] = &[
     libc::SYS_unlinkat,
 ];
 
+/// <linux/prctl.h>; `libc` lacks it.
+const PR_GET_AUXV: libc::c_int = 0x4155_5856;
+
 static CONFINED: AtomicBool = AtomicBool::new(false);
 
 /// The first byte of every request to KVM (KVM API, `KVMIO`).
@@ -210,10 +213,12 @@ fn kvm() -> Result<SeccompRule, String> {
     rule(&[when(1, Op::MaskedEq(0xff00), KVM_REQUESTS)?])
 }
 
-/// A thread's name, a name for memory, and a narrower filter.
+/// A thread's name, a name for memory, a narrower filter; and where the
+/// kernel's clock is mapped, which `rustix` asks once.
 fn prctl() -> Result<Vec<SeccompRule>, String> {
     [
         libc::PR_SET_NAME,
+        PR_GET_AUXV,
         libc::PR_SET_VMA,
         libc::PR_SET_NO_NEW_PRIVS,
     ]

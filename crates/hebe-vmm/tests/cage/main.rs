@@ -13,9 +13,12 @@ use std::process::{Command, Output};
 
 use attempts::{ATTEMPTS, Attempt, End};
 use hebe_vmm::cage::{EXIT_STATUS, Room, Wish, enter};
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 
 /// Which attempt the inmate makes.
 const TRY: &str = "CAGE_TEST_TRY";
+/// The name of what is no attempt: to have a cage, or not to run.
+const DEMANDED: &str = "demanded";
 /// Its room.
 const ROOM: &str = "CAGE_TEST_ROOM";
 
@@ -40,6 +43,9 @@ fn be_inmate() {
     let (Some(name), Some(dir)) = (std::env::var_os(TRY), std::env::var_os(ROOM)) else {
         return;
     };
+    if name == DEMANDED {
+        demand(Path::new(&dir));
+    }
     let attempt = ATTEMPTS.iter().find(|a| *a.name == *name).expect("known");
     let dir = Path::new(&dir);
     if std::env::var_os("CAGE_TEST_CAGED").is_some_and(|v| v == "yes") {
@@ -57,6 +63,25 @@ fn be_inmate() {
             std::process::exit(1)
         }
     }
+}
+
+/// Without capabilities there are no namespaces.
+fn demand(room: &Path) -> ! {
+    let none = CapabilitySets {
+        effective: CapabilitySet::empty(),
+        permitted: CapabilitySet::empty(),
+        inheritable: CapabilitySet::empty(),
+    };
+    set_capabilities(None, none).expect("given up");
+    let room = Room {
+        run_dir: room.join("own"),
+        ..Room::default()
+    };
+    match enter(Wish::Required, &room) {
+        Ok(cage) => eprintln!("whole: {cage}"),
+        Err(error) => eprintln!("refused: {error}"),
+    }
+    std::process::exit(0)
 }
 
 fn room() -> tempfile::TempDir {
@@ -115,4 +140,17 @@ fn no_attempt_works_inside_the_cage_and_what_a_vmm_does_still_does() {
         let theirs = fs::read(room.path().join("other/disk.img")).expect("disk");
         assert_eq!(theirs, b"another VM's", "{name}");
     }
+}
+
+#[test]
+fn a_cage_that_is_demanded_and_cannot_be_whole_is_refused() {
+    let room = room();
+    let output = run(DEMANDED, room.path(), true);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(said.contains("refused: the VM does not run"), "{said}");
+    assert!(
+        said.contains("namespaces: ") && said.contains("host.toml"),
+        "{said}"
+    );
 }

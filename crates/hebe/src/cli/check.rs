@@ -59,6 +59,16 @@ impl Cli {
 }
 
 impl Command {
+    /// Whether it starts VMMs without a cage.
+    pub fn no_sandbox(&self) -> bool {
+        match self {
+            Self::Run(args) => args.cage.no_sandbox,
+            Self::Start { cage, .. } => cage.no_sandbox,
+            Self::Resume(args) => args.cage.no_sandbox,
+            _ => false,
+        }
+    }
+
     /// As it is typed.
     fn name(&self) -> &'static str {
         match self {

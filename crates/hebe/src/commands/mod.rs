@@ -21,7 +21,7 @@ use crate::output::{Exit, Outcome, Output};
 pub fn run(host: &Host, command: Command, out: &Output, started: Stamp) -> Outcome {
     match command {
         Command::Run(args) => vm::run(host, args, out),
-        Command::Start { names, afresh } => vm::start(host, &names, afresh, out),
+        Command::Start { names, afresh, .. } => vm::start(host, &names, afresh, out),
         Command::Stop(args) => vm::stop(host, &args, out),
         Command::List => vm::list(host, out),
         Command::Show { name } => vm::show(host, &name, out),

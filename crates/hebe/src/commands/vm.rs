@@ -215,6 +215,9 @@ fn show_text(show: &Show) -> String {
         let meter = &status.ram_meter;
         lines.push(("VMM release", status.version.clone()));
         lines.push(("resumes", status.resumes.to_string()));
+        let cage = status.cage.as_ref().map(ToString::to_string);
+        let none = || "OFF (this VMM's release has none)".to_owned();
+        lines.push(("cage", cage.unwrap_or_else(none)));
         lines.push((
             "guest RAM touched",
             format!(
