@@ -29,7 +29,8 @@ use hebe_api::{CagePart, CageReport};
 
 use crate::log;
 
-pub(crate) use syscalls::{has_filters, narrow_vcpu};
+pub(crate) use syscalls::has_filters;
+pub use syscalls::narrow_vcpu;
 pub use verdict::EXIT_STATUS;
 
 /// Whether a VMM is confined.

@@ -1,10 +1,10 @@
 //! Which system calls can be made: seccomp filters.
 //!
-//! Three filters lie on top of each other, of which the strictest answer
-//! counts. One lets `clone3` seem absent, because its flags lie in memory
-//! where no filter sees them: the C library then takes `clone`. The second
-//! holds for the whole process. The third holds for vCPU threads, which the
-//! guest keeps busiest, and lets them open nothing.
+//! Filters lie on top of each other, of which the strictest answer counts.
+//! One lets `clone3` seem absent, because its flags lie in memory where no
+//! filter sees them: the C library then takes `clone`. The second holds for
+//! the whole process. Two more hold for vCPU threads, which the guest keeps
+//! busiest, and let them open nothing.
 
 use std::collections::BTreeMap;
 use std::process;
@@ -73,6 +73,7 @@ const VMM: &[c_long] = &[
     libc::SYS_fstatfs,
     libc::SYS_fsync,
     libc::SYS_ftruncate,
+    libc::SYS_getcwd,
     libc::SYS_getdents64,
     libc::SYS_getpeername,
     libc::SYS_getsockname,
@@ -114,12 +115,21 @@ const PR_GET_AUXV: libc::c_int = 0x4155_5856;
 
 static CONFINED: AtomicBool = AtomicBool::new(false);
 
+/// How a panic looks for this program and its directory, to tell where it
+/// was: denied to a vCPU, and no reason to end its VM.
+const LOOKS: &[c_long] = &[
+    libc::SYS_getcwd,
+    libc::SYS_open,
+    libc::SYS_openat,
+    libc::SYS_readlink,
+];
+
 /// The first byte of every request to KVM (KVM API, `KVMIO`).
 const KVM_REQUESTS: u64 = 0xae00;
 
 /// Confines this thread, and those that it starts.
 pub(super) fn confine() -> Result<String, String> {
-    // Three programs are compiled before the first is put on: whatever can
+    // Both programs are compiled before the first is put on: whatever can
     // fail leaves nothing half done.
     let told_absent = Rules::from([(libc::SYS_clone3, Vec::new())]);
     let absent = compile(
@@ -145,11 +155,19 @@ pub(crate) fn has_filters() -> bool {
 }
 
 /// Confines a vCPU's thread further.
-pub(crate) fn narrow_vcpu() {
-    let narrowed = vcpu_rules()
-        .and_then(|rules| compile(rules, SeccompAction::Trap, SeccompAction::Allow))
-        .and_then(|program| apply_filter(&program).map_err(|e| e.to_string()));
-    // The process's own filter holds as before.
+pub fn narrow_vcpu() {
+    let narrowed = vcpu_rules().and_then(|mut rules| {
+        let denied: Rules = LOOKS.iter().map(|&call| (call, Vec::new())).collect();
+        rules.extend(denied.clone());
+        let no_access = SeccompAction::Errno(libc::EACCES as u32);
+        let programs = [
+            compile(denied, SeccompAction::Allow, no_access)?,
+            compile(rules, SeccompAction::Trap, SeccompAction::Allow)?,
+        ];
+        let put_on = |program: &BpfProgram| apply_filter(program).map_err(|e| e.to_string());
+        programs.iter().try_for_each(put_on)
+    });
+    // The process's own filters hold as before.
     if let Err(why) = narrowed {
         log::log_error(&format!("a vCPU's thread is not confined further: {why}"));
     }

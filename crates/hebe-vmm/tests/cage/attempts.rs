@@ -4,6 +4,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::Path;
 
+use hebe_block::BlockBackend;
+use hebe_vmm::cage::narrow_vcpu;
 use libc::{c_long, c_ulong};
 
 /// How an attempt must end inside the cage.
@@ -57,6 +59,43 @@ pub const ATTEMPTS: &[Attempt] = &[
         fs::rename(&part, dir.join("own/exit.json"))?;
         fs::remove_file(dir.join("own/exit.json"))
     }),
+    attempt("use a disk", End::Works, |dir| {
+        let path = dir.join("own/disk.img");
+        File::create(&path)?.set_len(1 << 20)?;
+        let disk = BlockBackend::open(&path, false).map_err(io::Error::other)?;
+        let disk = disk.again().map_err(io::Error::other)?;
+        disk.write_at(&[7; 512], 512)?;
+        disk.read_at(&mut [0; 512], 512)?;
+        disk.discard(0, 4096)?;
+        disk.flush()?;
+        disk.settle()?;
+        disk.identity().map(drop)
+    }),
+    attempt("say that something panicked", End::Works, |_| {
+        tell_where();
+        Ok(())
+    }),
+    attempt("panic on a vCPU's thread", End::Works, |_| {
+        narrow_if_caged();
+        tell_where();
+        Ok(())
+    }),
+    attempt("open a file on a vCPU's thread", End::Denied, |dir| {
+        fs::write(dir.join("own/file"), "")?;
+        narrow_if_caged();
+        File::open(dir.join("own/file")).map(drop)
+    }),
+    attempt(
+        "listen on a vCPU's thread",
+        End::Killed(libc::SYS_accept4),
+        |_| {
+            narrow_if_caged();
+            match call(libc::SYS_accept4, [c_ulong::MAX, 0, 0, 0, 0]) {
+                Err(error) if error.raw_os_error() == Some(libc::EBADF) => Ok(()),
+                other => other.map(drop),
+            }
+        },
+    ),
     attempt("start a thread", End::Works, |_| {
         std::thread::spawn(|| ())
             .join()
@@ -194,6 +233,17 @@ pub const ATTEMPTS: &[Attempt] = &[
         call(libc::SYS_bpf, [0; 5]).map(drop)
     }),
 ];
+
+/// As a panic does with RUST_BACKTRACE=1.
+fn tell_where() {
+    let _ = std::backtrace::Backtrace::force_capture().to_string();
+}
+
+fn narrow_if_caged() {
+    if crate::is_caged() {
+        narrow_vcpu();
+    }
+}
 
 /// The process that started this one; asking the kernel is not a VMM's.
 fn parent_id() -> u32 {

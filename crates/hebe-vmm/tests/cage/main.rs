@@ -38,6 +38,11 @@ fn run(attempt: &str, room: &Path, caged: bool) -> Output {
     command.env(ROOM, room).output().expect("start")
 }
 
+/// Whether this is an inmate.
+pub fn is_caged() -> bool {
+    std::env::var_os("CAGE_TEST_CAGED").is_some_and(|v| v == "yes")
+}
+
 /// What the inmate does; returns if this process is none.
 fn be_inmate() {
     let (Some(name), Some(dir)) = (std::env::var_os(TRY), std::env::var_os(ROOM)) else {
@@ -48,7 +53,7 @@ fn be_inmate() {
     }
     let attempt = ATTEMPTS.iter().find(|a| *a.name == *name).expect("known");
     let dir = Path::new(&dir);
-    if std::env::var_os("CAGE_TEST_CAGED").is_some_and(|v| v == "yes") {
+    if is_caged() {
         let room = Room {
             run_dir: dir.join("own"),
             ..Room::default()

@@ -70,7 +70,7 @@ fn every_thread_of_a_vmm_is_in_the_cage_and_the_status_says_so() {
         assert_eq!(on, ("1".into(), "2".into()), "{name}");
         let layers: u32 = field(&task, "Seccomp_filters:").parse().expect("a number");
         let is_vcpu = name.starts_with("vcpu");
-        assert_eq!(layers, if is_vcpu { 3 } else { 2 }, "{name}");
+        assert_eq!(layers, if is_vcpu { 4 } else { 2 }, "{name}");
         vcpus += u32::from(is_vcpu);
         for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
             assert_eq!(field(&task, set), "0000000000000000", "{name} {set}");
