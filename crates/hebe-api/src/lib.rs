@@ -55,6 +55,10 @@ pub enum Request {
     },
     /// Turn this connection into the VM's console.
     Console,
+    /// Hand out the files that the VM's RAM lies in (store `luo`). Answered
+    /// with [`Response::SegmentFiles`]; the descriptors follow it
+    /// (`hebe_sys::fdpass`). The VM is not touched.
+    SegmentFiles,
 }
 
 /// What the VMM answers.
@@ -69,6 +73,13 @@ pub enum Response {
     Frozen(FreezeReport),
     /// The VM is saved.
     Saved(SaveReport),
+    /// The files of the VM's RAM: so many descriptors follow this frame.
+    SegmentFiles {
+        /// How many.
+        count: usize,
+        /// The `hebe_store::SegmentSpec` as JSON.
+        spec: String,
+    },
     /// Refused or failed; the VM is as it was.
     Failed {
         /// One sentence, with the way out.

@@ -56,7 +56,7 @@ impl Request {
     /// Whether the VM is not the same afterwards.
     pub fn changes_state(&self) -> bool {
         match self {
-            Self::Status | Self::Console => false,
+            Self::Status | Self::Console | Self::SegmentFiles => false,
             Self::Pause
             | Self::Unpause
             | Self::Freeze
@@ -87,6 +87,7 @@ mod tests {
             Request::Quit { expected },
             Request::Quit { expected: None },
             Request::Console,
+            Request::SegmentFiles,
         ]
     }
 

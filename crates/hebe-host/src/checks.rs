@@ -277,11 +277,11 @@ pub(crate) fn store(host: &Host, survey: &Survey, verdicts: &[VmVerdict]) -> Che
             format!("the store cannot be used: {trouble}"),
             "see `hebe store list` and `hebe host check`",
         ),
-        (Some(store), None) => {
+        (Some(store), None) if !store.kept_only => {
             let needed = keeps(verdicts) || frozen(survey).next().is_some();
             described(host, store, needed)
         }
-        (None, None) => Check::ok("store", "this host has no store, and no VM needs one"),
+        (_, None) => Check::ok("store", "this host has no store, and no VM needs one"),
     }
 }
 

@@ -8,12 +8,14 @@ use std::time::Duration;
 
 use hebe_api::ClientError;
 use hebe_snapshot::SnapshotError;
-use hebe_types::{SegmentId, VmName};
+use hebe_store::luo::HolePolicy;
+use hebe_types::{ByteSize, SegmentId, VmName};
 use serde::Deserialize;
 
 use crate::definitions::DefinitionError;
 use crate::launch::LaunchError;
 use crate::lock::VmLock;
+use crate::luo::store::WithKept;
 use crate::stores::{DeviceStore, StoreAccess, StoreTrouble};
 use crate::system::{Machine, System, SystemError};
 
@@ -74,6 +76,11 @@ impl Layout {
         self.run.join("vms").join(name.as_str())
     }
 
+    /// Where the keeper of arrived VMs listens, see [`crate::luo::keeper`].
+    pub fn keeper_socket(&self) -> PathBuf {
+        self.run.join("host").join("keeper.sock")
+    }
+
     /// A VM's control socket.
     pub fn socket(&self, name: &VmName) -> PathBuf {
         self.vm_dir(name).join("vmm.sock")
@@ -108,6 +115,8 @@ pub struct HostConfig {
     pub services: Services,
     /// How VMMs are confined.
     pub cage: Cage,
+    /// How VMs in store `luo` are carried.
+    pub live_update: LiveUpdateConfig,
 }
 
 /// How a VMM is confined, where `--no-sandbox` does not say otherwise.
@@ -127,6 +136,37 @@ impl Cage {
         match self {
             Self::On => "on",
             Self::Required => "required",
+        }
+    }
+}
+
+/// What is done about memory that guests do not use, which the kernel fills
+/// when it preserves it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LiveUpdateConfig {
+    /// Leave empty parts out, or fill everything while the VMs run.
+    pub holes: Holes,
+    /// Most memory of one VM that may be filled; without it, as much as there is.
+    pub fill_max: Option<ByteSize>,
+}
+
+/// See [`LiveUpdateConfig::holes`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Holes {
+    /// Empty parts are left out, holes in the others filled.
+    #[default]
+    Trim,
+    /// All of it is filled: nothing of that is left for the pause.
+    Fill,
+}
+
+impl From<Holes> for HolePolicy {
+    fn from(holes: Holes) -> Self {
+        match holes {
+            Holes::Trim => Self::Trim,
+            Holes::Fill => Self::Fill,
         }
     }
 }
@@ -175,7 +215,8 @@ impl Host {
     /// The host this process runs on.
     pub fn here() -> Self {
         let layout = Layout::from_env();
-        let store = Arc::new(DeviceStore::new(layout.store.clone()));
+        let device = Arc::new(DeviceStore::new(layout.store.clone()));
+        let store = Arc::new(WithKept::new(device, layout.keeper_socket()));
         Self {
             layout,
             store,

@@ -12,14 +12,16 @@
 
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use hebe_api::VmStatus;
+use hebe_store::luo::SegmentFiles;
 use hebe_sys::proc::spawn_detached;
 use hebe_types::{ByteSize, SegmentId, VmConfig, VmId, VmName};
 use serde::{Deserialize, Serialize};
@@ -79,6 +81,10 @@ pub struct Instance {
     pub memory: ByteSize,
     /// Its segment; `None` for a memfd.
     pub segment: Option<SegmentId>,
+    /// Its RAM lies in files that can be carried into the next kernel: store
+    /// `luo`.
+    #[serde(default)]
+    pub files: bool,
 }
 
 impl Instance {
@@ -98,8 +104,36 @@ pub enum Memory {
         /// The `SegmentSpec` as JSON.
         spec: String,
     },
+    /// Files of its own, which the VMM gets: store `luo`.
+    Files {
+        /// The `SegmentSpec` as JSON.
+        spec: String,
+        /// The files.
+        files: SharedFiles,
+    },
     /// Memory of the VMM's own.
     Memfd,
+}
+
+/// The files of a segment; the same only if they are the very same.
+#[derive(Clone, Debug)]
+pub struct SharedFiles(Arc<Vec<OwnedFd>>);
+
+impl PartialEq for SharedFiles {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for SharedFiles {}
+
+impl Memory {
+    /// Memory in these files.
+    pub fn of_files(files: SegmentFiles) -> Result<Self, StoreTrouble> {
+        let spec = serde_json::to_string(files.spec())?;
+        let files = SharedFiles(Arc::new(files.into_fds()));
+        Ok(Self::Files { spec, files })
+    }
 }
 
 /// What the VM starts from.
@@ -255,12 +289,13 @@ fn prepare_dir(dir: &Path, order: &Launch) -> Result<(), LaunchError> {
     }
     let segment = match &order.memory {
         Memory::Segment { id, .. } => Some(*id),
-        Memory::Memfd => None,
+        Memory::Files { .. } | Memory::Memfd => None,
     };
     let instance = Instance {
         vm: order.vm,
         memory: order.size,
         segment,
+        files: matches!(order.memory, Memory::Files { .. }),
     };
     // Not durable on purpose: it describes a process, which dies with the
     // kernel, and a resume must not wait for a disk.
@@ -306,6 +341,15 @@ fn spawn(host: &Host, lock: &VmLock, order: &Launch, dir: &Path) -> Result<Child
             command.arg(device.as_raw_fd().to_string());
             command.args(["--segment", spec]);
             keep.push(device);
+        }
+        Memory::Files { spec, files } => {
+            for file in files.0.iter() {
+                let copy = file.try_clone().map_err(directory_error(dir))?;
+                command.arg("--segment-fd");
+                command.arg(copy.as_raw_fd().to_string());
+                keep.push(copy);
+            }
+            command.args(["--segment", spec]);
         }
     }
     match &order.origin {
@@ -481,6 +525,7 @@ mod tests {
                 state_bytes: 9,
                 frozen_ns: 1,
             },
+            carried: false,
             held: false,
             spec: "{}".into(),
         };

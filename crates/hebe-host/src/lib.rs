@@ -11,6 +11,7 @@
 //! - [`definitions`], [`launch`], [`ops`], [`listing`]: one VM.
 //! - [`preflight`], [`reboot`], [`resume_all`]: all of them.
 //! - [`timeline`], [`report`], [`gantt`]: the report that spans both kernels.
+//! - [`luo`]: VMs whose memory Linux itself carries into the next kernel.
 //! - [`check`]: is this machine ready?
 //! - [`ageing`]: samples of how it is doing.
 
@@ -26,6 +27,7 @@ mod job;
 pub mod launch;
 pub mod listing;
 pub mod lock;
+pub mod luo;
 pub mod notes;
 pub mod ops;
 pub mod preflight;

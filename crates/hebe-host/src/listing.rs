@@ -16,6 +16,7 @@ use crate::files;
 use crate::host::{Host, HostError};
 use crate::launch::{ExitRecord, Instance, killed_by_cage, last_words};
 use crate::lock::VmLock;
+use crate::luo;
 use crate::notes::{self, FrozenNote};
 use crate::saved;
 use crate::segments;
@@ -74,7 +75,7 @@ pub struct VmRow {
     pub detail: Option<String>,
     /// Guest RAM, where known.
     pub memory: Option<ByteSize>,
-    /// Where its RAM is or would be: `devdax` or `memfd`.
+    /// Where its RAM is or would be: `devdax`, `luo` or `memfd`.
     pub store: Option<&'static str>,
     /// Its segment, where it has one.
     pub segment: Option<u32>,
@@ -209,8 +210,8 @@ fn row(host: &Host, name: VmName, known: &Known) -> VmRow {
         state: VmState::Stopped,
         detail: None,
         memory: memory_of(segment, instance.as_ref(), known),
-        store: where_is_ram(segment, instance.as_ref(), known),
-        segment: segment.map(|s| s.id.0),
+        store: where_is_ram(host, segment, instance.as_ref(), known),
+        segment: segment.filter(|s| !s.carried).map(|s| s.id.0),
         pid: status.as_ref().map(|s| s.pid),
         id: (status.as_ref().map(|s| s.id))
             .or(segment.and_then(|s| s.vm))
@@ -255,23 +256,32 @@ fn memory_of(
 }
 
 fn where_is_ram(
+    host: &Host,
     segment: Option<&SegmentView>,
     instance: Option<&Instance>,
     known: &Known,
 ) -> Option<&'static str> {
     use hebe_types::StoreKind;
-    if segment.is_some() {
-        return Some("devdax");
+    if let Some(segment) = segment {
+        return Some(if segment.carried {
+            luo::STORE
+        } else {
+            "devdax"
+        });
     }
     if let Some(instance) = instance {
         return Some(match instance.segment {
             Some(_) => "devdax",
+            None if instance.files => luo::STORE,
             None => "memfd",
         });
     }
     let config = known.definition?.as_ref().ok()?;
-    Some(match (config.store, known.store) {
+    let device = known.store.filter(|s| !s.kept_only);
+    Some(match (config.store, device) {
         (StoreKind::Devdax, _) | (StoreKind::Auto, Some(_)) => "devdax",
+        (StoreKind::Luo, _) => luo::STORE,
+        (StoreKind::Auto, None) if luo::may_be_chosen(host, config) => luo::STORE,
         (StoreKind::Memfd, _) | (StoreKind::Auto, None) => "memfd",
     })
 }

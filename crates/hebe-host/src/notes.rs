@@ -37,6 +37,8 @@ use crate::listing::with_cause;
 use crate::stores::{ExecView, SegmentView, StoreView};
 
 const VERSION: u32 = 1;
+/// Stands for a store's id where memory is carried by Linux itself.
+const CARRIED: &str = "luo";
 
 /// One frozen VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,6 +89,30 @@ pub fn note(host: &Host, store: &StoreView, segment: &SegmentView) -> Result<(),
         store: id_of(store),
         path: store.path.clone(),
         reserved: reserved(host, store),
+        noted_ns: host.system.stamp().realtime_ns,
+        given_up: false,
+    };
+    note.write(&host.layout)
+}
+
+/// [`note`], for a VM whose memory Linux carries.
+///
+/// # Errors
+/// The file cannot be written.
+pub(crate) fn note_carried(
+    host: &Host,
+    name: &VmName,
+    vm: VmId,
+    memory: ByteSize,
+) -> Result<(), HostError> {
+    let note = FrozenNote {
+        version: VERSION,
+        name: name.clone(),
+        vm,
+        memory,
+        store: CARRIED.to_owned(),
+        path: PathBuf::new(),
+        reserved: Vec::new(),
         noted_ns: host.system.stamp().realtime_ns,
         given_up: false,
     };
@@ -260,6 +286,11 @@ impl FrozenNote {
         }
     }
 
+    /// Its memory was to be carried by Linux.
+    pub(crate) fn is_carried(&self) -> bool {
+        self.store == CARRIED
+    }
+
     fn write(&self, layout: &Layout) -> Result<(), HostError> {
         let path = path(layout, &self.name, self.vm);
         files::write_json(&path, self).map_err(HostError::file("write", &path))
@@ -269,6 +300,11 @@ impl FrozenNote {
     /// `way_out` is the order that gives its memory up.
     pub fn sentence(&self, host: &Host, way_out: &str) -> String {
         let Self { store, .. } = self;
+        if self.is_carried() {
+            return format!(
+                "it was frozen in memory that Linux was to carry into this kernel, and did not arrive, or its VMM ended since (`dmesg | grep -iE 'kho|luo'` may say why): that memory is gone; boot it anew with {way_out}"
+            );
+        }
         let running = cmdline::reservations(&host.system.cmdline());
         let running: Vec<String> = running.iter().map(cmdline::written).collect();
         let way = if self.reserved.is_empty() {

@@ -21,6 +21,7 @@ use crate::host::{Host, HostError};
 use crate::launch::{ExitRecord, LAUNCH_WAIT, Launch, LaunchError, Memory, Origin, launch};
 use crate::listing::{self, VmRow, VmState};
 use crate::lock::VmLock;
+use crate::luo;
 use crate::notes;
 use crate::saved::SavedPaths;
 use crate::segments::{free_segment, refuse_in_use};
@@ -224,8 +225,14 @@ fn make_memory(host: &Host, config: &VmConfig, vm: VmId) -> Result<Memory, HostE
     if let Some(old) = view.as_ref().and_then(|v| v.segment_of(&config.name)) {
         free_former(host, old, &config.name)?;
     }
-    match (config.store, &view) {
-        (StoreKind::Memfd, _) | (StoreKind::Auto, None) => return Ok(Memory::Memfd),
+    let device = view.as_ref().filter(|v| !v.kept_only);
+    match (config.store, device) {
+        (StoreKind::Memfd, _) => return Ok(Memory::Memfd),
+        (StoreKind::Luo, _) => return luo::new_memory(host, config, vm),
+        (StoreKind::Auto, None) if luo::may_be_chosen(host, config) => {
+            return luo::new_memory(host, config, vm);
+        }
+        (StoreKind::Auto, None) => return Ok(Memory::Memfd),
         (StoreKind::Devdax, None) => return Err(StoreTrouble::None.into()),
         (StoreKind::Devdax | StoreKind::Auto, Some(_)) => {}
     }
@@ -402,12 +409,15 @@ pub fn suspend(host: &Host, name: &VmName) -> Result<FreezeReport, HostError> {
     if row.life == Life::Paused {
         let_run(host, name)?;
     }
+    if row.store == Some(luo::STORE) {
+        return luo::suspend(host, row);
+    }
     let store = survey.store.as_ref();
     let segment = store.and_then(|s| s.segments.iter().find(|x| Some(x.id.0) == row.segment));
     let (Some(store), Some(segment)) = (store, segment) else {
         return Err(HostError::Refused {
             name: name.clone(),
-            why: "its RAM is in a memfd, which ends with its VMM: only VMs in a store can be suspended, see store = \"devdax\"".into(),
+            why: "its RAM is in a memfd, which ends with its VMM: only VMs in a store can be suspended, see store = \"devdax\" and store = \"luo\"".into(),
         });
     };
     if let ExecView::Damaged { reason } = &segment.exec {

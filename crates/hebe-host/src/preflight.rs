@@ -11,6 +11,7 @@ use crate::checks;
 use crate::cmdline;
 use crate::host::Host;
 use crate::listing::{self, Survey, VmRow, VmState, with_cause};
+use crate::luo;
 use crate::system::Leave;
 
 /// What an operator asked for.
@@ -198,6 +199,9 @@ pub fn preflight(host: &Host, options: &RebootOptions, probe: bool) -> (Verdict,
         }
         None => checks.extend(checks::reset(&survey)),
     }
+    if let Some(next) = &next {
+        checks.extend(luo::check::checks(host, next, &survey, &vms));
+    }
     checks.push(checks::store(host, &survey, &vms));
     checks.extend(checks::vms(host, &survey, &vms));
     checks.extend(checks::state_dir(host, &survey, &vms));
@@ -263,7 +267,14 @@ fn fate(method: RebootMethod, row: &VmRow) -> (Option<Fate>, String) {
     } else {
         ""
     };
+    let carried = row.store == Some(luo::STORE);
     let (fate, why) = match (method, row.life) {
+        (_, Life::Held | Life::Frozen) if carried => {
+            return (
+                None,
+                "is frozen already, and Linux carries its memory over".into(),
+            );
+        }
         (_, Life::Held | Life::Frozen) => {
             return (
                 None,
@@ -277,6 +288,10 @@ fn fate(method: RebootMethod, row: &VmRow) -> (Option<Fate>, String) {
         (RebootMethod::Warm, _) if row.segment.is_some() => (
             Fate::Keep,
             "is kept in memory: its RAM lies in the reserved range",
+        ),
+        (RebootMethod::Warm, _) if carried => (
+            Fate::Keep,
+            "is kept in memory: Linux's Live Update Orchestrator carries its RAM over",
         ),
         (RebootMethod::Warm, _) => (
             Fate::Save,

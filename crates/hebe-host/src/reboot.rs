@@ -29,6 +29,7 @@ use crate::host::{Host, HostError};
 use crate::job::{Job, Note, Trouble};
 use crate::listing::{self, Survey, with_cause};
 use crate::lock::VmLock;
+use crate::luo::carry::Carry;
 use crate::notes;
 use crate::ops::{self, StopOptions};
 use crate::preflight::{RebootOptions, Verdict, preflight};
@@ -89,6 +90,7 @@ pub fn reboot(
         timeline,
         began,
         say,
+        carry: None,
     };
     match driver.run(machine) {
         Outcome::Refused(why) => Err(RebootEnd::Refused(why)),
@@ -134,6 +136,8 @@ struct Driver<'a> {
     timeline: Timeline,
     began: Instants,
     say: &'a (dyn Fn(&str) + Sync),
+    /// What Linux carries; as long as it is here, and no longer.
+    carry: Option<Carry>,
 }
 
 impl Driver<'_> {
@@ -332,6 +336,9 @@ impl Driver<'_> {
         }
         pending.write(self.host).map_err(say)?;
         self.note_frozen().map_err(say)?;
+        if self.verdict.leave() == Leave::Kexec {
+            self.carry = Carry::prepare(self.host, &self.survey, &self.verdict, self.say)?;
+        }
         if self.survey.store.is_some() {
             self.host.store.hold().map_err(|e| with_cause(&e))?;
         }
@@ -364,6 +371,9 @@ impl Driver<'_> {
     }
 
     fn unprepare(&mut self) -> Result<(), String> {
+        if let Some(carry) = self.carry.take() {
+            carry.forget(self.host);
+        }
         self.host.store.release();
         if let Ok(Some(now)) = self.host.store.view() {
             notes::settle(&self.host.layout, &now);
@@ -401,6 +411,9 @@ impl Driver<'_> {
         self.note(EventKind::AllSuspended);
         self.host.system.sync();
         self.note(EventKind::Flushed);
+        if let Some(carry) = &mut self.carry {
+            carry.complete()?;
+        }
         let now = Instants::now(self.host);
         self.timeline.tsc_hz = rate(
             (self.began.stamp.tsc, self.began.monotonic_ns),
@@ -412,7 +425,11 @@ impl Driver<'_> {
             None,
             EventKind::Jump,
         );
-        let place = match (self.survey.store.is_some(), self.verdict.leave()) {
+        let store = self.survey.store.as_ref().is_some_and(|s| !s.kept_only);
+        if let Some(carry) = self.carry.as_mut().filter(|_| !store) {
+            return carry.write_report(&self.timeline.to_bytes());
+        }
+        let place = match (store, self.verdict.leave()) {
             (true, Leave::Kexec) => ReportPlace::Store,
             (true, _) => ReportPlace::Both,
             (false, _) => ReportPlace::Disk,

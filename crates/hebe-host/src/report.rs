@@ -82,7 +82,7 @@ pub fn complete_report(host: &Host) -> Result<Option<Timeline>, String> {
     }
     if timeline.events.len() != known {
         let place = match host.store.view() {
-            Ok(Some(_)) => ReportPlace::Store,
+            Ok(Some(store)) if !store.kept_only => ReportPlace::Store,
             _ => ReportPlace::Disk,
         };
         keep_report(host, &timeline, place)?;

@@ -17,6 +17,7 @@ use crate::definitions;
 use crate::host::{Host, HostError};
 use crate::listing::with_cause;
 use crate::lock::VmLock;
+use crate::luo;
 use crate::notes;
 use crate::ops;
 use crate::report::{ReportPlace, keep_report, last_report};
@@ -76,6 +77,8 @@ pub struct ResumeAll {
     pub vms: BTreeMap<VmName, Resumed>,
     /// Why the store could not be used, if so.
     pub store_trouble: Option<String>,
+    /// Why nothing of what the kernel before handed over could be had, if so.
+    pub carry_trouble: Option<String>,
     /// The wall clock was set forward by so many milliseconds.
     pub clock_corrected_ms: Option<i64>,
 }
@@ -92,6 +95,7 @@ struct Work<'a> {
 /// whenever the host does.
 pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<ResumeAll, HostError> {
     let _only_one = host.lock_all()?;
+    let carry_trouble = luo::keeper::ensure(host);
     let (store, store_trouble) = match host.store.view() {
         Ok(view) => (view, None),
         Err(error) => (None, Some(with_cause(&error))),
@@ -118,18 +122,26 @@ pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<Resume
     {
         notes::settle(&host.layout, &now);
     }
+    luo::forget_arrived(
+        host,
+        vms.iter()
+            .filter_map(|(name, (_, up))| Some((name, up.as_ref()?.1.id))),
+    );
+    let device = store.as_ref().is_some_and(|s| !s.kept_only);
     if let Some(timeline) = &mut timeline {
         note_new_kernel(host, timeline, started, found, store.is_some());
         note_vms(timeline, &vms);
-        let place = match store {
-            Some(_) => ReportPlace::Store,
-            None => ReportPlace::Disk,
+        let place = if device {
+            ReportPlace::Store
+        } else {
+            ReportPlace::Disk
         };
         let _ = keep_report(host, timeline, place);
     }
     Ok(ResumeAll {
         vms: vms.into_iter().map(|(n, (r, _))| (n, r)).collect(),
         store_trouble,
+        carry_trouble,
         clock_corrected_ms,
     })
 }

@@ -8,6 +8,7 @@ use hebe_types::VmName;
 use crate::host::{Host, HostError};
 use crate::launch::{LAUNCH_WAIT, Launch, launch};
 use crate::listing;
+use crate::luo;
 use crate::notes;
 use crate::ops::{END_WAIT, admit, let_run, lock, wait_for_end};
 use crate::saved::SavedPaths;
@@ -82,7 +83,10 @@ pub(crate) fn resume_one(
         }
         Ok(ResumeFrom::File) => {
             if held {
-                vmm::quit(host, name, Some(VmmState::Frozen))?;
+                // The memory of a VM in store `luo` ends with its VMM, which
+                // takes no order that would have it stay frozen.
+                let files = row.store == Some(luo::STORE);
+                vmm::quit(host, name, (!files).then_some(VmmState::Frozen))?;
                 wait_for_end(host, name, END_WAIT)?;
             }
             let meant = options.from == Some(ResumeFrom::File);
@@ -166,12 +170,19 @@ fn continue_with(
     let segment = segment.ok_or_else(none)?;
     let mut order = Launch::of_frozen(segment).ok_or_else(none)?;
     order.accept_changed_disk = accept_changed_disk;
+    if segment.carried {
+        order.memory = luo::memory_of_kept(host, segment)?;
+    }
     let lock = lock(host, name)?;
     // Under the lock: whoever starts it afresh holds it meanwhile.
     if notes::is_given_up(&host.layout, segment)? {
         return Err(refused(given_up(name, segment.id)));
     }
-    Ok(launch(host, &lock, &order, LAUNCH_WAIT)?)
+    let status = launch(host, &lock, &order, LAUNCH_WAIT)?;
+    if segment.carried {
+        luo::taken_over(host, segment);
+    }
+    Ok(status)
 }
 
 #[cfg(test)]

@@ -36,6 +36,9 @@ pub struct SavedInfo {
     pub memory: ByteSize,
     /// Its RAM was in the store, and is to be so again.
     pub in_store: bool,
+    /// Its RAM was in store `luo`, and is to be so again where the kernel has it.
+    #[serde(default)]
+    pub in_files: bool,
 }
 
 /// Paths of one saved VM.
@@ -191,6 +194,7 @@ mod tests {
             vm: VmId([7; 16]),
             memory: ByteSize::mib(64),
             in_store: true,
+            in_files: false,
         };
         paths.prepare(&info).expect("prepare");
         fs::write(&paths.part, b"state").expect("the VMM writes");

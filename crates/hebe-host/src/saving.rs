@@ -11,6 +11,7 @@ use crate::host::{Host, HostError};
 use crate::launch::{
     ExitRecord, Instance, LAUNCH_WAIT, Launch, LaunchError, Memory, Origin, launch,
 };
+use crate::luo;
 use crate::notes;
 use crate::ops::{lock, withdraw_stale};
 use crate::saved::{SavedInfo, SavedPaths};
@@ -74,6 +75,9 @@ pub(crate) fn restore_with(
 }
 
 fn memory_for_restore(host: &Host, name: &VmName, info: &SavedInfo) -> Result<Memory, HostError> {
+    if info.in_files && host.system.live_update().is_ok() {
+        return luo::memory(name, info.vm, info.memory);
+    }
     if !info.in_store {
         return Ok(Memory::Memfd);
     }
@@ -124,7 +128,7 @@ fn undo_restore(
                 _ => false,
             }
         }
-        Memory::Memfd => ExitRecord::read(&host.layout.vm_dir(name))
+        Memory::Files { .. } | Memory::Memfd => ExitRecord::read(&host.layout.vm_dir(name))
             .is_some_and(|record| record.ran == Some(false)),
     };
     if never_ran && paths.restoring.exists() {
@@ -155,7 +159,8 @@ pub fn save_held(
             name: name.clone(),
             why: "the size of its RAM is not known: its runtime directory was emptied".into(),
         })?,
-        in_store: instance.is_some_and(|i| i.segment.is_some()),
+        in_store: instance.as_ref().is_some_and(|i| i.segment.is_some()),
+        in_files: instance.is_some_and(|i| i.files),
     };
     // One of a restore after which the VM ran would count instead of the new one.
     withdraw_stale(host, name)?;

@@ -9,8 +9,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hebe_store::{Access, ExecStatus, SegmentEntry, Store, StoreError};
+use hebe_sys::luo::LuoError;
 use hebe_types::{ByteSize, SegmentId, VmId, VmName};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// How long an order waits for another manager of the store, which may be
 /// scrubbing a large segment.
@@ -39,13 +40,19 @@ pub enum StoreTrouble {
     /// The segment's description could not be written down.
     #[error("cannot describe the segment to the VMM")]
     Describe(#[from] serde_json::Error),
+    /// Linux cannot carry the VM's memory, or what it carried cannot be had.
+    #[error("{0}")]
+    Carried(#[from] LuoError),
+    /// The process that keeps what arrived.
+    #[error("the keeper of VMs that the kernel before handed over does not answer")]
+    Keeper(#[source] std::io::Error),
     /// A test's own reason.
     #[error("{0}")]
     Other(String),
 }
 
 /// What a segment's execution area says.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "exec", rename_all = "kebab-case")]
 pub enum ExecView {
     /// No VM ever ran in it.
@@ -55,7 +62,7 @@ pub enum ExecView {
     /// A VMM runs in it, or did when it or its host stopped.
     Running {
         /// The boot of the host in which it ran.
-        #[serde(serialize_with = "hex")]
+        #[serde(serialize_with = "hex", deserialize_with = "from_hex")]
         boot_id: [u8; 16],
         /// The VMM's process id in that boot.
         pid: u32,
@@ -78,6 +85,32 @@ fn hex<S: serde::Serializer>(bytes: &[u8; 16], serializer: S) -> Result<S::Ok, S
     serializer.collect_str(&VmId(*bytes))
 }
 
+fn from_hex<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<[u8; 16], D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let read = hebe_sys::proc::parse_uuid(&text);
+    read.ok_or_else(|| serde::de::Error::custom("not an id of 32 hexadecimal digits"))
+}
+
+impl From<&ExecStatus> for ExecView {
+    fn from(status: &ExecStatus) -> Self {
+        match status {
+            ExecStatus::Empty => Self::Empty,
+            ExecStatus::Ended => Self::Ended,
+            ExecStatus::Running { boot_id, pid, .. } => Self::Running {
+                boot_id: *boot_id,
+                pid: *pid,
+            },
+            ExecStatus::Frozen { len, frozen_ns, .. } => Self::Frozen {
+                state_bytes: *len,
+                frozen_ns: *frozen_ns,
+            },
+            ExecStatus::Damaged { reason } => Self::Damaged {
+                reason: reason.clone(),
+            },
+        }
+    }
+}
+
 /// One segment.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct SegmentView {
@@ -95,6 +128,9 @@ pub struct SegmentView {
     /// Its state.
     #[serde(flatten)]
     pub exec: ExecView,
+    /// It lies in files of its own, which the kernel before handed over and the
+    /// keeper holds.
+    pub carried: bool,
     /// Somebody has it mapped: a VMM that runs its VM, or holds it frozen.
     pub held: bool,
     /// The `hebe_store::SegmentSpec` as JSON, for the VMM and for `store show`.
@@ -114,6 +150,9 @@ pub struct StoreView {
     pub capacity: ByteSize,
     /// What is not given to a segment.
     pub free: ByteSize,
+    /// There is no such device: all there is was handed over by the kernel before.
+    #[serde(skip)]
+    pub kept_only: bool,
     /// Physical start and length in bytes; `None` for a plain file.
     pub phys_range: Option<(u64, u64)>,
     /// Its segments.
@@ -244,21 +283,8 @@ fn segment_view(store: &Store, entry: &SegmentEntry) -> Result<SegmentView, Stor
             vm: Some(info.spec.vm),
             memory: ByteSize(info.spec.ram.iter().map(|p| p.place.len).sum()),
             extents: info.spec.ram.len(),
-            exec: match &info.exec {
-                ExecStatus::Empty => ExecView::Empty,
-                ExecStatus::Ended => ExecView::Ended,
-                ExecStatus::Running { boot_id, pid, .. } => ExecView::Running {
-                    boot_id: *boot_id,
-                    pid: *pid,
-                },
-                ExecStatus::Frozen { len, frozen_ns, .. } => ExecView::Frozen {
-                    state_bytes: *len,
-                    frozen_ns: *frozen_ns,
-                },
-                ExecStatus::Damaged { reason } => ExecView::Damaged {
-                    reason: reason.clone(),
-                },
-            },
+            exec: ExecView::from(&info.exec),
+            carried: false,
             held: store.is_held(&info.spec)?,
             spec: serde_json::to_string(&info.spec)?,
         },
@@ -271,6 +297,7 @@ fn segment_view(store: &Store, entry: &SegmentEntry) -> Result<SegmentView, Stor
             exec: ExecView::Damaged {
                 reason: reason.clone(),
             },
+            carried: false,
             held: false,
             spec: String::new(),
         },
@@ -290,6 +317,7 @@ impl StoreAccess for DeviceStore {
             capacity: ByteSize(info.capacity),
             free: ByteSize(info.free),
             phys_range: info.phys_range,
+            kept_only: false,
             segments: segments
                 .iter()
                 .map(|entry| segment_view(&store, entry))

@@ -10,10 +10,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hebe_sys::kexec::{self, KexecError};
+use hebe_sys::luo::{self, LiveUpdate, LuoError, Orchestrator};
 use hebe_sys::{clock, proc};
 use hebe_types::{ByteSize, Stamp};
 
 pub use hebe_sys::kexec::Leave;
+
+use crate::host::Host;
 
 /// Why the machine did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +86,23 @@ pub trait System: Send + Sync {
     fn since_boot_ns(&self) -> u64;
     /// Sets the wall clock, in nanoseconds.
     fn set_realtime_ns(&self, realtime_ns: u64) -> io::Result<()>;
+    /// Whether this kernel can carry memory into the next one.
+    fn live_update(&self) -> Result<(), LuoError> {
+        Err(LuoError::NotOffered)
+    }
+    /// What carries it. Only one process at a time has it.
+    fn orchestrator(&self) -> Result<Box<dyn Orchestrator>, LuoError> {
+        Err(LuoError::NotOffered)
+    }
+    /// Starts the process that holds what the kernel before handed over, and
+    /// waits until it has all of it; how many VMs that are, whole or not.
+    fn start_keeper(&self, _host: &Host) -> Result<usize, String> {
+        Ok(0)
+    }
+    /// Memory that can be had without taking it from anybody.
+    fn available_memory(&self) -> Option<ByteSize> {
+        None
+    }
 }
 
 /// The real machine.
@@ -188,6 +208,25 @@ impl System for Machine {
 
     fn set_realtime_ns(&self, realtime_ns: u64) -> io::Result<()> {
         proc::set_realtime_ns(realtime_ns)
+    }
+
+    fn live_update(&self) -> Result<(), LuoError> {
+        luo::offered()
+    }
+
+    fn orchestrator(&self) -> Result<Box<dyn Orchestrator>, LuoError> {
+        Ok(Box::new(LiveUpdate::open()?))
+    }
+
+    fn start_keeper(&self, host: &Host) -> Result<usize, String> {
+        crate::luo::keeper::start(&host.layout)
+    }
+
+    fn available_memory(&self) -> Option<ByteSize> {
+        let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+        let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+        let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+        Some(ByteSize(kib << 10))
     }
 }
 

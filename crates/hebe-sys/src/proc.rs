@@ -37,6 +37,18 @@ pub fn spawn_detached(mut command: Command, keep: Vec<OwnedFd>) -> io::Result<Ch
     child
 }
 
+/// Lets this process, and those it starts, have as many descriptors open as it
+/// may allow itself: a VM in files of its own has up to 65.
+pub fn raise_file_limit() -> io::Result<()> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    Ok(setrlimit(Resource::Nofile, raised)?)
+}
+
 /// Whether process `pid` exists.
 pub fn is_alive(pid: u32) -> bool {
     let Some(pid) = i32::try_from(pid)

@@ -20,11 +20,15 @@ pub const DEVICES_MAX: usize = 24;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StoreKind {
-    /// `devdax` where the host has one, `memfd` otherwise.
+    /// What the host offers: `devdax` where it has such a store, else `luo`
+    /// where its kernel can carry memory over a kexec, else `memfd`.
     #[default]
     Auto,
     /// A reserved range of physical memory: outlives the host kernel.
     Devdax,
+    /// Ordinary memory that Linux's Live Update Orchestrator carries into the
+    /// next host kernel. Lives in the VMM process otherwise.
+    Luo,
     /// Anonymous memory: outlives nothing but a VMM process.
     Memfd,
 }
@@ -56,7 +60,7 @@ pub struct VmConfig {
     /// Where guest RAM lives.
     #[serde(default)]
     pub store: StoreKind,
-    /// Use 2 MiB huge pages for a `memfd` store.
+    /// Use 2 MiB huge pages for a `memfd` store; `auto` then is never `luo`.
     #[serde(default)]
     pub hugepages: bool,
     /// bzImage, or an ELF kernel with a PVH entry note.
@@ -137,6 +141,11 @@ pub enum ConfigError {
         "memory = \"{0}\" is not possible: it must be a multiple of 2MiB, from {MEMORY_MIN} to {MEMORY_MAX}"
     )]
     Memory(ByteSize),
+    /// Linux does not carry huge-page memory.
+    #[error(
+        "store = \"luo\" and hugepages = true exclude each other: Linux carries no huge-page memory over a kexec"
+    )]
+    HugePagesCarried,
     /// vCPU count out of range.
     #[error("vcpus = {0} is not possible: a VM has 1 to {VCPUS_MAX}")]
     Vcpus(u8),
@@ -163,6 +172,9 @@ impl VmConfig {
         let memory = self.memory;
         if memory < MEMORY_MIN || memory > MEMORY_MAX || !memory.0.is_multiple_of(GRANULE) {
             return Err(ConfigError::Memory(memory));
+        }
+        if self.hugepages && self.store == StoreKind::Luo {
+            return Err(ConfigError::HugePagesCarried);
         }
         if self.vcpus == 0 || self.vcpus > VCPUS_MAX {
             return Err(ConfigError::Vcpus(self.vcpus));
@@ -242,6 +254,7 @@ mod tests {
         };
         assert!(refused(|c| c.memory = ByteSize(0)).contains("memory"));
         assert!(refused(|c| c.memory = ByteSize((256 << 20) + 4096)).contains("memory"));
+        assert!(refused(|c| (c.store, c.hugepages) = (StoreKind::Luo, true)).contains("hugepages"));
         assert!(refused(|c| c.vcpus = 9).contains("vcpus = 9"));
         assert!(refused(|c| c.vcpus = 0).contains("vcpus = 0"));
         assert!(refused(|c| c.nets[0].tap = "a/b".into()).contains("a/b"));

@@ -31,9 +31,10 @@ pub struct Args {
     /// An inherited descriptor that holds the VM's lock; kept open to the end.
     #[arg(long, value_name = "FD")]
     pub lock_fd: Option<RawFd>,
-    /// An inherited descriptor of the store's device; closed once the segment is mapped.
+    /// An inherited descriptor of the store's device, closed once the segment is mapped; or,
+    /// once for each, those of the segment's own files, which stay open.
     #[arg(long, value_name = "FD", requires = "segment")]
-    pub segment_fd: Option<RawFd>,
+    pub segment_fd: Vec<RawFd>,
     /// The segment's place in the store, in JSON.
     #[arg(long, value_name = "JSON", value_parser = parse_segment)]
     pub segment: Option<SegmentSpec>,

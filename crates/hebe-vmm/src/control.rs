@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,6 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use hebe_api::{Order, Request, Response, VmmState, read_frame, write_frame};
+use hebe_store::Segment;
 
 use crate::log;
 use crate::vm::{Event, Vm, VmError};
@@ -102,6 +104,11 @@ fn converse(mut stream: UnixStream, vm: &Shared, events: &Sender<Event>) -> io::
                 write_frame(&mut stream, &Response::Done)?;
                 return hub.attach(stream);
             }
+            Request::SegmentFiles => {
+                let segment = vm.segment.clone();
+                drop(guard);
+                hand_out(&mut stream, &segment)?;
+            }
             _ => {
                 let response = answer(vm, &order).unwrap_or_else(|error| failed(&error));
                 drop(guard);
@@ -120,6 +127,18 @@ fn end(request: &Request, vm: &Vm) -> Option<Option<VmmState>> {
         Request::PowerButton if vm.failed.is_some() => Some(None),
         _ => None,
     }
+}
+
+/// Gives the client what the VM's RAM lies in; the VM keeps it, too.
+fn hand_out(stream: &mut UnixStream, segment: &Segment) -> io::Result<()> {
+    let fds: Vec<_> = segment.files().iter().map(AsFd::as_fd).collect();
+    if fds.is_empty() {
+        return write_frame(stream, &failed(&VmError::NoFiles));
+    }
+    let spec = serde_json::to_string(segment.spec())?;
+    let count = fds.len();
+    write_frame(stream, &Response::SegmentFiles { count, spec })?;
+    hebe_sys::fdpass::send(stream, &fds)
 }
 
 fn answer(vm: &mut Vm, order: &Order) -> Result<Response, VmError> {
@@ -149,7 +168,7 @@ fn answer(vm: &mut Vm, order: &Order) -> Result<Response, VmError> {
             vm.press_power_button()?;
             Response::Done
         }
-        Request::Console | Request::Quit { .. } => Response::Done,
+        Request::Console | Request::SegmentFiles | Request::Quit { .. } => Response::Done,
     })
 }
 

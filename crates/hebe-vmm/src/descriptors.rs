@@ -19,8 +19,8 @@ use crate::args::Args;
 /// Nothing in this process may own a descriptor yet: this comes first in the
 /// program.
 pub unsafe fn close_others(args: &Args) -> io::Result<()> {
-    let named = [args.lock_fd, args.config_fd, args.segment_fd];
-    for (first, last) in gaps(named.into_iter().flatten()) {
+    let named = [args.lock_fd, args.config_fd].into_iter().flatten();
+    for (first, last) in gaps(named.chain(args.segment_fd.iter().copied())) {
         // SAFETY: the caller says that nobody owns these descriptors.
         if unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } != 0 {
             return Err(io::Error::last_os_error());

@@ -278,13 +278,22 @@ fn restore_ram(args: &Args, path: &Path) -> anyhow::Result<(Arc<Segment>, Vec<u8
 }
 
 fn map_given_segment(args: &Args) -> anyhow::Result<Segment> {
-    let (Some(fd), Some(spec)) = (args.segment_fd, &args.segment) else {
+    let (false, Some(spec)) = (args.segment_fd.is_empty(), &args.segment) else {
         bail!("--segment-fd and --segment say where the VM's RAM is: one of them is missing");
     };
     if spec.vm != args.vm_id {
         bail!("the segment is VM {}'s, not VM {}'s", spec.vm, args.vm_id);
     }
-    Ok(Segment::map(take_fd(fd)?, spec)?)
+    let fds = args.segment_fd.iter().map(|fd| take_fd(*fd));
+    let mut fds = fds.collect::<anyhow::Result<Vec<OwnedFd>>>()?;
+    // A segment with files of its own has at least two: state, and RAM.
+    match fds.pop() {
+        Some(device) if fds.is_empty() => Ok(Segment::map(device, spec)?),
+        last => {
+            fds.extend(last);
+            Ok(Segment::map_files(fds, spec)?)
+        }
+    }
 }
 
 fn map_segment(args: &Args, config: &VmConfig) -> anyhow::Result<Segment> {

@@ -109,6 +109,14 @@ pub enum VmError {
     /// Nobody waits for the answer any more.
     #[error("the order came too late: whoever gave it waits no more, and the VM is as it was")]
     Expired,
+    /// Its RAM has no files that could be handed out.
+    #[error("the VM's RAM is in no files of its own: only that of store \"luo\" is handed over")]
+    NoFiles,
+    /// The memory of a frozen VM would end with its VMM.
+    #[error(
+        "the VM is frozen in memory that ends with its VMM: `hebe resume` lets it run again, `hebe drop --yes` gives it up"
+    )]
+    LastHolder,
     /// The VMM was told to end.
     #[error("the VMM is ending: wait for it")]
     Quitting,
@@ -338,6 +346,11 @@ impl Vm {
                 state: self.state,
                 expected,
             });
+        }
+        // By an order that would have it stay frozen without a VMM, which only
+        // a segment in a store does.
+        if expected == Some(VmmState::Frozen) && !self.segment.files().is_empty() {
+            return Err(VmError::LastHolder);
         }
         self.quitting = true;
         Ok(())

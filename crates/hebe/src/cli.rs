@@ -141,6 +141,12 @@ Examples:
     /// Look after a group of hosts.
     #[command(subcommand)]
     Fleet(FleetCommand),
+    /// Holds what the kernel before handed over; `hebe resume --all` starts it.
+    #[command(
+        hide = true,
+        after_help = "Example:\n  hebe keeper       # not by hand: it takes what only `hebe resume` knows to use"
+    )]
+    Keeper,
     /// Print a completion script for a shell.
     #[command(after_help = "\
 Examples:
@@ -214,10 +220,12 @@ pub struct CageArgs {
 /// Where RAM lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum StoreArg {
-    /// In the store where there is one.
+    /// In the store where there is one, else in what Linux carries, if it can.
     Auto,
     /// In the store: outlives the host kernel.
     Devdax,
+    /// In ordinary memory that Linux carries into the next kernel.
+    Luo,
     /// In anonymous memory.
     Memfd,
 }

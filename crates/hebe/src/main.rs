@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use hebe_host::Host;
 use hebe_sys::clock::stamp_now;
+use hebe_sys::proc::raise_file_limit;
 
 /// Ends with what is wrong with the command line; as JSON, too, where that was
 /// asked for.
@@ -24,6 +25,8 @@ fn wrong(error: &clap::Error) -> ! {
 fn main() -> ExitCode {
     // First of all: the timeline's "user space" is this instant.
     let started = stamp_now();
+    // VMs in store `luo` have many files; a VMM inherits the limit.
+    let _ = raise_file_limit();
     let parsed = cli::Cli::try_parse();
     let cli = match parsed.and_then(|cli| cli.check().map(|()| cli)) {
         Ok(cli) => cli,

@@ -180,6 +180,7 @@ fn lost_with_file() {
         vm: id,
         memory: hebe_types::ByteSize::mib(4),
         in_store: false,
+        in_files: false,
     };
     paths.prepare(&info).expect("prepare");
     fs::write(&paths.part, "web").expect("write");

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{self, ExitCode};
@@ -41,8 +41,12 @@ pub fn run(arguments: &[String]) -> ExitCode {
         let value = it.next_if(|v| !v.starts_with("--"));
         options.insert(flag, value.map_or("", String::as_str));
     }
+    let named = arguments
+        .windows(2)
+        .filter(|pair| pair[0] == "--segment-fd");
+    let fds = named.map(|pair| take_fd(&pair[1])).collect();
     let dir = PathBuf::from(options["--run-dir"]);
-    match start(&options, dir.clone()) {
+    match start(&options, fds, dir.clone()) {
         Ok(fake) => fake.serve(),
         Err(message) => {
             end(&dir, "error", &message);
@@ -64,7 +68,11 @@ fn take_fd(text: &str) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(number) }
 }
 
-fn start(options: &BTreeMap<&str, &str>, dir: PathBuf) -> Result<Fake, String> {
+fn start(
+    options: &BTreeMap<&str, &str>,
+    mut fds: Vec<OwnedFd>,
+    dir: PathBuf,
+) -> Result<Fake, String> {
     // Kept to the end of the process.
     std::mem::forget(take_fd(options["--lock-fd"]));
     let root = dir
@@ -72,16 +80,17 @@ fn start(options: &BTreeMap<&str, &str>, dir: PathBuf) -> Result<Fake, String> {
         .nth(3)
         .expect("root/run/vms/NAME")
         .to_owned();
-    let segment = match options.get("--segment-fd") {
-        Some(fd) => {
-            let spec = serde_json::from_str(options["--segment"]).expect("a SegmentSpec");
-            Some(Segment::map(take_fd(fd), &spec).map_err(|e| e.to_string())?)
-        }
-        None => {
+    let spec = options.get("--segment");
+    let spec = spec.map(|json| serde_json::from_str(json).expect("a SegmentSpec"));
+    let mapped = match (&spec, fds.len()) {
+        (Some(spec), 1) => Some(Segment::map(fds.remove(0), spec)),
+        (Some(spec), _) => Some(Segment::map_files(fds, spec)),
+        (None, _) => {
             assert!(options.contains_key("--memfd"));
             None
         }
     };
+    let segment = mapped.transpose().map_err(|e| e.to_string())?;
     let id = hebe_sys::proc::parse_uuid(options["--vm-id"]).expect("an id");
     let mut fake = Fake {
         name: options["--name"].parse().expect("a name"),
@@ -302,8 +311,21 @@ impl Fake {
     }
 }
 
+fn hand_out(stream: &mut UnixStream, fake: &Fake) {
+    let segment = fake.segment.as_ref().expect("a segment");
+    let spec = serde_json::to_string(segment.spec()).expect("spec");
+    let fds: Vec<_> = segment.files().iter().map(AsFd::as_fd).collect();
+    let count = fds.len();
+    write_frame(stream, &Response::SegmentFiles { count, spec }).expect("write");
+    hebe_sys::fdpass::send(stream, &fds).expect("send");
+}
+
 fn converse(mut stream: UnixStream, fake: &Mutex<Fake>) {
     while let Ok(Some(request)) = read_frame::<Request>(&mut stream) {
+        if request == Request::SegmentFiles {
+            hand_out(&mut stream, &fake.lock().expect("lock"));
+            continue;
+        }
         let response = fake.lock().expect("lock").answer(&request);
         if write_frame(&mut stream, &response).is_err() {
             return;

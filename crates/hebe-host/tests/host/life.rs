@@ -243,6 +243,7 @@ fn two_states() {
         vm,
         memory: hebe_types::ByteSize::mib(4),
         in_store: true,
+        in_files: false,
     };
     paths.prepare(&info).expect("prepare");
     let mut ram = vec![0u8; 4 << 20];

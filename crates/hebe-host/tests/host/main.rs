@@ -8,6 +8,7 @@ mod elsewhere;
 mod fake_vmm;
 mod kills;
 mod life;
+mod live_update;
 mod reboots;
 mod verdicts;
 mod world;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         reboots::CASES,
         elsewhere::CASES,
         kills::CASES,
+        live_update::CASES,
         verdicts::CASES,
     ];
     let cases: Vec<Case> = groups

@@ -418,6 +418,7 @@ fn stale_file() {
                 vm: world.instance("web").expect("instance").vm,
                 memory: hebe_types::ByteSize::mib(4),
                 in_store: true,
+                in_files: false,
             };
             paths.prepare(&info).expect("prepare");
             fs::write(&paths.restoring, "old").expect("write");

@@ -182,6 +182,7 @@ fn left_standing() {
         vm: world.instance("db").expect("instance").vm,
         memory: hebe_types::ByteSize::mib(4),
         in_store: true,
+        in_files: false,
     };
     paths.prepare(&info).expect("prepare");
     hebe_host::vmm::save(&layout.socket(&name("db")), &paths.part, wait).expect("saves");

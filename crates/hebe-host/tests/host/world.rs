@@ -11,11 +11,15 @@ use std::time::{Duration, Instant};
 use hebe_host::launch::Instance;
 use hebe_host::listing::{self, VmState};
 use hebe_host::lock::VmLock;
+use hebe_host::luo::keeper::{self, Keeper};
+use hebe_host::luo::store::WithKept;
 use hebe_host::preflight::RebootOptions;
 use hebe_host::store_init::{InitOptions, init};
 use hebe_host::stores::{DeviceStore, NewSegment, StoreAccess, StoreTrouble, StoreView};
 use hebe_host::system::{Leave, System, SystemError};
 use hebe_host::{Host, Layout};
+use hebe_sys::luo::fake::FakeKernel;
+use hebe_sys::luo::{LuoError, Orchestrator};
 use hebe_types::{ByteSize, RebootMethod, SegmentId, Stamp, VmId, VmName};
 
 pub const RESERVED: &str = "quiet memmap=256M!4G";
@@ -39,6 +43,8 @@ pub struct FakeMachine {
     pub realtime_set: Mutex<Option<u64>>,
     /// What happens to come between, the next time that disks are flushed.
     pub at_sync: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    /// Its Live Update Orchestrator, where it has one.
+    pub luo: Mutex<Option<FakeKernel>>,
     /// Given back when the machine leaves, as a kernel does with all locks.
     pub store: Mutex<Option<Arc<DeviceStore>>>,
 }
@@ -143,6 +149,31 @@ impl System for FakeMachine {
         *self.realtime_set.lock().expect("lock") = Some(realtime_ns);
         Ok(())
     }
+    fn live_update(&self) -> Result<(), LuoError> {
+        match &*self.luo.lock().expect("lock") {
+            Some(_) => Ok(()),
+            None => Err(LuoError::NotOffered),
+        }
+    }
+    fn orchestrator(&self) -> Result<Box<dyn Orchestrator>, LuoError> {
+        self.live_update()?;
+        let luo = self.luo.lock().expect("lock").clone();
+        Ok(Box::new(luo.ok_or(LuoError::NotOffered)?.open()?))
+    }
+    fn start_keeper(&self, host: &Host) -> Result<usize, String> {
+        let device = self.orchestrator().map_err(|e| e.to_string())?;
+        let keeper = Keeper::retrieve(&*device, self.boot_id());
+        let held = keeper.len();
+        if held > 0 {
+            let socket = host.layout.keeper_socket();
+            let listener = keeper::listen(&socket).expect("listen");
+            std::thread::spawn(move || {
+                keeper.serve(&listener).expect("serve");
+                let _ = fs::remove_file(socket);
+            });
+        }
+        Ok(held)
+    }
 }
 
 /// No store.
@@ -201,6 +232,28 @@ impl World {
         world
     }
 
+    /// A host without one, whose kernel carries memory over.
+    pub fn live_update() -> Self {
+        let mut world = Self::without_store();
+        *world.machine.luo.lock().expect("lock") = Some(FakeKernel::default());
+        *world.machine.cmdline.lock().expect("lock") = "kho=on liveupdate=on".into();
+        world.keep_arrivals();
+        world
+    }
+
+    /// Lists what the kernel before handed over beside what the store holds.
+    pub fn keep_arrivals(&mut self) {
+        let socket = self.host.layout.keeper_socket();
+        let inner = Arc::clone(&self.host.store);
+        self.host.store = Arc::new(WithKept::new(inner, socket));
+    }
+
+    /// The kernel's Live Update Orchestrator.
+    pub fn luo(&self) -> FakeKernel {
+        let luo = self.machine.luo.lock().expect("lock");
+        luo.clone().expect("a kernel that has it")
+    }
+
     /// A host without one.
     pub fn without_store() -> Self {
         let root = tempfile::tempdir().expect("dir");
@@ -220,6 +273,7 @@ impl World {
             leaves: AtomicBool::new(false),
             left: AtomicBool::new(false),
             realtime_set: Mutex::new(None),
+            luo: Mutex::new(None),
             store: Mutex::new(None),
             at_sync: Mutex::new(None),
         });
@@ -316,6 +370,9 @@ impl World {
     /// What a stop of the machine leaves: no process, no runtime directory,
     /// another boot.
     pub fn next_boot(&self) {
+        if let Some(luo) = &*self.machine.luo.lock().expect("lock") {
+            luo.kexec();
+        }
         let vms = fs::read_dir(self.host.layout.run.join("vms"));
         for entry in vms.into_iter().flatten().flatten() {
             let vm = entry.file_name().into_string().expect("name");

@@ -182,6 +182,18 @@ impl SegmentFiles {
         Ok(self.area()?.status())
     }
 
+    /// Whether somebody has it mapped: a VMM that runs its VM, or holds it frozen.
+    ///
+    /// # Errors
+    /// [`StoreError::Media`].
+    pub fn is_held(&self) -> Result<bool, StoreError> {
+        let whole = Extent {
+            offset: 0,
+            len: GRANULE,
+        };
+        crate::hold::is_held(self.exec(), &[whole])
+    }
+
     fn area(&self) -> Result<ExecArea, StoreError> {
         let whole = Extent {
             offset: 0,

@@ -4,5 +4,6 @@ mod caged;
 mod descriptors;
 mod ending;
 mod failing;
+mod files;
 mod guest;
 mod vmm;

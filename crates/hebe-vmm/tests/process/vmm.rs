@@ -31,12 +31,15 @@ impl Vmm {
         let lock = OwnedFd::from(File::create(dir.path().join("lock")).expect("lock"));
         flock(&lock, FlockOperation::NonBlockingLockExclusive).expect("nobody has it");
         let mut command = Command::new(env!("CARGO_BIN_EXE_hebe-vmm"));
-        command.args(["--name", "web", "--vm-id", &"11".repeat(16), "--memfd"]);
+        command.args(["--name", "web", "--vm-id", &"11".repeat(16)]);
         command.arg("--run-dir").arg(dir.path());
         command.arg("--lock-fd").arg(lock.as_raw_fd().to_string());
         let log = File::create(dir.path().join("log")).expect("log");
         command.stdin(Stdio::null()).stderr(log);
         let mut keep = prepare(&mut command);
+        if !command.get_args().any(|arg| arg == "--segment") {
+            command.arg("--memfd");
+        }
         if !command.get_args().any(|arg| arg == "--config-fd") {
             command.arg("--config").arg(path);
         }

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::reboot::checks_table;
 use crate::cli::HostCommand;
-use crate::output::{Exit, Outcome, Output};
+use crate::output::{Exit, Failure, Outcome, Output};
 
 #[derive(Serialize)]
 struct Answer<'a> {
@@ -42,4 +42,12 @@ fn check(host: &Host, out: &Output) -> Outcome {
         text
     });
     Ok(if ready { Exit::Done } else { Exit::CheckFailed })
+}
+
+/// `hebe keeper`.
+pub fn keeper(host: &Host) -> Outcome {
+    let said = std::io::stdout();
+    let kept = hebe_host::luo::keeper::run(host, said);
+    kept.map_err(|e| Failure(format!("the keeper ends: {e}")))?;
+    Ok(Exit::Done)
 }

@@ -35,6 +35,7 @@ pub fn run(host: &Host, command: Command, out: &Output, started: Stamp) -> Outco
         Command::Fleet(command) => fleet::fleet(&command, out),
         Command::Plan(args) => plan::plan(&args, out),
         Command::Man { dir } => man::man(dir.as_deref(), out),
+        Command::Keeper => host::keeper(host),
         Command::Completions { shell } => {
             use clap::CommandFactory;
             let mut script = Vec::new();

@@ -74,6 +74,11 @@ fn all(host: &Host, autostart: bool, out: &Output, started: Stamp) -> Outcome {
             "no VM was resumed from the store, and nothing in it was changed: {trouble}"
         )));
     }
+    if let Some(trouble) = &result.carry_trouble {
+        return Err(Failure(format!(
+            "nothing of what the kernel before this one was to hand over could be had: {trouble}"
+        )));
+    }
     if result.vms.values().any(Resumed::is_trouble) {
         return Ok(Exit::Attention);
     }

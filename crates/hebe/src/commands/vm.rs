@@ -59,6 +59,7 @@ fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
         store: match args.store {
             StoreArg::Auto => StoreKind::Auto,
             StoreArg::Devdax => StoreKind::Devdax,
+            StoreArg::Luo => StoreKind::Luo,
             StoreArg::Memfd => StoreKind::Memfd,
         },
         hugepages: false,
