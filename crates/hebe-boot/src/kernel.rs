@@ -1,7 +1,8 @@
 //! Loading a kernel: bzImage by the 64-bit Linux boot protocol, ELF by PVH.
 
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use hebe_types::{MMIO_HOLE_END, MMIO_HOLE_START, RamRange};
@@ -21,6 +22,8 @@ const E820_RESERVED: u32 = 2;
 /// Boot protocol: kernel takes 64-bit entry at +0x200.
 const XLF_KERNEL_64: u16 = 1;
 const PVH_MAGIC: u32 = 0x336e_c578;
+/// <asm-generic/fcntl.h>
+const O_NONBLOCK: i32 = 0o4000;
 
 /// Why a guest cannot be booted.
 #[derive(Debug, thiserror::Error)]
@@ -79,13 +82,73 @@ pub enum Entry {
     },
 }
 
+/// A kernel or initrd that is open: it can be read as often as the guest
+/// boots, by a process that cannot open it any more.
+#[derive(Debug)]
+pub struct BootFile {
+    what: &'static str,
+    path: PathBuf,
+    file: File,
+}
+
+impl BootFile {
+    /// Opens a bzImage or an ELF kernel.
+    ///
+    /// # Errors
+    /// [`BootError::Unreadable`].
+    pub fn kernel(path: &Path) -> Result<Self, BootError> {
+        Self::open("kernel", path)
+    }
+
+    /// Opens an initial RAM file system.
+    ///
+    /// # Errors
+    /// [`BootError::Unreadable`].
+    pub fn initrd(path: &Path) -> Result<Self, BootError> {
+        Self::open("initrd", path)
+    }
+
+    fn open(what: &'static str, path: &Path) -> Result<Self, BootError> {
+        let file = OpenOptions::new()
+            .read(true)
+            // A FIFO must be refused, not waited for.
+            .custom_flags(O_NONBLOCK)
+            .open(path)
+            .map_err(|source| BootError::Unreadable {
+                what,
+                path: path.to_owned(),
+                source,
+            })?;
+        let path = path.to_owned();
+        Ok(Self { what, path, file })
+    }
+
+    /// Another descriptor of it, at its beginning.
+    fn rewound(&self) -> Result<File, BootError> {
+        let again = || {
+            let mut file = self.file.try_clone()?;
+            file.rewind()?;
+            Ok(file)
+        };
+        again().map_err(|source| self.unreadable(source))
+    }
+
+    fn unreadable(&self, source: io::Error) -> BootError {
+        BootError::Unreadable {
+            what: self.what,
+            path: self.path.clone(),
+            source,
+        }
+    }
+}
+
 /// What to boot.
 #[derive(Clone, Debug)]
 pub struct BootPlan<'a> {
     /// bzImage or ELF.
-    pub kernel: &'a Path,
+    pub kernel: &'a BootFile,
     /// Initial RAM file system.
-    pub initrd: Option<&'a Path>,
+    pub initrd: Option<&'a BootFile>,
     /// Command line without terminator.
     pub cmdline: &'a str,
     /// Address of the ACPI root pointer, from [`crate::write_acpi`].
@@ -96,11 +159,11 @@ pub struct BootPlan<'a> {
 
 /// Puts kernel, initrd, command line and boot data into `ram`.
 pub fn load(plan: &BootPlan, ram: &GuestMemoryMmap<()>) -> Result<Entry, BootError> {
-    let mut file = open("kernel", plan.kernel)?;
+    let mut file = plan.kernel.rewound()?;
     let mut magic = [0; 4];
     file.read_exact(&mut magic)
-        .and_then(|()| file.seek(SeekFrom::Start(0)))
-        .map_err(|_| BootError::NotAKernel(plan.kernel.to_owned()))?;
+        .and_then(|()| file.rewind())
+        .map_err(|_| BootError::NotAKernel(plan.kernel.path.clone()))?;
     write_cmdline(plan.cmdline, ram)?;
     write_gdt(ram)?;
     if &magic == b"\x7fELF" {
@@ -108,15 +171,6 @@ pub fn load(plan: &BootPlan, ram: &GuestMemoryMmap<()>) -> Result<Entry, BootErr
     } else {
         load_bzimage(plan, &mut file, ram)
     }
-}
-
-fn open(what: &'static str, path: &Path) -> Result<File, BootError> {
-    let unreadable = |source| BootError::Unreadable {
-        what,
-        path: path.to_owned(),
-        source,
-    };
-    File::open(path).map_err(unreadable)
 }
 
 fn write_cmdline(cmdline: &str, ram: &GuestMemoryMmap<()>) -> Result<(), BootError> {
@@ -142,18 +196,18 @@ fn load_bzimage(
     let start = GuestAddress(layout::HIGH_RAM_START);
     let loaded = BzImage::load(ram, None, file, Some(start)).map_err(|source| match source {
         loader::Error::Bzimage(loader::bzimage::Error::InvalidBzImage) => {
-            BootError::NotAKernel(plan.kernel.to_owned())
+            BootError::NotAKernel(plan.kernel.path.clone())
         }
         source => BootError::Load {
-            path: plan.kernel.to_owned(),
+            path: plan.kernel.path.clone(),
             source,
         },
     })?;
     let mut header: setup_header = loaded
         .setup_header
-        .ok_or_else(|| BootError::NotAKernel(plan.kernel.to_owned()))?;
+        .ok_or_else(|| BootError::NotAKernel(plan.kernel.path.clone()))?;
     if header.xloadflags & XLF_KERNEL_64 == 0 {
-        return Err(BootError::NotAKernel(plan.kernel.to_owned()));
+        return Err(BootError::NotAKernel(plan.kernel.path.clone()));
     }
     // The kernel unpacks itself at its preferred address and uses `init_size`
     // bytes there: the initrd must not lie in its way.
@@ -195,11 +249,11 @@ fn load_pvh(
 ) -> Result<Entry, BootError> {
     let start = GuestAddress(layout::HIGH_RAM_START);
     let loaded = Elf::load(ram, None, file, Some(start)).map_err(|source| BootError::Load {
-        path: plan.kernel.to_owned(),
+        path: plan.kernel.path.clone(),
         source,
     })?;
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
-        return Err(BootError::NotAKernel(plan.kernel.to_owned()));
+        return Err(BootError::NotAKernel(plan.kernel.path.clone()));
     };
     let initrd = load_initrd(plan, loaded.kernel_end, u64::from(u32::MAX), ram)?;
     let map = memory_map(plan.ranges);
@@ -261,16 +315,11 @@ fn load_initrd(
     address_max: u64,
     ram: &GuestMemoryMmap<()>,
 ) -> Result<Option<(u64, u64)>, BootError> {
-    let Some(path) = plan.initrd else {
+    let Some(initrd) = plan.initrd else {
         return Ok(None);
     };
-    let mut file = open("initrd", path)?;
-    let unreadable = |source| BootError::Unreadable {
-        what: "initrd",
-        path: path.to_owned(),
-        source,
-    };
-    let len = file.metadata().map_err(unreadable)?.len();
+    let mut file = initrd.rewound()?;
+    let len = file.metadata().map_err(|e| initrd.unreadable(e))?.len();
     let low_end = plan
         .ranges
         .iter()
@@ -359,8 +408,9 @@ mod tests {
         std::fs::write(&path, vec![7u8; 4096]).expect("write");
         let ranges = ram_ranges(ByteSize::mib(16));
         let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 16 << 20)]).expect("map");
+        let kernel = BootFile::kernel(&path).expect("open");
         let plan = BootPlan {
-            kernel: &path,
+            kernel: &kernel,
             initrd: None,
             cmdline: "",
             rsdp: 0,
@@ -368,14 +418,8 @@ mod tests {
         };
         let refused = load(&plan, &ram).expect_err("refused").to_string();
         assert!(refused.contains("not-a-kernel"), "{refused}");
-        let absent = BootPlan {
-            kernel: Path::new("/no/such/kernel"),
-            ..plan
-        };
-        assert!(matches!(
-            load(&absent, &ram),
-            Err(BootError::Unreadable { .. })
-        ));
+        let absent = BootFile::kernel(Path::new("/no/such/kernel"));
+        assert!(matches!(absent, Err(BootError::Unreadable { .. })));
         std::fs::remove_dir_all(&dir).expect("clean up");
     }
 }

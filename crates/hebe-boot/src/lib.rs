@@ -8,4 +8,4 @@ mod kernel;
 pub mod layout;
 
 pub use acpi::{AcpiError, write_acpi};
-pub use kernel::{BootError, BootPlan, Entry, load};
+pub use kernel::{BootError, BootFile, BootPlan, Entry, load};

@@ -1,26 +1,70 @@
 //! What a VM has from outside, opened once and kept for the VMM's life: a
-//! reset builds its devices again on the same disks and taps, because the
-//! cage leaves no way to open them.
+//! reset boots the same kernel again, with devices on the same disks and taps,
+//! because the cage leaves no way to open them.
 
 use std::os::fd::OwnedFd;
 
 use hebe_block::BlockBackend;
+use hebe_boot::{BootError, BootFile};
 use hebe_sys::tap::Tap;
 use hebe_types::{MacAddr, VmConfig, VmId};
 
+use crate::control;
+use crate::log;
 use crate::parts;
 use crate::vm::VmError;
 
-/// Open disks and taps, in the order of the definition.
+/// What a reset boots from.
+#[derive(Debug)]
+pub(crate) struct BootFiles {
+    pub(crate) kernel: BootFile,
+    pub(crate) initrd: Option<BootFile>,
+}
+
+impl BootFiles {
+    fn open(config: &VmConfig) -> Result<Self, BootError> {
+        Ok(Self {
+            kernel: BootFile::kernel(&config.kernel)?,
+            initrd: config.initrd.as_deref().map(BootFile::initrd).transpose()?,
+        })
+    }
+}
+
+/// Open disks and taps, in the order of the definition, and boot files.
 #[derive(Debug)]
 pub(crate) struct Held {
+    /// Or why there are none, where the VM was resumed without them.
+    pub(crate) boot: Result<BootFiles, String>,
     pub(crate) disks: Vec<BlockBackend>,
     pub(crate) nets: Vec<(OwnedFd, MacAddr)>,
 }
 
 impl Held {
-    /// Opens and locks the disks, opens the taps and joins their bridges.
+    /// For a VM that boots: kernel and initrd must be there.
     pub(crate) fn open(id: VmId, config: &VmConfig) -> Result<Self, VmError> {
+        let boot = BootFiles::open(config)?;
+        Self::open_devices(id, config, Ok(boot))
+    }
+
+    /// For a VM that goes on: it needs its kernel only when it resets itself,
+    /// so one that is not there is told, and costs no VM.
+    pub(crate) fn open_to_resume(id: VmId, config: &VmConfig) -> Result<Self, VmError> {
+        let boot = BootFiles::open(config).map_err(|error| {
+            let why = control::chain(&error);
+            log::log_error(&format!(
+                "the guest cannot boot again when it resets: {why}"
+            ));
+            why
+        });
+        Self::open_devices(id, config, boot)
+    }
+
+    /// Opens and locks the disks, opens the taps and joins their bridges.
+    fn open_devices(
+        id: VmId,
+        config: &VmConfig,
+        boot: Result<BootFiles, String>,
+    ) -> Result<Self, VmError> {
         parts::host_boot_id()?;
         let mut disks = Vec::new();
         for disk in &config.disks {
@@ -36,6 +80,6 @@ impl Held {
             let mac = net.mac.unwrap_or_else(|| MacAddr::derived(id, index as u8));
             nets.push((tap.into(), mac));
         }
-        Ok(Self { disks, nets })
+        Ok(Self { boot, disks, nets })
     }
 }

@@ -183,7 +183,7 @@ impl Start<'_> {
             run_dir: args.run_dir.clone(),
         };
         let held = Arc::new(Held::open(identity.id, &identity.config)?);
-        let cage = self.confine(&identity.config, listener)?;
+        let cage = self.confine(listener)?;
         let mut vm = Vm::boot_with(held, identity, segment, self.events)?;
         vm.cage = Some(cage);
         self.set_off(&mut vm)?;
@@ -210,8 +210,8 @@ impl Start<'_> {
             Disks::Same
         };
         let found = Found::read(args.vm_id, run_dir, &segment, &state)?;
-        let held = Arc::new(Held::open(args.vm_id, &found.identity.config)?);
-        let cage = self.confine(&found.identity.config, listener)?;
+        let held = Arc::new(Held::open_to_resume(args.vm_id, &found.identity.config)?);
+        let cage = self.confine(listener)?;
         let mut vm = Vm::resume_found(disks, found, held, segment, self.events)?;
         vm.cage = Some(cage);
         let constructed = stamp_now();
@@ -221,14 +221,10 @@ impl Start<'_> {
     }
 
     /// Enters the cage, and starts the threads that all VMs have.
-    fn confine(&self, config: &VmConfig, listener: UnixListener) -> anyhow::Result<CageReport> {
-        let boot_files = std::iter::once(&config.kernel).chain(&config.initrd);
+    fn confine(&self, listener: UnixListener) -> anyhow::Result<CageReport> {
         let room = Room {
             run_dir: self.args.run_dir.clone(),
             save_dir: self.args.save_dir.clone(),
-            boot_dirs: boot_files
-                .filter_map(|file| file.parent().map(Path::to_owned))
-                .collect(),
         };
         let cage = cage::enter(self.args.cage, &room)?;
         if signals::arrived() {
@@ -487,7 +483,8 @@ mod tests {
         assert_eq!(rebuild(&mut place, &events, &inbox), None);
         let state = place.as_ref().map(Vm::state);
         assert_eq!(state, Some(VmmState::Running));
-        fs::remove_file(dir.path().join("kernel")).expect("remove");
+        let kernel = dir.path().join("kernel");
+        fs::write(&kernel, "none").expect("overwrite");
         match rebuild(&mut place, &events, &inbox) {
             Some(Outcome::Failed(why)) => assert!(why.contains("kernel"), "{why}"),
             other => panic!("{other:?}"),

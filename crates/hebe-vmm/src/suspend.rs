@@ -295,6 +295,32 @@ mod tests {
     }
 
     #[test]
+    fn a_vm_is_resumed_without_its_kernel_and_a_boot_says_what_it_lacks() {
+        if guest::cannot_run() {
+            return;
+        }
+        let dir = tempfile::tempdir().expect("dir");
+        let (events, _inbox) = mpsc::channel();
+        let (mut vm, segment) = running(dir.path(), "", &events).expect("vm");
+        vm.freeze().expect("freeze");
+        let state = segment.exec().load().expect("state");
+        let id = vm.status().id;
+        drop(vm);
+        fs::remove_file(dir.path().join("kernel")).expect("remove");
+        let run_dir = dir.path().to_owned();
+        let mut vm = Vm::resume(id, run_dir, segment, &state, &events).expect("resumed");
+        vm.start().expect("it runs");
+        let held = vm.held.clone();
+        let (identity, segment) = vm.dismantle();
+        let refused = Vm::boot_with(held, identity, segment, &events).err();
+        let refused = refused.expect("no kernel").to_string();
+        assert!(
+            refused.contains("kernel") && refused.contains("resumed"),
+            "{refused}"
+        );
+    }
+
+    #[test]
     fn old_memory_is_not_resumed_with_a_newer_disk_unless_ordered() {
         if guest::cannot_run() {
             return;

@@ -50,6 +50,9 @@ pub enum VmError {
     /// Kernel and initrd.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// It was resumed without its kernel or initrd, and reset itself.
+    #[error("{0}, when the VM was resumed: put the file back and start the VM")]
+    NoKernel(String),
     /// ACPI tables.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
@@ -236,9 +239,11 @@ impl Vm {
         let ram = parts::map_ram(&machine, &segment)?;
         let rsdp = hebe_boot::write_acpi(&ram, config.vcpus, config.console.serial)?;
         let ranges: Vec<RamRange> = ram_ranges(config.memory);
+        let files = held.boot.as_ref();
+        let files = files.map_err(|why| VmError::NoKernel(why.clone()))?;
         let plan = BootPlan {
-            kernel: &config.kernel,
-            initrd: config.initrd.as_deref(),
+            kernel: &files.kernel,
+            initrd: files.initrd.as_ref(),
             cmdline: &config.cmdline,
             rsdp,
             ranges: &ranges,
@@ -277,7 +282,7 @@ impl Vm {
         events: &Sender<Event>,
     ) -> Result<Self, VmError> {
         let found = Found::read(id, run_dir, &segment, state)?;
-        let held = Arc::new(Held::open(id, &found.identity.config)?);
+        let held = Arc::new(Held::open_to_resume(id, &found.identity.config)?);
         Self::resume_found(disks, found, held, segment, events)
     }
 

@@ -50,9 +50,6 @@ fn restrict(room: &Room) -> Result<landlock::RestrictionStatus, RulesetError> {
     if let Some(dir) = &room.save_dir {
         rules = allow(rules, dir, own)?;
     }
-    for dir in &room.boot_dirs {
-        rules = allow(rules, dir, AccessFs::ReadFile.into())?;
-    }
     allow(rules, Path::new("/dev/kvm"), device)?.restrict_self()
 }
 

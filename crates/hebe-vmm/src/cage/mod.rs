@@ -1,12 +1,12 @@
 //! The cage: what is left to a VMM that its guest has taken over.
 //!
 //! It is entered once, by the main thread, when everything is open that the
-//! VM needs from outside (its segment, its disks, its taps) and before any
+//! VM needs from outside (its segment, its disks, its taps, what it boots
+//! from when its guest resets) and before any
 //! other thread exists: all threads inherit it. From then on the process can
 //!
-//! - open files of its own run directory, the one for saved VMs that it was
-//!   given, its kernel's directory for reading (a reset boots from there
-//!   again), and `/dev/kvm`: landlock;
+//! - open files of its own run directory, of the one for saved VMs that it was
+//!   given, and `/dev/kvm`: landlock;
 //! - make the system calls that a VMM makes, and none that starts a program,
 //!   opens a socket, or reaches another process: seccomp, once for the
 //!   process and again, narrower, for each vCPU;
@@ -52,8 +52,6 @@ pub struct Room {
     pub run_dir: PathBuf,
     /// Where it may be saved, for reading and writing.
     pub save_dir: Option<PathBuf>,
-    /// Directories of its kernel and initramfs, for reading.
-    pub boot_dirs: Vec<PathBuf>,
 }
 
 /// The whole cage was demanded, and cannot be had.

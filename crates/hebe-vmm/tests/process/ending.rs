@@ -111,22 +111,39 @@ fn a_guest_that_resets_boots_again_and_a_boot_that_fails_is_on_record() {
     if guest::cannot_run() {
         return;
     }
-    let mut vmm = Vmm::run(RESET_WHEN_TOLD, "");
-    let reset = |vmm: &Vmm| {
+    let dir = tempfile::tempdir().expect("dir");
+    let [real, link] = ["elsewhere", "vmlinuz"].map(|name| dir.path().join(name).join("kernel"));
+    for path in [&real, &link] {
+        std::fs::create_dir(path.parent().expect("parent")).expect("dir");
+    }
+    std::fs::write(&real, guest::image(RESET_WHEN_TOLD)).expect("kernel");
+    std::os::unix::fs::symlink(&real, &link).expect("link");
+    let config = format!(
+        "name = 'web'\nmemory = '8MiB'\nkernel = '{}'\n",
+        link.display()
+    );
+    let mut vmm = Vmm::start(dir, &config, |_| Vec::new());
+    let reset = |vmm: &Vmm, times: usize| {
         let mut client = vmm.connect();
         let attached = client.call(&Request::Console);
         assert!(matches!(attached, Ok(Response::Done)), "{attached:?}");
         client.into_stream().write_all(b"!").expect("type");
+        let until = Instant::now() + Duration::from_secs(60);
+        while vmm.log().matches("reset by the guest").count() < times {
+            assert!(Instant::now() < until, "no reset: {}", vmm.log());
+            thread::sleep(Duration::from_millis(2));
+        }
     };
-    reset(&vmm);
-    let until = Instant::now() + Duration::from_secs(60);
-    while !vmm.log().contains("reset by the guest") {
-        assert!(Instant::now() < until, "no reset: {}", vmm.log());
-        thread::sleep(Duration::from_millis(2));
-    }
+    reset(&vmm, 1);
     assert_eq!(vmm.status().state, VmmState::Running);
-    std::fs::remove_file(vmm.dir.path().join("kernel")).expect("remove");
-    reset(&vmm);
+    // What it boots from is open: names do not matter any more.
+    std::fs::remove_file(&link).expect("remove");
+    let moved = real.with_extension("old");
+    std::fs::rename(&real, &moved).expect("rename");
+    reset(&vmm, 2);
+    assert_eq!(vmm.status().state, VmmState::Running);
+    std::fs::write(moved, "none").expect("overwrite");
+    reset(&vmm, 3);
     let (success, record) = vmm.wait();
     assert!(!success);
     assert_eq!(record["reason"], "error");
