@@ -463,17 +463,40 @@ pub(crate) fn let_run(host: &Host, name: &VmName) -> Result<(), HostError> {
 
 /// Gives a VM up: its segment, its saved file and its runtime directory.
 pub fn drop_vm(host: &Host, name: &VmName) -> Result<(), HostError> {
+    drop_as(host, name, true)
+}
+
+/// [`drop_vm`], of a VM that has no work to lose: one that is frozen, saved,
+/// lost or damaged is refused.
+///
+/// # Errors
+/// [`HostError::Refused`] also where it was frozen only just now.
+pub fn drop_worthless(host: &Host, name: &VmName) -> Result<(), HostError> {
+    drop_as(host, name, false)
+}
+
+fn drop_as(host: &Host, name: &VmName, meant: bool) -> Result<(), HostError> {
     let _not_all = host.lock_orders()?;
     let survey = listing::survey(host);
     let row = survey.row(host, name)?;
+    // What is damaged may still be read by another release or kernel.
+    let precious = row.life.is_precious() || row.state == VmState::Damaged;
+    if precious && !meant {
+        return Err(would_be_lost(name, row.state.as_str()));
+    }
     if row.life.has_vmm() {
         admit(row, Order::Drop)?;
     }
     let lock = lock(host, name)?;
-    let segments = survey.store.iter().flat_map(|s| &s.segments);
+    // Whoever held the lock before may have frozen it after that look.
+    let store = host.store.view().ok().flatten();
+    let segments = store.iter().flat_map(|s| &s.segments);
     let own = segments.filter(|s| s.name.as_ref() == Some(name));
+    for segment in own.clone().filter(|_| !meant) {
+        refuse_precious(host, name, segment)?;
+    }
     own.clone().try_for_each(refuse_in_use)?;
-    notes::give_up_elsewhere(host, name, survey.store.as_ref(), true, "")?;
+    notes::give_up_elsewhere(host, name, store.as_ref(), true, "")?;
     SavedPaths::new(&host.layout, name).withdraw()?;
     for segment in own {
         free_segment(host, segment)?;
@@ -481,6 +504,25 @@ pub fn drop_vm(host: &Host, name: &VmName) -> Result<(), HostError> {
     definitions::forget_transient(&host.layout, name);
     let dir = host.layout.vm_dir(name);
     lock.remove_dir().map_err(HostError::file("remove", &dir))
+}
+
+fn refuse_precious(host: &Host, name: &VmName, segment: &SegmentView) -> Result<(), HostError> {
+    match &segment.exec {
+        ExecView::Damaged { .. } => Err(would_be_lost(name, VmState::Damaged.as_str())),
+        ExecView::Frozen { .. } if !notes::is_given_up(&host.layout, segment)? => {
+            Err(would_be_lost(name, VmState::Frozen.as_str()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn would_be_lost(name: &VmName, state: &str) -> HostError {
+    HostError::Refused {
+        name: name.clone(),
+        why: format!(
+            "it is {state} and would be lost for good: say `hebe drop {name} --yes` if it is to be"
+        ),
+    }
 }
 
 /// Frees the segments of VMs whose guests ended by themselves. Their exit

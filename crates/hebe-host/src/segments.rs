@@ -15,6 +15,7 @@ use hebe_types::{VmId, VmName};
 
 use crate::host::{Host, HostError};
 use crate::notes;
+use crate::ops::lock;
 use crate::stores::{SegmentView, StoreTrouble, StoreView};
 
 /// How long a VMM that let its VM's lock go may need to end altogether.
@@ -31,6 +32,30 @@ pub fn free_segment(host: &Host, segment: &SegmentView) -> Result<(), HostError>
         notes::forget(&host.layout, name, vm);
     }
     Ok(())
+}
+
+/// Frees a segment that was listed, if `admit` agrees to what is in it now: the
+/// VM's lock is taken first, for whoever held it may have frozen the VM since
+/// the listing. Gives what was freed.
+///
+/// # Errors
+/// [`HostError::Busy`] while its VM is somebody's; what `admit` says.
+pub fn drop_listed<E: From<HostError>>(
+    host: &Host,
+    listed: &SegmentView,
+    admit: impl FnOnce(&SegmentView) -> Result<(), E>,
+) -> Result<SegmentView, E> {
+    // One whose record is damaged names no VM: the store alone has its lock.
+    let taken = listed.name.as_ref().map(|name| lock(host, name));
+    let _lock = taken.transpose()?;
+    let view = host.store.view().map_err(HostError::from)?;
+    let segments = view.iter().flat_map(|v| &v.segments);
+    let same = |s: &&SegmentView| (s.id, s.vm, &s.name) == (listed.id, listed.vm, &listed.name);
+    let gone = || HostError::from(StoreTrouble::from(StoreError::NoSuchSegment(listed.id)));
+    let now = segments.into_iter().find(same).ok_or_else(gone)?;
+    admit(now)?;
+    free_segment(host, now)?;
+    Ok(now.clone())
 }
 
 /// Refuses where a VMM of the segment's VM is still there.

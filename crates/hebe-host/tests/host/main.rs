@@ -9,6 +9,7 @@ mod fake_vmm;
 mod kills;
 mod life;
 mod live_update;
+mod races;
 mod reboots;
 mod verdicts;
 mod world;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         elsewhere::CASES,
         kills::CASES,
         live_update::CASES,
+        races::CASES,
         verdicts::CASES,
     ];
     let cases: Vec<Case> = groups

@@ -1,10 +1,8 @@
 //! `store init|list|show|drop`.
 
 use hebe_host::Host;
-use hebe_host::HostError;
 use hebe_host::listing::with_cause;
-use hebe_host::lock::VmLock;
-use hebe_host::segments::free_segment;
+use hebe_host::segments::drop_listed;
 use hebe_host::store_init::{InitOptions, init};
 use hebe_host::stores::{ExecView, SegmentView, StoreTrouble, StoreView};
 use hebe_types::{ByteSize, VmId};
@@ -161,27 +159,20 @@ fn drop_segment(host: &Host, wanted: &str, yes: bool, out: &Output) -> Outcome {
     let _not_all = host.lock_orders()?;
     let store = view(host)?;
     let segment = find(&store, wanted)?;
-    let precious = matches!(
-        segment.exec,
-        ExecView::Frozen { .. } | ExecView::Damaged { .. }
-    );
-    if precious && !yes {
-        return Err(Failure(format!(
-            "segment {0} is {1} and would be lost for good: say `hebe store drop {0} --yes` if it is to be",
-            segment.id,
-            exec_text(segment)
-        )));
-    }
-    // Whoever runs in it holds its VM's lock.
-    let _lock = match &segment.name {
-        Some(name) => {
-            let dir = host.layout.vm_dir(name);
-            let taken = VmLock::take(&dir).map_err(HostError::file("lock", &dir))?;
-            Some(taken.ok_or_else(|| HostError::Busy(name.clone()))?)
+    let admit = |now: &SegmentView| {
+        let precious = matches!(now.exec, ExecView::Frozen { .. } | ExecView::Damaged { .. });
+        if precious && !yes {
+            return Err(Failure(format!(
+                "segment {0} is {1} and would be lost for good: say `hebe store drop {0} --yes` if it is to be",
+                now.id,
+                exec_text(now)
+            )));
         }
-        None => None,
+        Ok(())
     };
-    free_segment(host, segment)?;
+    // Told before its VM's lock is asked for: a VMM that holds it is no reason.
+    admit(segment)?;
+    drop_listed(host, segment, admit)?;
     let answer = Dropped {
         segment: segment.id.0,
         result: "dropped",

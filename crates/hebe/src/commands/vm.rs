@@ -4,7 +4,7 @@ use std::thread;
 use std::time::Duration;
 
 use hebe_host::definitions;
-use hebe_host::listing::{self, VmRow, VmState};
+use hebe_host::listing::{self, VmRow};
 use hebe_host::ops::{self, StopOptions};
 use hebe_host::{Host, HostError};
 use hebe_types::{ConsoleConfig, DiskConfig, NetConfig, StoreKind, VmConfig, VmName};
@@ -250,17 +250,12 @@ fn show_text(show: &Show) -> String {
 
 /// `hebe drop`.
 pub fn drop_vm(host: &Host, name: &VmName, yes: bool, out: &Output) -> Outcome {
-    let survey = listing::survey(host);
-    let row = survey.row(host, name)?;
-    // What is damaged may still be read by another release or kernel.
-    let precious = row.life.is_precious() || row.state == VmState::Damaged;
-    if precious && !yes {
-        return Err(Failure(format!(
-            "VM '{name}' is {} and would be lost for good: say `hebe drop {name} --yes` if it is to be",
-            row.state.as_str()
-        )));
-    }
-    ops::drop_vm(host, name)?;
+    let order = if yes {
+        ops::drop_vm
+    } else {
+        ops::drop_worthless
+    };
+    order(host, name)?;
     done(out, name, "dropped");
     Ok(Exit::Done)
 }

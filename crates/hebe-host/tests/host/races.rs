@@ -1,0 +1,112 @@
+//! Orders that meet: what one saw is not what it finds.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
+
+use hebe_host::listing::VmState;
+use hebe_host::segments::drop_listed;
+use hebe_host::stores::{ExecView, NewSegment, SegmentView, StoreAccess, StoreTrouble, StoreView};
+use hebe_host::{Host, HostError, ops};
+use hebe_types::{ByteSize, SegmentId, VmId, VmName};
+
+use crate::world::{World, name};
+
+pub const CASES: &[crate::Case] = &[
+    (
+        "a_vm_that_is_frozen_after_the_look_is_dropped_by_order_only",
+        frozen_after_the_look,
+    ),
+    (
+        "a_segment_that_is_frozen_after_the_look_is_dropped_by_order_only",
+        segment_frozen_after_the_look,
+    ),
+];
+
+/// A store in which something happens right after the first look at it.
+struct Meanwhile {
+    inner: Arc<dyn StoreAccess>,
+    then: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl StoreAccess for Meanwhile {
+    fn view(&self) -> Result<Option<StoreView>, StoreTrouble> {
+        let seen = self.inner.view();
+        let then = self.then.lock().expect("lock").take();
+        if let Some(then) = then {
+            then();
+        }
+        seen
+    }
+    fn create(&self, vm: VmId, name: &VmName, size: ByteSize) -> Result<NewSegment, StoreTrouble> {
+        self.inner.create(vm, name, size)
+    }
+    fn drop_segment(&self, id: SegmentId, vm: Option<VmId>) -> Result<(), StoreTrouble> {
+        self.inner.drop_segment(id, vm)
+    }
+    fn device(&self) -> Result<OwnedFd, StoreTrouble> {
+        self.inner.device()
+    }
+    fn read_report(&self) -> Result<Option<Vec<u8>>, StoreTrouble> {
+        self.inner.read_report()
+    }
+    fn write_report(&self, bytes: &[u8]) -> Result<(), StoreTrouble> {
+        self.inner.write_report(bytes)
+    }
+    fn hold(&self) -> Result<(), StoreTrouble> {
+        self.inner.hold()
+    }
+    fn release(&self) {
+        self.inner.release();
+    }
+}
+
+fn same(host: &Host) -> Host {
+    Host {
+        layout: host.layout.clone(),
+        store: Arc::clone(&host.store),
+        system: Arc::clone(&host.system),
+    }
+}
+
+/// The host, in which `then` happens right after the first look at the store.
+fn meanwhile(world: &World, then: impl FnOnce(&Host) + Send + 'static) -> Host {
+    let other = same(&world.host);
+    let mut host = same(&world.host);
+    host.store = Arc::new(Meanwhile {
+        inner: Arc::clone(&world.host.store),
+        then: Mutex::new(Some(Box::new(move || then(&other)))),
+    });
+    host
+}
+
+fn frozen_after_the_look() {
+    let world = World::new();
+    world.start(&["web"]);
+    let host = meanwhile(&world, |other| {
+        ops::suspend(other, &name("web")).expect("suspends");
+    });
+    let error = ops::drop_worthless(&host, &name("web")).expect_err("it is frozen");
+    let text = error.to_string();
+    assert!(text.contains("frozen") && text.contains("--yes"), "{text}");
+    assert_eq!(world.state("web"), VmState::Frozen);
+    ops::drop_vm(&world.host, &name("web")).expect("meant");
+    assert_eq!(world.segments(), 0);
+}
+
+fn segment_frozen_after_the_look() {
+    let world = World::new();
+    world.start(&["web"]);
+    let view = world.host.store.view().expect("view").expect("store");
+    ops::suspend(&world.host, &name("web")).expect("suspends");
+    let worthless = |now: &SegmentView| match now.exec {
+        ExecView::Frozen { .. } => Err(HostError::OrdersBusy),
+        _ => Ok(()),
+    };
+    let dropped = drop_listed(&world.host, &view.segments[0], worthless);
+    assert!(matches!(dropped, Err(HostError::OrdersBusy)));
+    assert_eq!(world.state("web"), VmState::Frozen);
+    drop_listed(&world.host, &view.segments[0], |_| Ok::<_, HostError>(())).expect("meant");
+    assert_eq!(world.segments(), 0);
+    let again = drop_listed(&world.host, &view.segments[0], worthless);
+    assert!(matches!(again, Err(HostError::Store(_))), "{again:?}");
+}
