@@ -143,8 +143,9 @@ fn boot_as(host: &Host, config: &VmConfig, afresh: bool) -> Result<VmStatus, Hos
     result
 }
 
-/// Whether a boot failed before the guest can have touched its disks.
-fn never_ran(host: &Host, name: &VmName, error: &HostError) -> bool {
+/// Whether a boot or a restore failed before the guest can have touched its
+/// disks. Only of a VMM's start: what fails afterwards tells nothing.
+pub(crate) fn never_ran(host: &Host, name: &VmName, error: &HostError) -> bool {
     match error {
         HostError::Launch(LaunchError::Ended { .. }) => {
             let record = ExitRecord::read(&host.layout.vm_dir(name));

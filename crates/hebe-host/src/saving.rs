@@ -8,12 +8,10 @@ use hebe_types::{ByteSize, VmName};
 
 use crate::files;
 use crate::host::{Host, HostError};
-use crate::launch::{
-    ExitRecord, Instance, LAUNCH_WAIT, Launch, LaunchError, Memory, Origin, launch,
-};
+use crate::launch::{Instance, LAUNCH_WAIT, Launch, LaunchError, Memory, Origin, launch};
 use crate::luo;
 use crate::notes;
-use crate::ops::{lock, withdraw_stale};
+use crate::ops::{lock, never_ran, withdraw_stale};
 use crate::saved::{SavedInfo, SavedPaths};
 use crate::segments::free_segment;
 use crate::stores::{ExecView, StoreTrouble};
@@ -35,9 +33,6 @@ pub(crate) fn restore_with(
     accept_changed_disk: bool,
 ) -> Result<VmStatus, HostError> {
     let lock = lock(host, name)?;
-    let view = host.store.view().ok().flatten();
-    let way = format!("`hebe resume {name} --from file`");
-    notes::give_up_elsewhere(host, name, view.as_ref(), meant, &way)?;
     let paths = SavedPaths::new(&host.layout, name);
     let info = paths.read_info().ok_or_else(|| HostError::Refused {
         name: name.clone(),
@@ -46,20 +41,12 @@ pub(crate) fn restore_with(
             paths.info.display()
         ),
     })?;
-    let memory = memory_for_restore(host, name, &info)?;
-    // From here on the file is no saved VM any more, see `saved`.
-    if paths.complete.exists() {
-        files::rename_durably(&paths.complete, &paths.restoring)
-            .map_err(HostError::file("withdraw", &paths.complete))?;
-    }
-    let order = Launch {
-        name: name.clone(),
-        vm: info.vm,
-        size: info.memory,
-        memory,
-        origin: Origin::File(paths.restoring.clone()),
-        accept_changed_disk,
-    };
+    let view = host.store.view().ok().flatten();
+    let way = format!("`hebe resume {name} --from file`");
+    let marked = notes::give_up_elsewhere(host, name, view.as_ref(), meant, &way)?;
+    let prepared = prepare_restore(host, name, &info, &paths);
+    let mut order = prepared.inspect_err(|_| notes::take_back(host, &marked))?;
+    order.accept_changed_disk = accept_changed_disk;
     match launch(host, &lock, &order, LAUNCH_WAIT * 10) {
         Ok(status) => {
             paths.withdraw()?;
@@ -68,10 +55,35 @@ pub(crate) fn restore_with(
         // The VMM lives: file and segment are its own.
         Err(error @ LaunchError::Unanswered { .. }) => Err(error.into()),
         Err(error) => {
-            undo_restore(host, name, &paths, &order.memory)?;
-            Err(error.into())
+            let error = HostError::from(error);
+            if undo_restore(host, name, &paths, &order.memory, &error)? {
+                notes::take_back(host, &marked);
+            }
+            Err(error)
         }
     }
+}
+
+/// Makes the memory; from then on the file is no saved VM any more, see `saved`.
+fn prepare_restore(
+    host: &Host,
+    name: &VmName,
+    info: &SavedInfo,
+    paths: &SavedPaths,
+) -> Result<Launch, HostError> {
+    let memory = memory_for_restore(host, name, info)?;
+    if paths.complete.exists() {
+        files::rename_durably(&paths.complete, &paths.restoring)
+            .map_err(HostError::file("withdraw", &paths.complete))?;
+    }
+    Ok(Launch {
+        name: name.clone(),
+        vm: info.vm,
+        size: info.memory,
+        memory,
+        origin: Origin::File(paths.restoring.clone()),
+        accept_changed_disk: false,
+    })
 }
 
 fn memory_for_restore(host: &Host, name: &VmName, info: &SavedInfo) -> Result<Memory, HostError> {
@@ -109,13 +121,15 @@ fn memory_for_restore(host: &Host, name: &VmName, info: &SavedInfo) -> Result<Me
 
 /// After a failed restore the file counts again, if the segment shows that the
 /// VM never ran. A memfd shows nothing once its VMM is gone, except that the
-/// VMM itself says it failed before it ran.
+/// VMM itself says it failed before it ran, or that there was none. Gives
+/// whether it never ran.
 fn undo_restore(
     host: &Host,
     name: &VmName,
     paths: &SavedPaths,
     memory: &Memory,
-) -> Result<(), HostError> {
+    error: &HostError,
+) -> Result<bool, HostError> {
     let never_ran = match memory {
         Memory::Segment { .. } => {
             let view = host.store.view()?;
@@ -128,14 +142,13 @@ fn undo_restore(
                 _ => false,
             }
         }
-        Memory::Files { .. } | Memory::Memfd => ExitRecord::read(&host.layout.vm_dir(name))
-            .is_some_and(|record| record.ran == Some(false)),
+        Memory::Files { .. } | Memory::Memfd => never_ran(host, name, error),
     };
     if never_ran && paths.restoring.exists() {
         files::rename_durably(&paths.restoring, &paths.complete)
             .map_err(HostError::file("put back", &paths.complete))?;
     }
-    Ok(())
+    Ok(never_ran)
 }
 
 /// Writes a VM to its saved file; the VMM lives on with the VM stopped.

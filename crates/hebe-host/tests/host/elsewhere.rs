@@ -3,11 +3,13 @@
 use std::fs;
 use std::time::Duration;
 
+use hebe_flow::resume::SavedFact;
 use hebe_host::Host;
 use hebe_host::listing::{self, VmRow, VmState};
 use hebe_host::notes;
 use hebe_host::ops::{self, ResumeFrom, ResumeOptions, StopOptions};
 use hebe_host::resume_all::{Resumed, resume_all};
+use hebe_host::saved::{SavedInfo, SavedPaths};
 use hebe_host::store_init::{InitOptions, init};
 use hebe_sys::clock::stamp_now;
 use hebe_types::{RebootMethod, VmId};
@@ -27,6 +29,10 @@ pub const CASES: &[crate::Case] = &[
     ("a_start_afresh_that_fails_gives_nothing_up", afresh_fails),
     ("a_lost_vm_that_is_dropped_is_never_resumed", dropped),
     ("a_lost_vm_with_a_file_needs_a_choice", lost_with_file),
+    (
+        "a_restore_that_never_ran_gives_nothing_up_and_keeps_its_file",
+        restore_fails,
+    ),
     ("notes_last_as_long_as_the_frozen_state", notes_end),
     (
         "a_note_that_cannot_be_read_costs_a_choice_and_no_data",
@@ -173,10 +179,11 @@ fn dropped() {
     assert_eq!((world.segments(), noted(&world)), (0, 0));
 }
 
-fn lost_with_file() {
+/// Frozen in a store that is away, and saved in a file that needs none.
+fn frozen_and_saved() -> (World, Host, VmId, SavedPaths) {
     let (world, bare, id) = frozen("");
-    let paths = hebe_host::saved::SavedPaths::new(&bare.layout, &name("web"));
-    let info = hebe_host::saved::SavedInfo {
+    let paths = SavedPaths::new(&bare.layout, &name("web"));
+    let info = SavedInfo {
         vm: id,
         memory: hebe_types::ByteSize::mib(4),
         in_store: false,
@@ -185,17 +192,48 @@ fn lost_with_file() {
     paths.prepare(&info).expect("prepare");
     fs::write(&paths.part, "web").expect("write");
     paths.commit().expect("commit");
+    (world, bare, id, paths)
+}
+
+const FROM_FILE: ResumeOptions = ResumeOptions {
+    from: Some(ResumeFrom::File),
+    again: false,
+    accept_changed_disk: false,
+};
+
+/// As long as no guest ran from the file, the frozen memory is as good.
+fn restore_fails() {
+    let (world, mut bare, id, paths) = frozen_and_saved();
+    let web = name("web");
+    let given_up = |host: &Host| notes::all(&host.layout).iter().any(|n| n.given_up);
+    let info = fs::read(&paths.info).expect("read");
+    fs::remove_file(&paths.info).expect("remove");
+    ops::resume(&bare, &web, FROM_FILE).expect_err("nothing says what the file is");
+    assert!(!given_up(&bare));
+    fs::write(&paths.info, info).expect("write");
+    world.tell("web", "fail-start");
+    ops::resume(&bare, &web, FROM_FILE).expect_err("its VMM says why");
+    assert!(!given_up(&bare));
+    world.tell("web", "");
+    let vmm = std::mem::replace(&mut bare.layout.vmm, "/no/such/hebe-vmm".into());
+    ops::resume(&bare, &web, FROM_FILE).expect_err("no VMM at all");
+    assert!(!given_up(&bare));
+    assert_eq!(paths.fact(), Some(SavedFact::Complete), "it never ran");
+    bare.layout.vmm = vmm;
+    paths.withdraw().expect("the operator's word");
+    world.reserved();
+    assert_eq!(resumed(&world.host, false), Resumed::Resumed);
+    assert_eq!(world.instance("web").expect("up").vm, id);
+}
+
+fn lost_with_file() {
+    let (world, bare, _, _) = frozen_and_saved();
     let left = resumed(&bare, true);
     assert!(matches!(left, Resumed::Left { .. }), "{left:?}");
     let plain = ops::resume(&bare, &name("web"), ResumeOptions::default());
     let error = plain.expect_err("two states").to_string();
     assert!(error.contains("--from file"), "{error}");
-    let file = ResumeOptions {
-        from: Some(ResumeFrom::File),
-        again: false,
-        ..ResumeOptions::default()
-    };
-    ops::resume(&bare, &name("web"), file).expect("restores");
+    ops::resume(&bare, &name("web"), FROM_FILE).expect("restores");
     stop(&bare);
     world.reserved();
     assert!(matches!(resumed(&world.host, false), Resumed::Lost { .. }));
