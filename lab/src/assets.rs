@@ -399,7 +399,11 @@ fn unpacked_qemu(dir: &Path) -> Qemu {
     }
 }
 
-pub(crate) fn named_kernel(name: KernelName, image: &Path, modules: Option<&Path>) -> Result<Kernel> {
+pub(crate) fn named_kernel(
+    name: KernelName,
+    image: &Path,
+    modules: Option<&Path>,
+) -> Result<Kernel> {
     if !image.is_file() {
         bail!("--kernel {}: no such file", image.display());
     }

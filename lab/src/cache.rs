@@ -166,16 +166,26 @@ mod tests {
         let cache = Cache {
             root: folder.path().to_owned(),
         };
-        let ended = cache.resumed("a", &Silent, |_| true, |dir| {
-            fs::write(dir.join("half"), "1")?;
-            bail!("interrupted")
-        });
+        let ended = cache.resumed(
+            "a",
+            &Silent,
+            |_| true,
+            |dir| {
+                fs::write(dir.join("half"), "1")?;
+                bail!("interrupted")
+            },
+        );
         assert!(ended.is_err() && !folder.path().join("a").exists());
         let done = cache
-            .resumed("a", &Silent, |_| true, |dir| {
-                assert!(dir.join("half").exists());
-                Ok(())
-            })
+            .resumed(
+                "a",
+                &Silent,
+                |_| true,
+                |dir| {
+                    assert!(dir.join("half").exists());
+                    Ok(())
+                },
+            )
             .expect("completed");
         assert!(done.join("half").exists());
     }
