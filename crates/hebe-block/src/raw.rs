@@ -1,8 +1,8 @@
 //! Raw files and block devices.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -52,6 +52,15 @@ pub enum BlockError {
         /// Its size.
         bytes: u64,
     },
+    /// Open, but nobody can open it again.
+    #[error("disk '{}' was removed or renamed under its running VM, which could not be resumed with it: put it back, or shut the VM down instead", .0.display())]
+    Gone(PathBuf),
+    /// What would be opened is not what is open.
+    #[error("disk '{}' was replaced under its running VM, which uses the one that was there before and could not be resumed with this one: put that back, or shut the VM down instead", .0.display())]
+    Replaced(PathBuf),
+    /// Its end was cut off.
+    #[error("disk '{}' became smaller under its running VM, which could not be resumed with it: give it its size back, or shut the VM down instead", .0.display())]
+    Shrunk(PathBuf),
 }
 
 /// An open, locked disk.
@@ -70,6 +79,9 @@ pub struct BlockBackend {
     /// Held while flushing: a flush that finds nothing to do must not return
     /// before one that is under way has made it so. Holds why a flush failed.
     flushing: Mutex<Option<io::ErrorKind>>,
+    /// Length of the file at the last settling: whoever makes it longer
+    /// changes its time, too. 0 before that, and for a device.
+    settled_len: AtomicU64,
     bytes_read: AtomicU64,
     bytes_written: AtomicU64,
 }
@@ -111,6 +123,7 @@ impl BlockBackend {
             dirty: AtomicBool::new(false),
             unsettled: AtomicBool::new(false),
             flushing: Mutex::new(None),
+            settled_len: AtomicU64::new(0),
             bytes_read: AtomicU64::new(0),
             bytes_written: AtomicU64::new(0),
         })
@@ -136,9 +149,49 @@ impl BlockBackend {
             dirty: AtomicBool::new(!self.readonly),
             unsettled: AtomicBool::new(!self.readonly),
             flushing: Mutex::new(None),
+            settled_len: AtomicU64::new(0),
             bytes_read: AtomicU64::new(0),
             bytes_written: AtomicU64::new(0),
         })
+    }
+
+    /// The disk as a guest knows it that saw it with so many `sectors`: one
+    /// that has grown since shows no more of itself.
+    pub fn as_known(mut self, sectors: u64) -> Self {
+        self.sectors = self.sectors.min(sectors);
+        self
+    }
+
+    /// Whether this disk is what would be found at its path, and is still as
+    /// large: what is suspended can be resumed with that alone. Where the
+    /// path cannot be looked at, the disk counts as found.
+    ///
+    /// # Errors
+    /// [`BlockError::Gone`], [`BlockError::Replaced`], [`BlockError::Shrunk`],
+    /// [`BlockError::Size`]; [`BlockError::Open`] if the system says nothing.
+    pub fn check_found_again(&self) -> Result<(), BlockError> {
+        if sectors(&self.file, &self.path, self.readonly)? < self.sectors {
+            return Err(BlockError::Shrunk(self.path.clone()));
+        }
+        let open = self.file.metadata().map_err(|source| BlockError::Open {
+            path: self.path.clone(),
+            readonly: self.readonly,
+            source,
+        })?;
+        let is_device = open.file_type().is_block_device();
+        match fs::metadata(&self.path) {
+            // A device has as many nodes as somebody makes.
+            Ok(there) if is_device => {
+                let same = there.file_type().is_block_device() && there.rdev() == open.rdev();
+                same.then_some(())
+            }
+            Ok(there) => ((there.dev(), there.ino()) == (open.dev(), open.ino())).then_some(()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound || (!is_device && open.nlink() == 0) => {
+                return Err(BlockError::Gone(self.path.clone()));
+            }
+            Err(_) => Some(()),
+        }
+        .ok_or_else(|| BlockError::Replaced(self.path.clone()))
     }
 
     /// Capacity in sectors of 512 bytes.
@@ -216,7 +269,11 @@ impl BlockBackend {
         if let Some(kind) = *failed {
             return Err(kind.into());
         }
-        let unsettled = all && self.unsettled.swap(false, Ordering::AcqRel);
+        let grown = all && {
+            let len = self.file.metadata()?.len();
+            self.settled_len.swap(len, Ordering::AcqRel) != len
+        };
+        let unsettled = all && (self.unsettled.swap(false, Ordering::AcqRel) || grown);
         let dirty = self.dirty.swap(false, Ordering::AcqRel);
         let result = match (unsettled, dirty) {
             (true, _) => self.file.sync_all(),
@@ -440,6 +497,45 @@ mod tests {
             assert!(disk.write_at(&data, offset).is_err());
         }
         assert_eq!(file.as_file().metadata().expect("metadata").len(), 1024);
+    }
+
+    #[test]
+    fn a_disk_that_a_resume_would_not_find_is_told_while_it_is_open() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("disk.img");
+        let (other, link) = (dir.path().join("other"), dir.path().join("link"));
+        for file in [&path, &other] {
+            fs::write(file, [0; 1024]).expect("write");
+        }
+        std::os::unix::fs::symlink(&path, &link).expect("link");
+        let disk = BlockBackend::open(&link, false).expect("open");
+        disk.check_found_again().expect("it is there");
+        disk.file.set_len(512).expect("shrink");
+        let check = || disk.check_found_again().expect_err("not found again");
+        assert!(matches!(check(), BlockError::Shrunk(_)));
+        disk.file.set_len(2049).expect("a tail");
+        assert!(matches!(check(), BlockError::Size { bytes: 2049, .. }));
+        disk.file.set_len(2048).expect("grow");
+        disk.check_found_again().expect("a larger one will do");
+        let moved = dir.path().join("moved");
+        fs::rename(&path, &moved).expect("rename");
+        assert!(matches!(check(), BlockError::Gone(_)));
+        fs::rename(&other, &path).expect("rename over");
+        assert!(matches!(check(), BlockError::Replaced(_)));
+        fs::rename(&moved, &path).expect("back");
+        disk.check_found_again().expect("back again");
+        fs::remove_file(&path).expect("remove");
+        assert!(matches!(check(), BlockError::Gone(_)));
+    }
+
+    #[test]
+    fn a_disk_that_grew_shows_what_was_known_of_it() {
+        let file = disk(2048);
+        let disk = BlockBackend::open(file.path(), false).expect("open");
+        let disk = disk.as_known(2);
+        assert_eq!(disk.sectors(), 2);
+        assert!(disk.read_at(&mut [0; 512], 1024).is_err());
+        assert_eq!(disk.again().expect("again").sectors(), 4);
     }
 
     #[test]

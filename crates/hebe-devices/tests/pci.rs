@@ -266,16 +266,16 @@ fn a_state_that_does_not_fit_is_refused_by_name() {
     let said = refuse(&good, DeviceKind::Rng).to_string();
     assert!(said.contains("block") && said.contains("rng"), "{said}");
 
-    disk.file.as_file().set_len(2 << 20).expect("grow");
+    disk.file.as_file().set_len(1 << 19).expect("shrink");
     assert!(matches!(
         refuse(&good, disk.kind()),
         DeviceError::Disk {
             saved: 2048,
-            found: 4096,
+            found: 1024,
             ..
         }
     ));
-    disk.file.as_file().set_len(1 << 20).expect("shrink");
+    disk.file.as_file().set_len(1 << 20).expect("grow");
     let time = std::time::SystemTime::now() + std::time::Duration::from_secs(1);
     disk.file.as_file().set_modified(time).expect("time");
     match refuse(&good, disk.kind()) {
@@ -290,7 +290,7 @@ fn a_state_that_does_not_fit_is_refused_by_name() {
     let mut good = good;
     good.accept_any_disk();
     VirtioPci::restore(&good, disk.kind(), &Machine::new(&ram).platform)
-        .expect("a state that names no disk takes any of its size");
+        .expect("a state that names no disk takes any that is large enough");
 
     let mut bad = good.clone();
     bad.transport.driver_features |= 1 << 50;

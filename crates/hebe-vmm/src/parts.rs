@@ -36,7 +36,7 @@ const BAR_STRIDE: u64 = 0x1_0000;
 pub enum Disks {
     /// Those that it had, as they were left.
     Same,
-    /// Any of the same size: whoever orders that knows better than their
+    /// Any that are large enough: whoever orders that knows better than their
     /// inode numbers and times.
     Any,
 }

@@ -3,7 +3,8 @@
 //! The phases of a freeze, in order; whatever fails before the commit lets
 //! the VM run again:
 //!
-//! 1. presync: disks are flushed while the guest still runs;
+//! 1. presync: disks are flushed while the guest still runs, and a freeze that
+//!    could not be resumed with them is refused;
 //! 2. stop the vCPUs, each with its last I/O instruction completed;
 //! 3. drain the devices;
 //! 4. save registers, controllers, clocks and devices into one buffer;
@@ -318,6 +319,38 @@ mod tests {
             refused.contains("kernel") && refused.contains("resumed"),
             "{refused}"
         );
+    }
+
+    #[test]
+    fn a_disk_that_grew_under_its_vm_is_resumed_with_the_size_that_the_guest_knows() {
+        if guest::cannot_run() {
+            return;
+        }
+        let dir = tempfile::tempdir().expect("dir");
+        let disk = dir.path().join("disk.img");
+        fs::write(&disk, vec![0; 1 << 20]).expect("disk");
+        let more = format!("[[disk]]\npath = '{}'\n", disk.display());
+        let (events, _inbox) = mpsc::channel();
+        let (mut vm, segment) = running(dir.path(), &more, &events).expect("vm");
+        let id = vm.status().id;
+        for len in [2 << 20, 3 << 20] {
+            let file = fs::File::options().write(true).open(&disk).expect("open");
+            file.set_len(len).expect("grow");
+            vm.freeze().expect("freeze");
+            drop(vm);
+            let state = segment.exec().load().expect("state");
+            let (run_dir, segment) = (dir.path().to_owned(), segment.clone());
+            vm = Vm::resume(id, run_dir, segment, &state, &events).expect("as it was left");
+            vm.start().expect("it runs");
+        }
+        // Where the disk is not found again, the VM is not frozen.
+        fs::rename(&disk, dir.path().join("moved")).expect("rename");
+        let refused = vm.freeze().expect_err("certain to be lost").to_string();
+        assert!(
+            refused.contains("disk.img") && refused.contains("renamed"),
+            "{refused}"
+        );
+        assert_eq!(vm.state(), VmmState::Running);
     }
 
     #[test]

@@ -77,14 +77,15 @@ impl Block {
     }
 
     /// Refuses a disk that changed: the guest's view of it would be wrong, and
-    /// its memory would destroy what is on it.
+    /// its memory would destroy what is on it. One that has grown keeps the
+    /// size that the guest knows until the guest boots again.
     pub(crate) fn restore(
         state: &BlockV2,
         backend: BlockBackend,
         slot: u8,
     ) -> Result<Self, DeviceError> {
         let found = backend.sectors();
-        if found != state.sectors {
+        if found < state.sectors {
             return Err(DeviceError::Disk {
                 slot,
                 saved: state.sectors,
@@ -108,7 +109,7 @@ impl Block {
                 });
             }
         }
-        Ok(Self::new(backend, slot))
+        Ok(Self::new(backend.as_known(state.sectors), slot))
     }
 
     fn serve(&mut self, queue: &VirtQueue, chain: &mut Chain) -> Result<u32, Stop> {

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use hebe_block::DiskChange;
+use hebe_block::{BlockError, DiskChange};
 
 use super::function::BAR_SIZE;
 
@@ -40,6 +40,9 @@ pub enum DeviceError {
         #[source]
         source: io::Error,
     },
+    /// A VM that is suspended now could not be resumed with its disk.
+    #[error(transparent)]
+    NotFoundAgain(BlockError),
     /// State and back end are of different kinds.
     #[error(
         "the saved device in PCI slot {slot} is of kind {saved}, and the VM is given {given}: resume it with the devices it had"
@@ -52,9 +55,9 @@ pub enum DeviceError {
         /// What the VM was given.
         given: &'static str,
     },
-    /// The disk is not the one that was saved.
+    /// The disk is smaller than the one that was saved.
     #[error(
-        "the disk in PCI slot {slot} had {saved} sectors and now has {found}: resume the VM with the disk it had, unchanged"
+        "the disk in PCI slot {slot} had {saved} sectors and now has {found}: resume the VM with the disk it had"
     )]
     Disk {
         /// Which device.

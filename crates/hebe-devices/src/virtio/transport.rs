@@ -171,9 +171,14 @@ impl VirtioPci {
     }
 
     /// Makes the disk's writes durable while the guest and the device run, so
-    /// that there is little left to do in [`VirtioPci::pause`].
+    /// that there is little left to do in [`VirtioPci::pause`]. Fails if the
+    /// disk is not what a resume would find: the VM must not be suspended.
     pub fn presync(&self) -> Result<(), DeviceError> {
         let disk = self.worker.engine().device.disk();
+        if let Some(disk) = &disk {
+            disk.check_found_again()
+                .map_err(DeviceError::NotFoundAgain)?;
+        }
         self.flush(disk)
     }
 
