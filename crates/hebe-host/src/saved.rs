@@ -10,7 +10,9 @@
 //! ```
 //!
 //! `NAME.new` is the one directory here that the VM's own VMM can reach from
-//! its cage, and no other VMM can: it is made before the VMM starts, and stays.
+//! its cage, and no other VMM can: it is made before the VMM starts, and stays
+//! until the VM is dropped. A VMM that is killed while it writes leaves
+//! `NAME.new/part.partial` there.
 //!
 //! A file stops being `NAME.hebe` *before* the VM may run: once it runs, its
 //! disk goes on, and the file's RAM must never meet that disk again.
@@ -90,10 +92,30 @@ impl SavedPaths {
     /// Withdraws everything: the VM runs, or is given up. When this returns
     /// without error, nothing on disk can be restored any more.
     pub fn withdraw(&self) -> Result<(), HostError> {
-        for path in [&self.complete, &self.restoring, &self.part, &self.info] {
+        let mut partial = self.part.clone();
+        partial.set_extension("partial");
+        let files = [
+            &self.complete,
+            &self.restoring,
+            &self.part,
+            &partial,
+            &self.info,
+        ];
+        for path in files {
             files::remove_durably(path).map_err(HostError::file("remove", path))?;
         }
         Ok(())
+    }
+
+    /// [`SavedPaths::withdraw`], and the directory that the VM's VMM wrote to:
+    /// the VM is given up.
+    pub fn remove(&self) -> Result<(), HostError> {
+        self.withdraw()?;
+        let dir = self.part.parent().unwrap_or(&self.part);
+        match fs::remove_dir_all(dir) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(HostError::file("remove", dir)(e)),
+            _ => Ok(()),
+        }
     }
 
     /// Which file there is.
@@ -204,7 +226,13 @@ mod tests {
         assert_eq!(paths.read_info(), Some(info));
         files::rename_durably(&paths.complete, &paths.restoring).expect("restore begins");
         assert_eq!(all(&layout).get(&name), Some(&SavedFact::Restoring));
+        let partial = SavedPaths::writable(&layout, &name).join("part.partial");
+        fs::write(&partial, b"half").expect("a VMM was killed");
         paths.withdraw().expect("it runs");
         assert!(all(&layout).is_empty());
+        assert!(!partial.exists());
+        paths.remove().expect("dropped");
+        assert!(!SavedPaths::writable(&layout, &name).exists());
+        paths.remove().expect("already gone");
     }
 }
