@@ -76,17 +76,28 @@ fn path(layout: &Layout, name: &VmName, vm: VmId) -> PathBuf {
 /// this returns without error.
 ///
 /// # Errors
-/// The file cannot be written.
+/// [`HostError::Refused`] where the same life of the VM was given up in another
+/// store, which must not be forgotten; the file cannot be written.
 pub fn note(host: &Host, store: &StoreView, segment: &SegmentView) -> Result<(), HostError> {
     let (Some(name), Some(vm)) = (&segment.name, segment.vm) else {
         return Ok(());
     };
+    let store_id = id_of(store);
+    if let Some(old) = read(&host.layout, name, vm)?.filter(|n| n.given_up && n.store != store_id) {
+        return Err(HostError::Refused {
+            name: name.clone(),
+            why: format!(
+                "its memory in store {} was given up, and a note of this state would replace the word of that: shut it down and `hebe start {name}`, or save it to a file",
+                old.store
+            ),
+        });
+    }
     let note = FrozenNote {
         version: VERSION,
         name: name.clone(),
         vm,
         memory: segment.memory,
-        store: id_of(store),
+        store: store_id,
         path: store.path.clone(),
         reserved: reserved(host, store),
         noted_ns: host.system.stamp().realtime_ns,
@@ -178,6 +189,20 @@ pub fn all(layout: &Layout) -> Vec<FrozenNote> {
 /// cannot be removed is harmless, see the module's head.
 pub fn forget(layout: &Layout, name: &VmName, vm: VmId) {
     let _ = files::remove_durably(&path(layout, name, vm));
+}
+
+/// [`forget`], of a life that goes on in the store that is here: what was given
+/// up in another one stays so.
+pub(crate) fn forget_here(host: &Host, name: &VmName, vm: VmId) {
+    if let Ok(Some(note)) = read(&host.layout, name, vm)
+        && note.given_up
+    {
+        let here = host.store.view().ok().flatten();
+        if here.as_ref().map(id_of) != Some(note.store) {
+            return;
+        }
+    }
+    forget(&host.layout, name, vm);
 }
 
 /// Forgets what the store that is here shows to be over: whose segment is gone,

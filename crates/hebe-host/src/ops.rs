@@ -432,8 +432,10 @@ pub fn suspend(host: &Host, name: &VmName) -> Result<FreezeReport, HostError> {
     withdraw_stale(host, name)?;
     notes::note(host, store, segment)?;
     let report = vmm::freeze(&socket, vmm::FREEZE_WAIT).map_err(|source| {
-        if let Some(vm) = segment.vm.filter(|_| vmm::is_refusal(&source)) {
-            notes::forget(&host.layout, name, vm);
+        // It may refuse because another order froze the VM meanwhile.
+        let now = vmm::is_refusal(&source).then(|| host.store.view());
+        if let Some(Ok(Some(now))) = now {
+            notes::settle(&host.layout, &now);
         }
         HostError::Vmm {
             name: name.clone(),
@@ -498,7 +500,7 @@ fn drop_as(host: &Host, name: &VmName, meant: bool) -> Result<(), HostError> {
     }
     own.clone().try_for_each(refuse_in_use)?;
     notes::give_up_elsewhere(host, name, store.as_ref(), true, "")?;
-    SavedPaths::new(&host.layout, name).withdraw()?;
+    SavedPaths::new(&host.layout, name).remove()?;
     for segment in own {
         free_segment(host, segment)?;
     }

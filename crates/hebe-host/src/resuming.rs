@@ -68,12 +68,12 @@ pub(crate) fn resume_one(
             if !held {
                 let store = survey.store.as_ref();
                 let status = continue_with(host, name, store, options.accept_changed_disk)?;
-                notes::forget(&host.layout, name, status.id);
+                notes::forget_here(host, name, status.id);
                 return Ok(status);
             }
             let_run(host, name)?;
             if let Some(vm) = row.status.as_ref().map(|s| s.id) {
-                notes::forget(&host.layout, name, vm);
+                notes::forget_here(host, name, vm);
             }
             let status = vmm::status(&host.layout.socket(name), vmm::STATUS_WAIT);
             status.map_err(|source| HostError::Vmm {

@@ -29,7 +29,11 @@ pub fn free_segment(host: &Host, segment: &SegmentView) -> Result<(), HostError>
         other => other?,
     }
     if let (Some(name), Some(vm)) = (&segment.name, segment.vm) {
-        notes::forget(&host.layout, name, vm);
+        if segment.carried {
+            notes::forget(&host.layout, name, vm);
+        } else {
+            notes::forget_here(host, name, vm);
+        }
     }
     Ok(())
 }

@@ -33,6 +33,14 @@ pub const CASES: &[crate::Case] = &[
         "a_restore_that_never_ran_gives_nothing_up_and_keeps_its_file",
         restore_fails,
     ),
+    (
+        "a_suspend_that_comes_second_leaves_the_note_of_the_first",
+        frozen_by_another,
+    ),
+    (
+        "what_was_given_up_in_another_store_stays_so",
+        given_up_elsewhere,
+    ),
     ("notes_last_as_long_as_the_frozen_state", notes_end),
     (
         "a_note_that_cannot_be_read_costs_a_choice_and_no_data",
@@ -237,6 +245,40 @@ fn lost_with_file() {
     stop(&bare);
     world.reserved();
     assert!(matches!(resumed(&world.host, false), Resumed::Lost { .. }));
+}
+
+fn frozen_by_another() {
+    let world = World::new();
+    world.start(&["web"]);
+    world.tell("web", "frozen-by-another");
+    ops::suspend(&world.host, &name("web")).expect_err("it is frozen already");
+    assert_eq!(row(&world.host).state, VmState::Frozen);
+    assert_eq!(noted(&world), 1, "the next kernel may lack its store");
+    ops::resume(&world.host, &name("web"), ResumeOptions::default()).expect("thaws");
+    assert_eq!(noted(&world), 0);
+}
+
+fn given_up_elsewhere() {
+    let world = World::new();
+    world.start(&["web"]);
+    let (host, web) = (&world.host, name("web"));
+    ops::suspend(host, &web).expect("suspends");
+    // The same life was frozen in another store and restored from a file here.
+    let dir = host.layout.state.join("frozen");
+    let file = fs::read_dir(&dir).expect("dir").next().expect("a note");
+    let path = file.expect("entry").path();
+    let note = notes::all(&host.layout).remove(0);
+    let text = fs::read_to_string(&path).expect("read");
+    let text = text.replace(&note.store, &VmId([9; 16]).to_string());
+    let marked = text.replace("\"given_up\": false", "\"given_up\": true");
+    fs::remove_file(&path).expect("remove");
+    ops::resume(host, &web, ResumeOptions::default()).expect("resumes");
+    fs::write(&path, &marked).expect("write");
+    let error = ops::suspend(host, &web).expect_err("it would replace the word of that");
+    assert!(error.to_string().contains("given up"), "{error}");
+    assert_eq!(row(host).state, VmState::Running);
+    stop(host);
+    assert_eq!(fs::read_to_string(&path).ok(), Some(marked));
 }
 
 fn notes_end() {

@@ -268,6 +268,11 @@ impl Fake {
         segment.exec().commit_frozen(state).expect("commit");
         self.event("frozen");
         self.state = VmmState::Frozen;
+        if self.told("frozen-by-another") {
+            return Response::Failed {
+                message: "it is frozen already".into(),
+            };
+        }
         if self.told("die-after-commit") {
             process::abort();
         }
