@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
-use clap::Args;
+use clap::{Args, ValueEnum};
+use hebe_types::StoreKind;
 use lab::assets::{Assets, KernelName};
 use lab::progress::Progress;
 use lab::scenario::{GuestSpec, Lab, LabOptions};
@@ -19,12 +20,17 @@ pub struct DemoArgs {
     /// VMs on the host.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=11))]
     vms: u8,
-    /// Host kernel before.
-    #[arg(long, default_value_t = KernelName::V6_1Cloud)]
-    from: KernelName,
-    /// Host kernel after.
-    #[arg(long, default_value_t = KernelName::V7_3Cloud)]
-    to: KernelName,
+    /// Host kernel before: 6.1-cloud, or, with `--store luo`, lab.
+    #[arg(long)]
+    from: Option<KernelName>,
+    /// Host kernel after: 7.3-cloud, or, with `--store luo`, lab.
+    #[arg(long)]
+    to: Option<KernelName>,
+    /// Where the VMs' memory lives: a reserved range, or ordinary memory that
+    /// Linux's Live Update Orchestrator carries. The second needs the lab's own
+    /// kernel, which is built when it is used first.
+    #[arg(long, default_value = "devdax")]
+    store: Carrier,
     /// How VMs get over the reboot.
     #[arg(long, default_value = "warm")]
     method: Method,
@@ -36,25 +42,71 @@ pub struct DemoArgs {
     svg: Option<PathBuf>,
 }
 
+/// Stores that outlive the host's kernel.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Carrier {
+    Devdax,
+    Luo,
+}
+
+impl Carrier {
+    fn kind(self) -> StoreKind {
+        match self {
+            Self::Devdax => StoreKind::Devdax,
+            Self::Luo => StoreKind::Luo,
+        }
+    }
+
+    /// The host's kernels before and after, where none is named.
+    fn kernels(self) -> [KernelName; 2] {
+        match self {
+            Self::Devdax => [KernelName::V6_1Cloud, KernelName::V7_3Cloud],
+            Self::Luo => [KernelName::Lab, KernelName::Lab],
+        }
+    }
+
+    /// What a lab host needs for `vms` VMs of 256 MiB.
+    fn options(self, vms: u8) -> LabOptions {
+        let vms = u64::from(vms);
+        match self {
+            Self::Devdax => LabOptions {
+                reserve_mib: 64 + vms * 260,
+                memory_mib: 2048 + 64 + vms * 300,
+                ..LabOptions::default()
+            },
+            Self::Luo => LabOptions {
+                reserve_mib: 0,
+                store_init: false,
+                memory_mib: 2048 + vms * 300,
+                append: "kho=on liveupdate=on".to_owned(),
+                ..LabOptions::default()
+            },
+        }
+    }
+}
+
 /// Runs the demo.
 pub fn run(assets: &Assets, args: &DemoArgs, progress: &Spinner) -> Result<ExitCode> {
     let guests: Vec<GuestSpec> = (0..args.vms)
-        .map(|index| GuestSpec::numbered(index, KernelName::V6_1Cloud))
+        .map(|index| GuestSpec {
+            store: args.store.kind(),
+            ..GuestSpec::numbered(index, KernelName::V6_1Cloud)
+        })
         .collect();
+    let [from, to] = args.store.kernels();
+    let (from, to) = (args.from.unwrap_or(from), args.to.unwrap_or(to));
     let options = LabOptions {
-        host: args.from,
-        others: vec![args.to],
+        host: from,
+        others: vec![to],
         guests: args.vms.max(4),
-        reserve_mib: 64 + u64::from(args.vms) * 260,
-        memory_mib: 2048 + 64 + u64::from(args.vms) * 300,
-        ..LabOptions::default()
+        ..args.store.options(args.vms)
     };
     let mut lab = Lab::boot(assets, options, progress)?;
     progress.note(&format!("host: {}, an emulated machine", lab.boot.kernel));
     progress.step(&format!("booting {} VMs with a stock kernel", args.vms));
     lab.start(&guests)?;
     lab.wait_for_guests(&guests)?;
-    let trial = trial::reboot(&mut lab, &guests, args.method, args.to, &[], progress)?;
+    let trial = trial::reboot(&mut lab, &guests, args.method, to, &[], progress)?;
     let timeline = lab.machine.exec_ok(&["hebe", "reboot", "--report"])?;
     let svg = match &args.svg {
         Some(_) => {
