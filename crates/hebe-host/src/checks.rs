@@ -403,12 +403,13 @@ fn files_of(host: &Host, survey: &Survey, vm: &VmVerdict) -> Option<Check> {
     if vm.fate != Some(Fate::ShutDown)
         && let Ok(config) = definitions::read(&used)
     {
-        return Some(files_check(id, &config, &used));
+        return Some(files_check(id, &config, &used, false));
     }
     match survey.definitions.get(name) {
         Some(Ok(config)) => {
             let path = definitions::find(&host.layout, name)?;
-            Some(files_check(id, config, &path))
+            let boots = vm.fate == Some(Fate::ShutDown);
+            Some(files_check(id, config, &path, boots))
         }
         other if vm.fate == Some(Fate::ShutDown) => Some(Check::bad(
             id,
@@ -426,12 +427,22 @@ fn files_of(host: &Host, survey: &Survey, vm: &VmVerdict) -> Option<Check> {
     }
 }
 
-fn files_check(id: String, config: &VmConfig, path: &Path) -> Check {
-    match definitions::check_files(config, path) {
+/// Of a VM that is resumed the disks alone must be there.
+fn files_check(id: String, config: &VmConfig, path: &Path, boots: bool) -> Check {
+    let disks = definitions::check_disks(config, path).map_err(|e| (Level::Fail, e));
+    let needed = if boots { Level::Fail } else { Level::Warn };
+    let boot = || definitions::check_boot_files(config, path).map_err(|e| (needed, e));
+    match disks.and_then(|()| boot()) {
         Ok(()) => Check::ok(id, format!("the files of '{}' are there", config.name)),
-        Err(error) => Check::bad(
+        Err((Level::Warn, error)) => Check::bad(
             id,
-            Level::Fail,
+            Level::Warn,
+            format!("{error}; the VM is resumed without it, and its guest's next reset needs it"),
+            "put the file back before the guest resets",
+        ),
+        Err((level, error)) => Check::bad(
+            id,
+            level,
             error.to_string(),
             "put the file back, or stop the VM first",
         ),

@@ -103,13 +103,29 @@ pub fn read(path: &Path) -> Result<VmConfig, DefinitionError> {
 
 /// Checks that the files that a VM boots from and writes to are there.
 pub fn check_files(config: &VmConfig, path: &Path) -> Result<(), DefinitionError> {
+    check_boot_files(config, path)?;
+    check_disks(config, path)
+}
+
+/// Checks the kernel and the initrd, which a guest needs when it boots or resets
+/// itself, and not when it is resumed.
+pub fn check_boot_files(config: &VmConfig, path: &Path) -> Result<(), DefinitionError> {
     let kernel = std::iter::once(("kernel", &config.kernel, false));
     let initrd = config.initrd.iter().map(|file| ("initrd", file, false));
-    let disks = config
-        .disks
-        .iter()
-        .map(|disk| ("disk", &disk.path, !disk.readonly));
-    for (what, file, write) in kernel.chain(initrd).chain(disks) {
+    openable(path, kernel.chain(initrd))
+}
+
+/// Checks the disks.
+pub fn check_disks(config: &VmConfig, path: &Path) -> Result<(), DefinitionError> {
+    let disks = config.disks.iter();
+    openable(path, disks.map(|disk| ("disk", &disk.path, !disk.readonly)))
+}
+
+fn openable<'a>(
+    path: &Path,
+    files: impl Iterator<Item = (&'static str, &'a PathBuf, bool)>,
+) -> Result<(), DefinitionError> {
+    for (what, file, write) in files {
         let opened = fs::OpenOptions::new().read(true).write(write).open(file);
         if let Err(source) = opened {
             return Err(DefinitionError::MissingFile {

@@ -276,6 +276,18 @@ fn started_with() {
     std::fs::remove_file(&image).expect("remove");
     assert_eq!(failed(&verdict(&world, RebootMethod::Warm)), ["files:web"]);
     assert!(verdict(&world, RebootMethod::Cold).passes());
+    std::fs::write(&image, "x").expect("write");
+    let kernel = world.root.path().join("kernel");
+    std::fs::rename(&kernel, world.root.path().join("away")).expect("away");
+    for method in [RebootMethod::Warm, RebootMethod::Saved] {
+        let verdict = verdict(&world, method);
+        let found = verdict.checks.iter().find(|c| c.id == "files:web");
+        let found = found.expect("checked");
+        assert_eq!(found.level, Level::Warn, "{found:?}");
+        assert!(found.sentence.contains("reset"), "{found:?}");
+    }
+    let cold = verdict(&world, RebootMethod::Cold);
+    assert!(failed(&cold).contains(&"files:web"), "it boots");
 }
 
 fn paused() {
