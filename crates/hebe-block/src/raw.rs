@@ -5,7 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use hebe_state::v2::devices::DiskIdentityV2;
 use rustix::fs::{FallocateFlags, FlockOperation};
@@ -77,8 +77,9 @@ pub struct BlockBackend {
     /// Written since the last [`BlockBackend::settle`] that succeeded.
     unsettled: AtomicBool,
     /// Held while flushing: a flush that finds nothing to do must not return
-    /// before one that is under way has made it so. Holds why a flush failed.
-    flushing: Mutex<Option<io::ErrorKind>>,
+    /// before one that is under way has made it so. Holds why a flush failed,
+    /// for all that share the open file: the lost writes are lost for each.
+    flushing: Arc<Mutex<Option<io::ErrorKind>>>,
     /// Length of the file at the last settling: whoever makes it longer
     /// changes its time, too. 0 before that, and for a device.
     settled_len: AtomicU64,
@@ -122,7 +123,7 @@ impl BlockBackend {
             device: identity::of_device(&metadata, Path::new(identity::SYSFS)),
             dirty: AtomicBool::new(false),
             unsettled: AtomicBool::new(false),
-            flushing: Mutex::new(None),
+            flushing: Arc::default(),
             settled_len: AtomicU64::new(0),
             bytes_read: AtomicU64::new(0),
             bytes_written: AtomicU64::new(0),
@@ -148,7 +149,7 @@ impl BlockBackend {
             // The other one may have left writes behind.
             dirty: AtomicBool::new(!self.readonly),
             unsettled: AtomicBool::new(!self.readonly),
-            flushing: Mutex::new(None),
+            flushing: self.flushing.clone(),
             settled_len: AtomicU64::new(0),
             bytes_read: AtomicU64::new(0),
             bytes_written: AtomicU64::new(0),
@@ -526,6 +527,18 @@ mod tests {
         disk.check_found_again().expect("back again");
         fs::remove_file(&path).expect("remove");
         assert!(matches!(check(), BlockError::Gone(_)));
+    }
+
+    #[test]
+    fn a_failed_flush_stays_failed_for_the_same_disk_once_more() {
+        let file = disk(1024);
+        let first = BlockBackend::open(file.path(), false).expect("open");
+        let again = first.again().expect("again");
+        *first.flushing.lock().expect("lock") = Some(io::ErrorKind::StorageFull);
+        for disk in [again, first.again().expect("again")] {
+            let kind = disk.flush().expect_err("lost writes stay lost").kind();
+            assert_eq!(kind, io::ErrorKind::StorageFull);
+        }
     }
 
     #[test]
