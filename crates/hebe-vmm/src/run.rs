@@ -116,6 +116,15 @@ fn write_exit(run_dir: &Path, report: &str) -> io::Result<()> {
     fs::rename(part, run_dir.join("exit.json"))
 }
 
+/// Writes what the VM is made of to `config.toml`, as a boot finds it there:
+/// whole or not at all. Not durable on purpose: it describes a process.
+fn write_config(run_dir: &Path, config: &VmConfig) -> io::Result<()> {
+    let text = toml::to_string(config).map_err(io::Error::other)?;
+    let part = run_dir.join("config.toml.part");
+    fs::write(&part, text)?;
+    fs::rename(part, run_dir.join("config.toml"))
+}
+
 const BEFORE_IT_RAN: &str = "ended by a signal before the VM ran";
 
 /// What a VM needs to come up.
@@ -211,6 +220,10 @@ impl Start<'_> {
         };
         let found = Found::read(args.vm_id, run_dir, &segment, &state)?;
         let held = Arc::new(Held::open_to_resume(args.vm_id, &found.identity.config)?);
+        // For whoever checks what the VM needs. It runs without that, too.
+        if let Err(error) = write_config(&args.run_dir, &found.identity.config) {
+            log::log_error(&format!("config.toml cannot be written: {error}"));
+        }
         let cage = self.confine(listener)?;
         let mut vm = Vm::resume_found(disks, found, held, segment, self.events)?;
         vm.cage = Some(cage);

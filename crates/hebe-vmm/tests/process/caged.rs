@@ -107,6 +107,29 @@ fn a_caged_vm_is_saved_frozen_thawed_and_ended() {
 }
 
 #[test]
+fn a_vm_that_is_restored_leaves_word_of_what_it_uses() {
+    if guest::cannot_run() {
+        return;
+    }
+    let mut vmm = start("on");
+    let path = vmm.dir.path().join("saves/web.part");
+    let saved = vmm.ask(&Request::Save { path: path.clone() });
+    assert!(matches!(saved, Ok(Response::Saved(_))), "{saved:?}");
+    let ended = vmm.ask(&Request::Quit { expected: None });
+    assert!(matches!(ended, Ok(Response::Done)), "{ended:?}");
+    vmm.wait();
+    let dir = tempfile::tempdir().expect("dir");
+    let restored = Vmm::start(dir, "", |command| {
+        command.arg("--restore").arg(&path);
+        Vec::new()
+    });
+    assert_eq!(restored.status().state, VmmState::Running);
+    let text = fs::read_to_string(restored.dir.path().join("config.toml")).expect("config");
+    let disk = vmm.dir.path().join(DISK);
+    assert!(text.contains(&disk.display().to_string()), "{text}");
+}
+
+#[test]
 fn a_vmm_without_a_cage_says_so_loudly() {
     if guest::cannot_run() {
         return;
