@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use hebe_api::{Request, Response, VmmState};
 
@@ -39,6 +41,22 @@ fn field(task: &Path, name: &str) -> String {
     line.trim_start_matches(name).trim().to_owned()
 }
 
+/// A thread takes its name, and its own filters, after it began.
+fn wait_for_vcpu(tasks: &str) {
+    let until = Instant::now() + Duration::from_secs(10);
+    let there = || {
+        fs::read_dir(tasks).expect("tasks").flatten().any(|task| {
+            let task = task.path();
+            fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("vcpu"))
+                && field(&task, "Seccomp_filters:") == "4"
+        })
+    };
+    while !there() {
+        assert!(Instant::now() < until, "no vCPU thread in its cage");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
 #[test]
 fn every_thread_of_a_vmm_is_in_the_cage_and_the_status_says_so() {
     if guest::cannot_run() {
@@ -56,6 +74,7 @@ fn every_thread_of_a_vmm_is_in_the_cage_and_the_status_says_so() {
     }
     let mut vcpus = 0;
     let tasks = format!("/proc/{}/task", vmm.child.id());
+    wait_for_vcpu(&tasks);
     for task in fs::read_dir(tasks).expect("tasks") {
         let task = task.expect("task").path();
         // One that served a connection may be gone by now; one of KVM's own
