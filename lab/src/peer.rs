@@ -4,7 +4,7 @@
 //! The QEMU that runs the lab's machine is copied into the host, with its
 //! libraries and firmware, and runs the same guests there: same kernel, same
 //! initramfs, same command line, same kinds of devices, RAM in the same
-//! reserved range. Its VMs are defined by [`define`] and started by [`start`];
+//! reserved range. Its VMs are defined by `define` and started by [`start`];
 //! the host's init program freezes them and brings them back.
 
 use std::fs;

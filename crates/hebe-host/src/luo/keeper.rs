@@ -41,7 +41,7 @@ const _: () = assert!(FIRST_KEPT >= luo::VMS_MAX);
 
 /// How long either side waits for the other; a request is a few words.
 const WAIT: Duration = Duration::from_secs(20);
-/// The program's own word for it, see [`start`].
+/// The program's own word for it, see `start`.
 pub const WORD: &str = "keeper";
 
 /// What is asked of the keeper; one request on each connection.

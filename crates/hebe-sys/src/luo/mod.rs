@@ -3,7 +3,7 @@
 //! From Linux 6.19 a kernel booted with `kho=on liveupdate=on` keeps memfds
 //! for the kernel it jumps into. This module is the kernel's interface,
 //! `/dev/liveupdate`, behind three small traits, so that another carrier of
-//! descriptors, and the tests' own kernel ([`fake`]), can stand in its place.
+//! descriptors, and the tests' own kernel (`fake`), can stand in its place.
 //!
 //! ```text
 //! old kernel                                  new kernel
