@@ -303,6 +303,11 @@ impl Assets {
         cached_kernel(name, &dir)
     }
 
+    /// Where something of this name is kept, if it is.
+    pub(crate) fn kept(&self, name: &str) -> PathBuf {
+        self.cache.root().join(name)
+    }
+
     fn fetch_kernel(
         &self,
         dir: &Path,

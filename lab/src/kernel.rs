@@ -78,14 +78,24 @@ pub fn build(assets: &Assets, jobs: usize, progress: &dyn Progress) -> Result<Ke
         return assets::named_kernel(KernelName::Lab, Path::new(&image), None)
             .with_context(|| format!("{PREBUILT} names no kernel"));
     }
-    let same = |dir: &Path| {
-        fs::read_to_string(dir.join("fragment")).is_ok_and(|built_from| built_from == FRAGMENT)
-    };
-    let name = format!("kernel-{}", KernelName::Lab);
-    let dir = assets.resumed(&name, progress, same, |dir| {
+    let dir = assets.resumed(&folder(), progress, is_of_fragment, |dir| {
         build_in(assets, dir, jobs, progress)
     })?;
     assets::cached_kernel(KernelName::Lab, &dir)
+}
+
+/// Whether [`build`] would have nothing to build.
+pub fn is_ready(assets: &Assets) -> bool {
+    std::env::var_os(PREBUILT).is_some_and(|v| !v.is_empty())
+        || is_of_fragment(&assets.kept(&folder()))
+}
+
+fn folder() -> String {
+    format!("kernel-{}", KernelName::Lab)
+}
+
+fn is_of_fragment(dir: &Path) -> bool {
+    fs::read_to_string(dir.join("fragment")).is_ok_and(|built_from| built_from == FRAGMENT)
 }
 
 /// `work/source` is complete once `work/unpacked` is there; make itself knows

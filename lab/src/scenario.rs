@@ -373,6 +373,17 @@ impl Lab {
         Ok(all)
     }
 
+    /// The emulator's failure behind an error, where there is evidence of one.
+    pub fn blame(&mut self, guests: &[GuestSpec], error: anyhow::Error) -> anyhow::Error {
+        let checks = [self.machine.check()].into_iter();
+        let exits = guests.iter().map(|guest| self.check_exit(guest));
+        let mut failures = checks.chain(exits).filter_map(Result::err);
+        match failures.find(|failure| failure.is::<EmulatorFailure>()) {
+            Some(failure) => failure.context(format!("{error:#}")),
+            None => error,
+        }
+    }
+
     /// Fails when a guest's VMM says that its processor shut down.
     fn check_exit(&self, guest: &GuestSpec) -> Result<()> {
         let path = format!("/run/hebe/vms/{}/exit.json", guest.name);

@@ -131,7 +131,27 @@ pub struct Trial {
 
 /// Reboots the host under its guests, watching them from outside. The guests
 /// are QEMU's ([`peer::start`]) where the method is its, and Hebe's otherwise.
+///
+/// # Errors
+/// An [`EmulatorFailure`](crate::machine::EmulatorFailure) where there is
+/// evidence of one, whatever it led to.
 pub fn reboot(
+    lab: &mut Lab,
+    guests: &[GuestSpec],
+    method: Method,
+    kernel: KernelName,
+    extra: &[&str],
+    progress: &dyn Progress,
+) -> Result<Trial> {
+    let result = watched(lab, guests, method, kernel, extra, progress);
+    result.map_err(|error| {
+        // A VMM that ends takes a moment to say why.
+        std::thread::sleep(WATCH);
+        lab.blame(guests, error)
+    })
+}
+
+fn watched(
     lab: &mut Lab,
     guests: &[GuestSpec],
     method: Method,

@@ -44,13 +44,16 @@ pub struct DemoArgs {
 
 /// Stores that outlive the host's kernel.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Carrier {
+pub enum Carrier {
+    /// A reserved range.
     Devdax,
+    /// Ordinary memory, carried by Linux.
     Luo,
 }
 
 impl Carrier {
-    fn kind(self) -> StoreKind {
+    /// What a VM's definition says.
+    pub fn kind(self) -> StoreKind {
         match self {
             Self::Devdax => StoreKind::Devdax,
             Self::Luo => StoreKind::Luo,
@@ -58,7 +61,7 @@ impl Carrier {
     }
 
     /// The host's kernels before and after, where none is named.
-    fn kernels(self) -> [KernelName; 2] {
+    pub fn kernels(self) -> [KernelName; 2] {
         match self {
             Self::Devdax => [KernelName::V6_1Cloud, KernelName::V7_3Cloud],
             Self::Luo => [KernelName::Lab, KernelName::Lab],
@@ -66,7 +69,7 @@ impl Carrier {
     }
 
     /// What a lab host needs for `vms` VMs of 256 MiB.
-    fn options(self, vms: u8) -> LabOptions {
+    pub fn options(self, vms: u8) -> LabOptions {
         let vms = u64::from(vms);
         match self {
             Self::Devdax => LabOptions {

@@ -46,7 +46,7 @@ pub struct Scene<'a> {
 /// How often a check is repeated because the emulated processor failed.
 const EMULATOR_FAILURES: u32 = 2;
 
-const CHECKS: [Check; 9] = [
+const CHECKS: [Check; 10] = [
     Check {
         name: "format",
         run: |_| cargo(&["fmt", "--all", "--check"], &[]),
@@ -98,6 +98,10 @@ const CHECKS: [Check; 9] = [
     Check {
         name: "lab: damage and kills",
         run: lab_tests::faults::run,
+    },
+    Check {
+        name: "lab: live update, twice",
+        run: lab_tests::live_update::run,
     },
     Check {
         name: "lab: suspend and resume loops",

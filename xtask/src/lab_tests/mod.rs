@@ -2,6 +2,7 @@
 //! processor has nested virtualization whatever this one has.
 
 pub mod faults;
+pub mod live_update;
 pub mod loops;
 pub mod methods;
 pub mod refusals;
