@@ -113,6 +113,8 @@ fn vm(guest: &GuestSpec, offset_mib: u64) -> Result<PeerVm> {
     .into();
     let mut add = |words: &[&str]| argv.extend(words.iter().map(|w| (*w).to_owned()));
     add(&["-nodefaults", "-no-user-config", "-display", "none"]);
+    // A guest that faults is to be missed, not to be booted again.
+    add(&["-no-reboot"]);
     // As Hebe's guests, these have no virtualization of their own.
     add(&["-accel", "kvm", "-cpu", "host,svm=off,vmx=off"]);
     add(&["-machine", MACHINE, "-smp", &config.vcpus.to_string()]);

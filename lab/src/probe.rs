@@ -19,13 +19,14 @@ use serde::Serialize;
 
 use crate::machine::GuestPorts;
 
-/// Pause between two UDP probes.
+/// Usual pause between two UDP probes.
 pub const UDP_INTERVAL: Duration = Duration::from_millis(10);
 /// Pause between two bytes of the TCP session.
 pub const TCP_INTERVAL: Duration = Duration::from_secs(1);
 /// Pause between two requests to the slow service.
 pub const SLOW_INTERVAL: Duration = Duration::from_millis(500);
-/// A probe run ends by itself after this many UDP probes (20 minutes).
+/// A probe run ends by itself after this many UDP probes (20 minutes at
+/// [`UDP_INTERVAL`]).
 const SAMPLES_MAX: usize = 120_000;
 
 /// One UDP probe.
@@ -152,15 +153,21 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// Starts probing one guest, and its slow service if `slow`.
+    /// Starts probing one guest every [`UDP_INTERVAL`], and its slow service
+    /// if `slow`.
     pub fn start(ports: &GuestPorts, slow: bool) -> Result<Self> {
+        Self::start_every(UDP_INTERVAL, ports, slow)
+    }
+
+    /// As [`Probe::start`], with another pause between two UDP probes.
+    pub fn start_every(interval: Duration, ports: &GuestPorts, slow: bool) -> Result<Self> {
         let start = Instant::now();
         let stop = Arc::new(AtomicBool::new(false));
         let socket = UdpSocket::bind("127.0.0.1:0").context("no free port")?;
         socket.connect((Ipv4Addr::LOCALHOST, ports.udp_echo))?;
         let udp = {
             let stop = stop.clone();
-            thread::spawn(move || udp_run(&socket, start, &stop))
+            thread::spawn(move || udp_run(&socket, interval, start, &stop))
         };
         let address = local(ports.tcp_echo);
         let tcp = {
@@ -220,7 +227,7 @@ fn local(port: u16) -> SocketAddr {
     (Ipv4Addr::LOCALHOST, port).into()
 }
 
-fn udp_run(socket: &UdpSocket, start: Instant, stop: &AtomicBool) -> UdpRecord {
+fn udp_run(socket: &UdpSocket, interval: Duration, start: Instant, stop: &AtomicBool) -> UdpRecord {
     let micros = |at: Instant| (at - start).as_micros() as u64;
     let mut samples: Vec<UdpSample> = Vec::new();
     let mut next = Instant::now();
@@ -234,7 +241,7 @@ fn udp_run(socket: &UdpSocket, start: Instant, stop: &AtomicBool) -> UdpRecord {
             });
             // A probe that cannot be sent is a probe without a reply.
             let _ = socket.send(&number.to_le_bytes());
-            next += UDP_INTERVAL;
+            next += interval;
             // After a stall of this program, do not send a burst.
             next = next.max(now);
         }

@@ -108,6 +108,11 @@ pub struct GuestSpec {
     pub store: StoreKind,
     /// Working set of the memory checker, in MiB.
     pub memcheck_mib: u64,
+    /// Pause of the memory checker between two slices, in milliseconds; the
+    /// guest's own where none is given.
+    pub memcheck_ms: Option<u64>,
+    /// How often a trial probes it from outside.
+    pub probe_every: Duration,
     /// Started by the host after a cold reboot.
     pub autostart: bool,
     /// More words for its command line, such as `lab.slow_work=500` or `lab.disk_ms=200`.
@@ -126,6 +131,8 @@ impl GuestSpec {
             disk: false,
             store: StoreKind::Auto,
             memcheck_mib: 32,
+            memcheck_ms: None,
+            probe_every: probe::UDP_INTERVAL,
             autostart: true,
             append: String::new(),
         }
@@ -134,6 +141,22 @@ impl GuestSpec {
     /// Its command line asks for the slow-starting service.
     pub fn has_slow_service(&self) -> bool {
         self.append.contains("lab.slow_work=")
+    }
+
+    fn cmdline(&self) -> String {
+        let byte = FIRST_GUEST_BYTE + self.index;
+        let mut line = format!(
+            "console=ttyS0 quiet lab.role=guest lab.ip=10.0.2.{byte}/24 lab.gw=10.0.2.2 lab.memcheck_mib={}",
+            self.memcheck_mib
+        );
+        if let Some(ms) = self.memcheck_ms {
+            line.push_str(&format!(" lab.memcheck_ms={ms}"));
+        }
+        if !self.append.is_empty() {
+            line.push(' ');
+            line.push_str(&self.append);
+        }
+        line
     }
 
     /// The definition that an operator would write.
@@ -149,12 +172,7 @@ impl GuestSpec {
             hugepages: false,
             kernel: format!("{folder}/vmlinuz").into(),
             initrd: Some(format!("{folder}/initrd.img").into()),
-            cmdline: format!(
-                "console=ttyS0 quiet lab.role=guest lab.ip=10.0.2.{byte}/24 lab.gw=10.0.2.2 lab.memcheck_mib={} {}",
-                self.memcheck_mib, self.append
-            )
-            .trim_end()
-            .to_owned(),
+            cmdline: self.cmdline(),
             autostart: self.autostart,
             console: ConsoleConfig::default(),
             disks: self
@@ -385,6 +403,10 @@ impl Lab {
     }
 
     /// Fails when a guest's VMM says that its processor shut down.
+    pub fn check_exits(&self, guests: &[GuestSpec]) -> Result<()> {
+        guests.iter().try_for_each(|guest| self.check_exit(guest))
+    }
+
     fn check_exit(&self, guest: &GuestSpec) -> Result<()> {
         let path = format!("/run/hebe/vms/{}/exit.json", guest.name);
         let Ok(exit) = self.machine.agent.get(&path) else {

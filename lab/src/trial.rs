@@ -165,7 +165,8 @@ fn watched(
     let host_before = lab.boot.clone();
     let mut probes = Vec::new();
     for guest in guests {
-        probes.push(Probe::start(&lab.ports(guest)?, guest.has_slow_service())?);
+        let (ports, slow) = (lab.ports(guest)?, guest.has_slow_service());
+        probes.push(Probe::start_every(guest.probe_every, &ports, slow)?);
     }
     std::thread::sleep(WATCH);
     if method != Method::QemuCpr {
@@ -365,7 +366,9 @@ fn row(
 fn clocks_behind_ms(lab: &Lab, guests: &[GuestSpec]) -> Result<Vec<f64>> {
     let limit = Duration::from_secs(10);
     let behind_ms = |guest: &GuestSpec| -> Result<f64> {
-        let guest_ns = probe::guest_status(&lab.ports(guest)?, limit)?.realtime_ns;
+        let status = probe::guest_status(&lab.ports(guest)?, limit);
+        let status = status.with_context(|| format!("{} does not tell the time", guest.name))?;
+        let guest_ns = status.realtime_ns;
         let host_ns = lab.machine.agent.status(limit)?.realtime_ns;
         Ok((i128::from(host_ns) - i128::from(guest_ns)) as f64 / 1e6)
     };

@@ -16,6 +16,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use lab_guest::status::{DiskCheck, GuestStatus, MemoryCheck};
@@ -55,7 +56,8 @@ pub fn run() -> Result<()> {
         }
     }
     http::start(findings.clone())?;
-    memory::start(findings.clone(), number("lab.memcheck_mib", 32));
+    let pause = Duration::from_millis(number("lab.memcheck_ms", memory::PAUSE_MS));
+    memory::start(findings.clone(), number("lab.memcheck_mib", 32), pause);
     clock::start(&findings);
     power::start();
     slow::start(&findings, number("lab.slow_work", 0));

@@ -21,7 +21,7 @@ use lab_guest::status::{FileRead, WEB_OBJECT_LEN};
 use serde::Serialize;
 use serde_json::json;
 
-use super::{Aim, Output, caveat, median};
+use super::{Aim, Output, caveat, diagnosed, median, while_emulator_fails};
 use crate::ui::Spinner;
 
 const KERNEL: KernelName = KernelName::V6_1Cloud;
@@ -44,7 +44,7 @@ pub struct CacheArgs {
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=64))]
     clients: u32,
     /// Passes over everything, before a reboot and after it.
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     passes: u32,
     /// Reboots by each method.
     #[arg(long, default_value_t = 1)]
@@ -67,6 +67,42 @@ struct Row {
 
 /// Runs it; prints the rates and their ratios.
 pub fn run(assets: &Assets, args: &CacheArgs, progress: &Spinner) -> Result<()> {
+    let (mut rows, mut failures) = (Vec::new(), 0);
+    let result = while_emulator_fails(progress, &mut failures, || {
+        rows.clear();
+        measure(assets, args, progress, &mut rows)
+    });
+    progress.clear();
+    let aims = print(args, &rows);
+    let line = |r: &Row| {
+        format!(
+            "{},{},{},{},{:.2},{:.2},{}",
+            r.method.as_str(),
+            r.repeat,
+            r.when,
+            r.pass,
+            r.file_mib_s,
+            r.web_mib_s,
+            r.block_reads
+        )
+    };
+    let csv: Vec<String> = rows.iter().map(line).collect();
+    let all = json!({
+        "repeats": args.repeats, "emulator_failures": failures, "file_mib": args.file_mib,
+        "objects": args.objects, "clients": args.clients, "rows": rows,
+    });
+    let header = "method,repeat,when,pass,file_mib_s,web_mib_s,block_reads";
+    args.output.write(all, &aims, header, &csv)?;
+    result
+}
+
+/// Boots a host with one guest, and reboots it by each method.
+fn measure(
+    assets: &Assets,
+    args: &CacheArgs,
+    progress: &Spinner,
+    rows: &mut Vec<Row>,
+) -> Result<()> {
     let content_mib = args.file_mib + u64::from(args.objects).div_ceil(2);
     let guest = GuestSpec {
         disk: true,
@@ -84,61 +120,55 @@ pub fn run(assets: &Assets, args: &CacheArgs, progress: &Spinner) -> Result<()> 
     let guests = [guest];
     lab.start(&guests)?;
     lab.wait_for_guests(&guests)?;
-    let ports = lab.ports(&guests[0])?;
-    let mut rows = Vec::new();
     for repeat in 0..args.repeats {
         for method in METHODS {
-            // The first pass makes the files or fills the cache: no figure.
-            progress.step("the guest makes or reads its files");
-            read_all(&ports, args)?;
-            let mut row = |when, pass| -> Result<()> {
-                progress.step(&format!("{} {when}: pass {}", method.as_str(), pass + 1));
-                let (file_mib_s, web_mib_s, block_reads) = read_all(&ports, args)?;
-                rows.push(Row {
-                    method,
-                    repeat,
-                    when,
-                    pass,
-                    file_mib_s,
-                    web_mib_s,
-                    block_reads,
-                });
-                Ok(())
-            };
-            (0..args.passes).try_for_each(|pass| row("before", pass))?;
-            let trial = trial::reboot(&mut lab, &guests, method, KERNEL, &[], progress)?;
-            let vm = &trial.vms[0];
-            ensure!(
-                (vm.boot_id_before == vm.boot_id_after) == (method == Method::Warm),
-                "the guest's boot does not fit a {} reboot",
-                method.as_str()
-            );
-            lab.drop_disk_cache()?;
-            (0..args.passes).try_for_each(|pass| row("after", pass))?;
+            let result = around_a_reboot(&mut lab, &guests, args, (method, repeat), progress);
+            rows.extend(diagnosed(&mut lab, &guests, result)?);
         }
     }
-    lab.machine.power_off()?;
-    progress.clear();
-    let aims = print(args, &rows);
-    let line = |r: &Row| {
-        format!(
-            "{},{},{},{},{:.2},{:.2},{}",
-            r.method.as_str(),
-            r.repeat,
-            r.when,
-            r.pass,
-            r.file_mib_s,
-            r.web_mib_s,
-            r.block_reads
-        )
+    lab.machine.power_off()
+}
+
+/// Passes over the guest's files before a reboot and after it.
+fn around_a_reboot(
+    lab: &mut Lab,
+    guests: &[GuestSpec],
+    args: &CacheArgs,
+    (method, repeat): (Method, u32),
+    progress: &Spinner,
+) -> Result<Vec<Row>> {
+    let ports = lab.ports(&guests[0])?;
+    let mut rows = Vec::new();
+    let mut passes = |when| -> Result<()> {
+        for pass in 0..args.passes {
+            progress.step(&format!("{} {when}: pass {}", method.as_str(), pass + 1));
+            let (file_mib_s, web_mib_s, block_reads) = read_all(&ports, args)?;
+            rows.push(Row {
+                method,
+                repeat,
+                when,
+                pass,
+                file_mib_s,
+                web_mib_s,
+                block_reads,
+            });
+        }
+        Ok(())
     };
-    let csv: Vec<String> = rows.iter().map(line).collect();
-    let all = json!({
-        "repeats": args.repeats, "file_mib": args.file_mib,
-        "objects": args.objects, "clients": args.clients, "rows": rows,
-    });
-    let header = "method,repeat,when,pass,file_mib_s,web_mib_s,block_reads";
-    args.output.write(all, &aims, header, &csv)
+    // The first pass makes the files or fills the cache: no figure.
+    progress.step("the guest makes or reads its files");
+    read_all(&ports, args)?;
+    passes("before")?;
+    let trial = trial::reboot(lab, guests, method, KERNEL, &[], progress)?;
+    let vm = &trial.vms[0];
+    ensure!(
+        (vm.boot_id_before == vm.boot_id_after) == (method == Method::Warm),
+        "the guest's boot does not fit a {} reboot",
+        method.as_str()
+    );
+    lab.drop_disk_cache()?;
+    passes("after")?;
+    Ok(rows)
 }
 
 /// Reads the file inside the guest, and every web object from outside: MiB in

@@ -16,7 +16,9 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use lab::assets::Assets;
-use lab::machine::Accelerator;
+use lab::machine::{Accelerator, EmulatorFailure};
+use lab::progress::Progress;
+use lab::scenario::{GuestSpec, Lab};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -132,6 +134,40 @@ fn caveat() -> &'static str {
     }
 }
 
+/// How often a measurement is begun anew because the emulated processor failed.
+const EMULATOR_FAILURES_MAX: u32 = 4;
+
+/// Runs `work`, and again on a fresh machine where the emulator failed under
+/// it; counts that in `failures`.
+fn while_emulator_fails(
+    progress: &Spinner,
+    failures: &mut u32,
+    mut work: impl FnMut() -> Result<()>,
+) -> Result<()> {
+    for _ in 0..EMULATOR_FAILURES_MAX {
+        match work() {
+            Err(error) if error.is::<EmulatorFailure>() => {
+                *failures += 1;
+                progress.note(&format!("once more: {error:#}"));
+            }
+            other => return other,
+        }
+    }
+    work()
+}
+
+/// Gives an error its cause: a guest whose emulated processor failed shows
+/// first in that it does not answer.
+fn diagnosed<T>(lab: &mut Lab, guests: &[GuestSpec], result: Result<T>) -> Result<T> {
+    result.map_err(|error| {
+        let machine = lab.machine.check();
+        match machine.and_then(|()| lab.check_exits(guests)) {
+            Err(cause) if cause.is::<EmulatorFailure>() => cause,
+            _ => error,
+        }
+    })
+}
+
 /// The middle one of some figures, of an even number the mean of the middle
 /// two; not a number for none.
 fn median(mut values: Vec<f64>) -> f64 {
@@ -153,6 +189,21 @@ mod tests {
         assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(vec![4.0, 1.0, 3.0, 2.0]), 2.5);
         assert!(median(Vec::new()).is_nan());
+    }
+
+    #[test]
+    fn only_the_emulators_failures_are_tried_again() {
+        let progress = Spinner::new();
+        let (mut failures, mut runs) = (0, 0);
+        let result = while_emulator_fails(&progress, &mut failures, || {
+            runs += 1;
+            match runs {
+                1 => Err(EmulatorFailure("a guest")).context("n = 11"),
+                _ => anyhow::bail!("something else"),
+            }
+        });
+        assert!(result.is_err());
+        assert_eq!((failures, runs), (1, 2));
     }
 
     #[test]

@@ -3,18 +3,21 @@
 //! The machine is the same for every number of VMs of a run: its memory costs
 //! its kernel time at start-up, which is part of the downtime.
 
+use std::collections::VecDeque;
+use std::time::Duration;
+
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use lab::assets::{Assets, KernelName};
 use lab::peer;
-use lab::probe::{ProbeRecord, UdpRecord};
+use lab::probe::{ProbeRecord, UDP_INTERVAL, UdpRecord};
 use lab::progress::Progress;
 use lab::scenario::{GuestSpec, Lab, LabOptions};
 use lab::trial::{self, Method, Trial, VmRow};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::{Aim, Output, caveat, median};
+use super::{Aim, Output, caveat, diagnosed, median, while_emulator_fails};
 use crate::ui::Spinner;
 
 /// How much work the slow-starting service does before it listens: a
@@ -24,6 +27,10 @@ const SLOW_WORK: &str = "lab.slow_work=400";
 const KERNEL: KernelName = KernelName::V6_1Cloud;
 /// More VMs than this are small ones.
 const LARGE_VMS_MAX: u8 = 4;
+/// Pause of a memory checker that is one of many, in milliseconds.
+const MANY_MEMCHECK_MS: u64 = 500;
+/// Pause between two probes of one VM of many.
+const MANY_PROBE_EVERY: Duration = Duration::from_millis(50);
 /// The host's own memory, in MiB.
 const HOST_MIB: u64 = 2560;
 /// What the store needs beside the VMs' RAM, in MiB, and for each VM.
@@ -92,6 +99,8 @@ struct Row {
     /// Milliseconds since the order, by event; the host's events and this VM's.
     phases: Map<String, Value>,
     memory_mib: u64,
+    /// Pause between two UDP probes: the light service's resolution.
+    probe_ms: u64,
     same_boot: bool,
     memory_check_ok: bool,
     tcp_session_survived: bool,
@@ -111,6 +120,7 @@ impl Row {
 struct Found {
     rows: Vec<Row>,
     raw: Vec<Value>,
+    emulator_failures: u32,
 }
 
 /// Runs it; prints the medians.
@@ -144,10 +154,11 @@ pub fn run(assets: &Assets, args: &RebootArgs, progress: &Spinner) -> Result<()>
     let all = json!({
         "repeats": args.repeats,
         "machine_mib": machine_mib,
+        "emulator_failures": found.emulator_failures,
         "rows": rows,
         "raw": found.raw,
     });
-    let header = "method,n,repeat,vm,service,downtime_ms,memory_mib,same_boot,memory_check_ok,tcp_session_survived,wall_clock_moved_ms";
+    let header = "method,n,repeat,vm,service,downtime_ms,memory_mib,probe_ms,same_boot,memory_check_ok,tcp_session_survived,wall_clock_moved_ms";
     args.output.write(all, &aims, header, &csv)?;
     result?;
     let lost = rows
@@ -163,7 +174,7 @@ pub fn run(assets: &Assets, args: &RebootArgs, progress: &Spinner) -> Result<()>
     }
 }
 
-/// Measures the methods of Hebe, or QEMU's, with `n` VMs on a fresh host.
+/// Measures the methods of Hebe, or QEMU's, with `n` VMs.
 fn measure(
     assets: &Assets,
     args: &RebootArgs,
@@ -172,54 +183,98 @@ fn measure(
     progress: &Spinner,
     found: &mut Found,
 ) -> Result<()> {
-    let is_peers = |method: &Method| (*method == Method::QemuCpr) == peer;
-    let methods: Vec<Method> = args.methods.iter().copied().filter(is_peers).collect();
-    if methods.is_empty() {
-        return Ok(());
-    }
-    let guests: Vec<GuestSpec> = (0..n).map(|i| guest(i, args.memory_mib(n))).collect();
-    let reserve_mib = args.reserve_mib();
-    let options = LabOptions {
-        guests: n.max(4),
-        reserve_mib,
-        memory_mib: HOST_MIB + reserve_mib,
-        disk_mib: 4096 + 2 * reserve_mib,
-        peer,
-        store_init: !peer,
-        // No VM is Hebe's where the range is QEMU's.
-        append: if peer { "lab.noresume" } else { "" }.to_owned(),
-        ..LabOptions::default()
-    };
-    let mut lab = Lab::boot(assets, options, progress)?;
-    let vmm = if peer { "QEMU" } else { "hebe-vmm" };
-    progress.step(&format!("booting {n} VMs of {vmm}"));
-    match peer {
-        true => peer::start(&lab, &guests)?,
-        false => lab.start(&guests)?,
-    }
-    for repeat in 0..args.repeats {
-        for method in &methods {
-            let trial = trial::reboot(&mut lab, &guests, *method, KERNEL, &[], progress)?;
-            let word = method.as_str();
-            progress.note(&format!("n = {n}, {word}: {}", summary(&trial)));
-            for (guest, vm) in guests.iter().zip(&trial.vms) {
-                add_rows(&trial, vm, guest.memory_mib, repeat, n, &mut found.rows)?;
-            }
-            let probes: Vec<Value> = trial.raw.iter().map(samples).collect();
-            found.raw.push(json!({
-                "method": word, "n": n, "repeat": repeat, "report": trial.report, "probes": probes,
-            }));
+    let is_peers = |method: &&Method| (**method == Method::QemuCpr) == peer;
+    let methods: Vec<Method> = args.methods.iter().filter(is_peers).copied().collect();
+    let mut left: VecDeque<(u32, Method)> = (0..args.repeats)
+        .flat_map(|repeat| methods.iter().map(move |method| (repeat, *method)))
+        .collect();
+    let mut failures = 0;
+    let result = while_emulator_fails(progress, &mut failures, || {
+        if left.is_empty() {
+            return Ok(());
         }
-    }
-    lab.machine.power_off()
+        let mut host = Host::boot(assets, args, n, peer, progress)?;
+        while let Some((repeat, method)) = left.front().copied() {
+            host.measure(method, repeat, progress, found)?;
+            left.pop_front();
+        }
+        host.lab.machine.power_off()
+    });
+    found.emulator_failures += failures;
+    result
 }
 
-/// The first VM runs the slow-starting service, too.
-fn guest(index: u8, memory_mib: u64) -> GuestSpec {
+/// A host full of VMs.
+struct Host {
+    lab: Lab,
+    guests: Vec<GuestSpec>,
+}
+
+impl Host {
+    fn boot(
+        assets: &Assets,
+        args: &RebootArgs,
+        n: u8,
+        peer: bool,
+        progress: &Spinner,
+    ) -> Result<Self> {
+        let guests: Vec<GuestSpec> = (0..n).map(|i| guest(i, n, args.memory_mib(n))).collect();
+        let reserve_mib = args.reserve_mib();
+        let options = LabOptions {
+            guests: n.max(4),
+            reserve_mib,
+            memory_mib: HOST_MIB + reserve_mib,
+            disk_mib: 4096 + 2 * reserve_mib,
+            peer,
+            store_init: !peer,
+            // No VM is Hebe's where the range is QEMU's.
+            append: if peer { "lab.noresume" } else { "" }.to_owned(),
+            ..LabOptions::default()
+        };
+        let lab = Lab::boot(assets, options, progress)?;
+        let vmm = if peer { "QEMU" } else { "hebe-vmm" };
+        progress.step(&format!("booting {n} VMs of {vmm}"));
+        match peer {
+            true => peer::start(&lab, &guests)?,
+            false => lab.start(&guests)?,
+        }
+        Ok(Self { lab, guests })
+    }
+
+    fn measure(
+        &mut self,
+        method: Method,
+        repeat: u32,
+        progress: &Spinner,
+        found: &mut Found,
+    ) -> Result<()> {
+        let (n, word) = (self.guests.len() as u8, method.as_str());
+        let trial = trial::reboot(&mut self.lab, &self.guests, method, KERNEL, &[], progress);
+        let trial = diagnosed(&mut self.lab, &self.guests, trial);
+        let trial = trial.with_context(|| format!("n = {n}, {word}"))?;
+        progress.note(&format!("n = {n}, {word}: {}", summary(&trial)));
+        for (guest, vm) in self.guests.iter().zip(&trial.vms) {
+            add_rows(&trial, vm, guest, repeat, n, &mut found.rows)?;
+        }
+        let probes: Vec<Value> = trial.raw.iter().map(samples).collect();
+        found.raw.push(json!({
+            "method": word, "n": n, "repeat": repeat, "report": trial.report, "probes": probes,
+        }));
+        Ok(())
+    }
+}
+
+/// The first VM runs the slow-starting service, too. Where there are many,
+/// each works less and is probed less often: together they would keep the
+/// emulated machine busy all the time, and it is their downtime that counts.
+fn guest(index: u8, n: u8, memory_mib: u64) -> GuestSpec {
     let slow = if index == 0 { SLOW_WORK } else { "" };
+    let many = n > LARGE_VMS_MAX;
     GuestSpec {
         memory_mib,
-        memcheck_mib: if memory_mib < 256 { 8 } else { 32 },
+        memcheck_mib: if many { 8 } else { 32 },
+        memcheck_ms: many.then_some(MANY_MEMCHECK_MS),
+        probe_every: if many { MANY_PROBE_EVERY } else { UDP_INTERVAL },
         append: slow.to_owned(),
         ..GuestSpec::numbered(index, KERNEL)
     }
@@ -228,7 +283,7 @@ fn guest(index: u8, memory_mib: u64) -> GuestSpec {
 fn add_rows(
     trial: &Trial,
     vm: &VmRow,
-    memory_mib: u64,
+    guest: &GuestSpec,
     repeat: u32,
     n: u8,
     rows: &mut Vec<Row>,
@@ -251,7 +306,8 @@ fn add_rows(
             service,
             downtime_ms,
             phases: phases.clone(),
-            memory_mib,
+            memory_mib: guest.memory_mib,
+            probe_ms: guest.probe_every.as_millis() as u64,
             same_boot: vm.boot_id_before == vm.boot_id_after,
             memory_check_ok: vm.memory_check_ok,
             tcp_session_survived: vm.tcp_session_survived,
@@ -288,7 +344,7 @@ fn summary(trial: &Trial) -> String {
 
 fn csv_line(row: &Row) -> String {
     format!(
-        "{},{},{},{},{},{:.1},{},{},{},{},{:.1}",
+        "{},{},{},{},{},{:.1},{},{},{},{},{},{:.1}",
         row.method.as_str(),
         row.n,
         row.repeat,
@@ -296,6 +352,7 @@ fn csv_line(row: &Row) -> String {
         row.service,
         row.downtime_ms,
         row.memory_mib,
+        row.probe_ms,
         row.same_boot,
         row.memory_check_ok,
         row.tcp_session_survived,
@@ -415,6 +472,7 @@ mod tests {
             downtime_ms: 1.0,
             phases,
             memory_mib: 256,
+            probe_ms: 10,
             same_boot: true,
             memory_check_ok: true,
             tcp_session_survived: true,

@@ -17,7 +17,7 @@ use lab::scenario::{BOOT_LIMIT, GuestSpec, Lab, LabOptions};
 use serde::Serialize;
 use serde_json::json;
 
-use super::{Output, caveat, median};
+use super::{Output, caveat, diagnosed, median, while_emulator_fails};
 use crate::ui::Spinner;
 
 const KERNEL: KernelName = KernelName::V6_1Cloud;
@@ -63,19 +63,11 @@ struct Row {
 
 /// Runs it; prints the medians and their ratio.
 pub fn run(assets: &Assets, args: &ReloadArgs, progress: &Spinner) -> Result<()> {
-    let mut lab = Lab::boot(assets, LabOptions::default(), progress)?;
-    let guests = [GuestSpec::numbered(0, KERNEL)];
-    lab.start(&guests)?;
-    lab.wait_for_guests(&guests)?;
-    let mut rows = Vec::new();
-    for repeat in 0..args.repeats {
-        for reload in Reload::ALL {
-            progress.step(&format!("{} {}", reload.as_str(), repeat + 1));
-            let row = measure(&mut lab, &guests, reload, repeat);
-            rows.push(row.with_context(|| format!("{} {repeat}", reload.as_str()))?);
-        }
-    }
-    lab.machine.power_off()?;
+    let (mut rows, mut failures) = (Vec::new(), 0);
+    let result = while_emulator_fails(progress, &mut failures, || {
+        rows.clear();
+        measure_all(assets, args, progress, &mut rows)
+    });
     progress.clear();
     print(args, &rows);
     let line = |r: &Row| {
@@ -88,9 +80,30 @@ pub fn run(assets: &Assets, args: &ReloadArgs, progress: &Spinner) -> Result<()>
         )
     };
     let csv: Vec<String> = rows.iter().map(line).collect();
-    let all = json!({ "repeats": args.repeats, "rows": rows });
+    let all = json!({ "repeats": args.repeats, "emulator_failures": failures, "rows": rows });
     let header = "reload,repeat,to_user_space_s,to_first_vm_s";
-    args.output.write(all, &[], header, &csv)
+    args.output.write(all, &[], header, &csv)?;
+    result
+}
+
+fn measure_all(
+    assets: &Assets,
+    args: &ReloadArgs,
+    progress: &Spinner,
+    rows: &mut Vec<Row>,
+) -> Result<()> {
+    let mut lab = Lab::boot(assets, LabOptions::default(), progress)?;
+    let guests = [GuestSpec::numbered(0, KERNEL)];
+    lab.start(&guests)?;
+    for repeat in 0..args.repeats {
+        for reload in Reload::ALL {
+            progress.step(&format!("{} {}", reload.as_str(), repeat + 1));
+            let row = measure(&mut lab, &guests, reload, repeat);
+            let row = diagnosed(&mut lab, &guests, row);
+            rows.push(row.with_context(|| format!("{} {repeat}", reload.as_str()))?);
+        }
+    }
+    lab.machine.power_off()
 }
 
 fn measure(lab: &mut Lab, guests: &[GuestSpec], reload: Reload, repeat: u32) -> Result<Row> {

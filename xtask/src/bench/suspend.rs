@@ -16,7 +16,7 @@ use lab::trial::{self, Method};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{Aim, Output, caveat, emulated, median};
+use super::{Aim, Output, caveat, diagnosed, emulated, median, while_emulator_fails};
 use crate::ui::Spinner;
 
 /// How long the guest may take to fill half of its RAM; 2 GiB take minutes
@@ -61,11 +61,13 @@ pub fn run(assets: &Assets, args: &SuspendArgs, progress: &Spinner) -> Result<()
             "{memory_mib} MiB: use an even number from 128 to 4096"
         );
     }
-    let mut rows = Vec::new();
-    let result = args
-        .memory
-        .iter()
-        .try_for_each(|mib| measure(assets, args, *mib, progress, &mut rows));
+    let (mut rows, mut failures) = (Vec::new(), 0);
+    let result = args.memory.iter().try_for_each(|mib| {
+        while_emulator_fails(progress, &mut failures, || {
+            rows.retain(|row: &Row| row.memory_mib != *mib);
+            measure(assets, args, *mib, progress, &mut rows)
+        })
+    });
     progress.clear();
     print(args, &rows);
     let aims = aims(args, &rows);
@@ -78,7 +80,8 @@ pub fn run(assets: &Assets, args: &SuspendArgs, progress: &Spinner) -> Result<()
     };
     let csv: Vec<String> = rows.iter().map(line).collect();
     let all = json!({
-        "repeats": args.repeats, "disk_repeats": args.disk_repeats, "rows": rows,
+        "repeats": args.repeats, "disk_repeats": args.disk_repeats,
+        "emulator_failures": failures, "rows": rows,
     });
     let header = "memory_mib,method,repeat,suspend_ms,resume_ms";
     args.output.write(all, &aims, header, &csv)?;
@@ -178,25 +181,38 @@ fn measure(
     };
     let mut lab = Lab::boot(assets, options, progress)?;
     let guests = [guest];
-    lab.start(&guests)?;
-    lab.wait_for_guests(&guests)?;
+    let result = measure_guest(&mut lab, &guests, args, progress, rows);
+    diagnosed(&mut lab, &guests, result)?;
+    lab.machine.power_off()
+}
+
+fn measure_guest(
+    lab: &mut Lab,
+    guests: &[GuestSpec],
+    args: &SuspendArgs,
+    progress: &Spinner,
+    rows: &mut Vec<Row>,
+) -> Result<()> {
+    let memory_mib = guests[0].memory_mib;
+    lab.start(guests)?;
+    lab.wait_for_guests(guests)?;
     let ports = lab.ports(&guests[0])?;
     progress.step(&format!(
         "{memory_mib} MiB: the guest fills half of its RAM"
     ));
-    wait_for_fill(&mut lab, &ports)?;
+    wait_for_fill(lab, &ports)?;
     for repeat in 0..args.repeats {
         let number = repeat + 1;
         progress.step(&format!("{memory_mib} MiB: suspend and resume {number}"));
-        rows.push(on_memory(&lab, memory_mib, repeat)?);
+        rows.push(on_memory(lab, memory_mib, repeat)?);
         // Only a guest that lives on makes the figures true.
         probe::wait_for_guest(&ports, ANSWER_LIMIT, || Ok(()))?;
     }
     for repeat in 0..args.disk_repeats {
         progress.step(&format!("{memory_mib} MiB: to disk and back"));
-        rows.push(on_disk(&mut lab, &guests, repeat, progress)?);
+        rows.push(on_disk(lab, guests, repeat, progress)?);
     }
-    lab.machine.power_off()
+    Ok(())
 }
 
 /// The checker tells its pages when it has written all of them once.

@@ -13,8 +13,8 @@ use super::Findings;
 const WORDS: usize = 512;
 /// Pages checked between two sleeps.
 const SLICE: usize = 32;
-/// Sleep between two slices.
-const PAUSE: Duration = Duration::from_millis(50);
+/// Usual sleep between two slices, in milliseconds.
+pub const PAUSE_MS: u64 = 50;
 
 struct Page([u64; WORDS]);
 
@@ -50,8 +50,8 @@ fn sum(words: &[u64]) -> u64 {
     })
 }
 
-/// Starts checking `mib` MiB.
-pub fn start(findings: Arc<Findings>, mib: u64) {
+/// Starts checking `mib` MiB, with sleep of `pause` between two slices.
+pub fn start(findings: Arc<Findings>, mib: u64, pause: Duration) {
     thread::spawn(move || {
         let count = (mib as usize) << 8;
         let mut pages: Vec<Page> = Vec::with_capacity(count);
@@ -84,7 +84,7 @@ pub fn start(findings: Arc<Findings>, mib: u64) {
                     memory.errors += errors;
                     memory.passes += u64::from(end == count);
                 }
-                thread::sleep(PAUSE);
+                thread::sleep(pause);
             }
         }
     });
