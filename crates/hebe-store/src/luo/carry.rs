@@ -45,6 +45,8 @@ pub struct CarriedVm {
     owner: Owner,
     present: Present,
     left_out: Vec<(u32, OwnedFd)>,
+    /// Parts are preserved that the manifest does not name yet.
+    manifest_is_behind: bool,
 }
 
 /// What a VM wrote to, between being prepared and being frozen, of the parts
@@ -141,6 +143,7 @@ impl<'a> Carrier<'a> {
             owner,
             present,
             left_out,
+            manifest_is_behind: false,
         })
     }
 }
@@ -200,25 +203,51 @@ impl CarriedVm {
     /// # Errors
     /// [`CarryError::Piece`]: without that part the VM must not be carried; let
     /// it run again.
+    ///
+    /// After an error everything that is not preserved is still left out, and
+    /// the next call tries it again: a part is never forgotten, for it would
+    /// arrive as zeros.
     pub fn complete(&mut self) -> Result<Late, CarryError> {
         let mut late = Late::default();
         let mut still = Vec::new();
+        let mut result = Ok(());
         for (index, fd) in std::mem::take(&mut self.left_out) {
-            let used = allocated(fd.as_fd())?;
-            if used == 0 {
+            // After the first error the rest is only put back.
+            let preserved = match result {
+                Ok(()) => self.preserve_late(index, &fd, &mut late),
+                Err(_) => Ok(false),
+            };
+            if !matches!(preserved, Ok(true)) {
                 still.push((index, fd));
-                continue;
             }
-            preserve(&*self.session, Piece::Part(index), fd.as_fd())?;
-            self.present.add(index);
-            late.parts += 1;
-            late.filled.0 += file::len(fd.as_fd())?.saturating_sub(used);
+            result = result.and(preserved.map(drop));
         }
         self.left_out = still;
-        if late.parts > 0 {
+        if self.manifest_is_behind {
             manifest::update_present(&self.manifest, &self.sender, &self.present)
                 .map_err(StoreError::media("write"))?;
+            self.manifest_is_behind = false;
         }
-        Ok(late)
+        result.map(|()| late)
+    }
+
+    /// Preserves a part, unless it is empty still.
+    fn preserve_late(
+        &mut self,
+        index: u32,
+        fd: &OwnedFd,
+        late: &mut Late,
+    ) -> Result<bool, CarryError> {
+        let used = allocated(fd.as_fd())?;
+        if used == 0 {
+            return Ok(false);
+        }
+        let len = file::len(fd.as_fd())?;
+        preserve(&*self.session, Piece::Part(index), fd.as_fd())?;
+        self.present.add(index);
+        self.manifest_is_behind = true;
+        late.parts += 1;
+        late.filled.0 += len.saturating_sub(used);
+        Ok(true)
     }
 }

@@ -248,6 +248,12 @@ fn a_late_part_that_cannot_be_preserved_is_an_error() {
             ..
         })
     ));
+    // It is not forgotten: the next try takes it, or fails again.
+    assert_eq!(vm.left_out(), 1);
+    assert!(vm.complete().is_err());
+    kernel.disarm();
+    assert_eq!(vm.complete().expect("at last").parts, 1);
+    assert_eq!(vm.left_out(), 0);
 }
 
 #[test]
