@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use hebe_types::{
-    ByteSize, ConsoleConfig, DiskConfig, MacAddr, NetConfig, StoreKind, VmConfig, VmName,
+    ByteSize, ConsoleConfig, DiskConfig, MacAddr, NetConfig, RestartPolicy, StoreKind, VmConfig,
+    VmName,
 };
 use lab_guest::proto::HostStatus;
 use lab_guest::status::GuestStatus;
@@ -174,6 +175,9 @@ impl GuestSpec {
             initrd: Some(format!("{folder}/initrd.img").into()),
             cmdline: self.cmdline(),
             autostart: self.autostart,
+            restart: RestartPolicy::Never,
+            restart_limit: None,
+            after: Vec::new(),
             console: ConsoleConfig::default(),
             disks: self
                 .disk

@@ -305,7 +305,7 @@ fn prepare_dir(dir: &Path, order: &Launch) -> Result<(), LaunchError> {
         .map_err(directory_error(&path))?;
     if let Origin::Boot(config) = &order.origin {
         let path = dir.join("config.toml");
-        let text = toml::to_string(config.as_ref()).map_err(io::Error::other);
+        let text = toml::to_string(&config.for_vmm()).map_err(io::Error::other);
         text.and_then(|t| fs::write(&path, t))
             .map_err(directory_error(&path))?;
     }

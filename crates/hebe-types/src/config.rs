@@ -15,6 +15,10 @@ pub const MEMORY_MIN: ByteSize = ByteSize::mib(2);
 pub const MEMORY_MAX: ByteSize = ByteSize::gib(1024);
 /// Most disks and NICs of one VM together; PCI slots bound it.
 pub const DEVICES_MAX: usize = 24;
+/// Most restarts in a row that a definition may ask for.
+pub const RESTART_LIMIT_MAX: u32 = 1000;
+/// Most VMs that one may be ordered after.
+pub const AFTER_MAX: usize = 64;
 
 /// Which store holds a VM's RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +50,19 @@ pub enum RebootMethod {
     Cold,
 }
 
+/// What a supervisor does with a VM that ended by itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartPolicy {
+    /// Nothing.
+    #[default]
+    Never,
+    /// It is booted again if its VMM or its guest failed.
+    OnFailure,
+    /// It is booted again, also when its guest powered itself off.
+    Always,
+}
+
 /// One VM, as its owner defines it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -74,6 +91,16 @@ pub struct VmConfig {
     /// Start with the host.
     #[serde(default)]
     pub autostart: bool,
+    /// What happens when it ends by itself. Meant for the daemon; the VMM knows
+    /// nothing of it.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub restart: RestartPolicy,
+    /// How often in a row it is booted again, 1 to [`RESTART_LIMIT_MAX`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restart_limit: Option<u32>,
+    /// VMs that are started before this one when the host starts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub after: Vec<VmName>,
     /// Serial port and virtio console.
     #[serde(default)]
     pub console: ConsoleConfig,
@@ -87,6 +114,10 @@ pub struct VmConfig {
 
 fn one() -> u8 {
     1
+}
+
+fn is_default(policy: &RestartPolicy) -> bool {
+    *policy == RestartPolicy::default()
 }
 
 /// Which consoles a VM has.
@@ -164,6 +195,23 @@ pub enum ConfigError {
     /// The command line does not fit.
     #[error("the kernel command line has {0} bytes: at most 2047")]
     Cmdline(usize),
+    /// Restarts in a row out of range.
+    #[error("restart_limit = {0} is not possible: it must be from 1 to {RESTART_LIMIT_MAX}")]
+    RestartLimit(u32),
+    /// A limit for what never happens.
+    #[error(
+        "restart_limit says nothing without restarts: say restart = \"on-failure\" or \"always\" too, or leave it out"
+    )]
+    RestartLimitAlone,
+    /// A VM cannot wait for itself.
+    #[error("after = [\"{0}\"] names the VM itself: leave it out")]
+    AfterItself(VmName),
+    /// A VM is named twice.
+    #[error("after names VM '{0}' twice")]
+    AfterTwice(VmName),
+    /// Too many VMs to wait for.
+    #[error("after names {0} VMs: at most {AFTER_MAX}")]
+    After(usize),
 }
 
 impl VmConfig {
@@ -203,7 +251,42 @@ impl VmConfig {
                 return Err(ConfigError::DiskTwice(disk.path.clone()));
             }
         }
+        self.validate_supervision()
+    }
+
+    fn validate_supervision(&self) -> Result<(), ConfigError> {
+        if let Some(limit) = self.restart_limit {
+            if self.restart == RestartPolicy::Never {
+                return Err(ConfigError::RestartLimitAlone);
+            }
+            if !(1..=RESTART_LIMIT_MAX).contains(&limit) {
+                return Err(ConfigError::RestartLimit(limit));
+            }
+        }
+        if self.after.len() > AFTER_MAX {
+            return Err(ConfigError::After(self.after.len()));
+        }
+        let mut named = HashSet::new();
+        for name in &self.after {
+            if *name == self.name {
+                return Err(ConfigError::AfterItself(name.clone()));
+            }
+            if !named.insert(name) {
+                return Err(ConfigError::AfterTwice(name.clone()));
+            }
+        }
         Ok(())
+    }
+
+    /// The definition as its VMM needs it, without what is for the host alone:
+    /// it becomes part of a VM's state, which other releases read too.
+    pub fn for_vmm(&self) -> Self {
+        Self {
+            restart: RestartPolicy::default(),
+            restart_limit: None,
+            after: Vec::new(),
+            ..self.clone()
+        }
     }
 }
 
@@ -227,6 +310,9 @@ mod tests {
             initrd: None,
             cmdline: String::new(),
             autostart: false,
+            restart: RestartPolicy::Never,
+            restart_limit: None,
+            after: Vec::new(),
             console: ConsoleConfig::default(),
             disks: vec![DiskConfig {
                 path: "/d".into(),
@@ -261,5 +347,30 @@ mod tests {
         assert!(refused(|c| c.nets.push(c.nets[0].clone())).contains("twice"));
         assert!(refused(|c| c.disks.push(c.disks[0].clone())).contains("twice"));
         assert!(refused(|c| c.cmdline = "x".repeat(3000)).contains("command line"));
+        assert!(refused(|c| c.restart_limit = Some(3)).contains("restart = "));
+        let limited = |limit| {
+            let mut config = sample();
+            (config.restart, config.restart_limit) = (RestartPolicy::Always, Some(limit));
+            config.validate()
+        };
+        assert_eq!(limited(0), Err(ConfigError::RestartLimit(0)));
+        assert_eq!(limited(1001), Err(ConfigError::RestartLimit(1001)));
+        assert_eq!(limited(1000), Ok(()));
+        assert!(refused(|c| c.after = vec![c.name.clone()]).contains("itself"));
+        let name = |i: usize| format!("db{i}").parse::<VmName>().expect("name");
+        let mut config = sample();
+        config.after = vec![name(1), name(1)];
+        assert_eq!(config.validate(), Err(ConfigError::AfterTwice(name(1))));
+        config.after = (0..65).map(name).collect();
+        assert_eq!(config.validate(), Err(ConfigError::After(65)));
+    }
+
+    #[test]
+    fn what_is_for_the_host_alone_does_not_reach_the_vmm() {
+        let mut config = sample();
+        config.restart = RestartPolicy::OnFailure;
+        config.restart_limit = Some(3);
+        config.after = vec!["db".parse().expect("name")];
+        assert_eq!(config.for_vmm(), sample());
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use hebe_api::FreezeReport;
 use hebe_store::{ExecStatus, Segment};
-use hebe_types::{ByteSize, ConsoleConfig, StoreKind, VmConfig, VmId};
+use hebe_types::{ByteSize, ConsoleConfig, RestartPolicy, StoreKind, VmConfig, VmId};
 use hebe_vmm::{Event, Identity, Vm, VmError};
 
 use crate::environment;
@@ -139,6 +139,9 @@ impl Rig {
             initrd: None,
             cmdline: plan.cmdline(),
             autostart: false,
+            restart: RestartPolicy::Never,
+            restart_limit: None,
+            after: Vec::new(),
             console: ConsoleConfig::default(),
             disks: Vec::new(),
             nets: Vec::new(),

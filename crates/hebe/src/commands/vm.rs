@@ -7,7 +7,9 @@ use hebe_host::definitions;
 use hebe_host::listing::{self, VmRow};
 use hebe_host::ops::{self, StopOptions};
 use hebe_host::{Host, HostError};
-use hebe_types::{ConsoleConfig, DiskConfig, NetConfig, StoreKind, VmConfig, VmName};
+use hebe_types::{
+    ConsoleConfig, DiskConfig, NetConfig, RestartPolicy, StoreKind, VmConfig, VmName,
+};
 use serde::Serialize;
 
 use crate::cli::{RunArgs, StopArgs, StoreArg};
@@ -67,6 +69,9 @@ fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
         initrd: args.initrd,
         cmdline: args.cmdline,
         autostart: false,
+        restart: RestartPolicy::Never,
+        restart_limit: None,
+        after: Vec::new(),
         console: ConsoleConfig::default(),
         disks: args.disk.into_iter().map(disk).collect(),
         nets: args.net.into_iter().map(net).collect(),
