@@ -3,6 +3,7 @@
 //! - [`life`]: what may be ordered of a VM, and what becomes of it.
 //! - [`reboot`]: the reboot of the VMM layer, forward and back.
 //! - [`resume`]: what to do with each VM when the host comes up.
+//! - [`supervise`]: which VMs a supervisor starts, and when.
 //!
 //! Whoever does the I/O owns the value, runs the effects and feeds results
 //! back; each module draws its machine at the top.
@@ -12,3 +13,4 @@
 pub mod life;
 pub mod reboot;
 pub mod resume;
+pub mod supervise;
