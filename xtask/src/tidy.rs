@@ -29,7 +29,7 @@ const LICENCES: [&str; 14] = [
     "NCSA",
 ];
 /// Layer of each member; a member depends on lower layers or its own only.
-const LAYERS: [(&str, u32); 20] = [
+const LAYERS: [(&str, u32); 21] = [
     ("hebe-types", 0),
     ("hebe-state", 0),
     ("hebe-flow", 0),
@@ -39,6 +39,7 @@ const LAYERS: [(&str, u32); 20] = [
     ("hebe-kvm", 1),
     ("hebe-boot", 2),
     ("hebe-block", 2),
+    ("hebe-image", 2),
     ("hebe-devices", 2),
     ("hebe-snapshot", 2),
     ("hebe-api", 2),
