@@ -1,10 +1,12 @@
 //! Frames over a unix socket, and a blocking client.
 
 use std::io::{self, Read, Write};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use hebe_sys::fdpass;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -67,44 +69,106 @@ pub enum ClientError {
     Unexpected,
 }
 
-/// A connection to one VMM.
+/// A connection to one VMM. What it says is untrusted, because its guest may
+/// have taken it over: frames are bounded, texts made plain, the whole answer
+/// has one time limit, and its process id is the kernel's word.
 #[derive(Debug)]
 pub struct Client {
     stream: UnixStream,
+    timeout: Option<Duration>,
+}
+
+/// A stream that is read up to an instant, however little comes at a time.
+struct Limited<'a> {
+    stream: &'a UnixStream,
+    until: Option<Instant>,
+}
+
+impl Read for Limited<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if let Some(until) = self.until {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.stream.set_read_timeout(Some(left))?;
+        }
+        self.stream.read(into)
+    }
 }
 
 impl Client {
     /// Connects to the control socket at `path`.
     pub fn connect(path: &Path) -> Result<Self, ClientError> {
         let stream = UnixStream::connect(path).map_err(ClientError::Connect)?;
-        Ok(Self { stream })
+        Ok(Self::on(stream))
+    }
+
+    fn on(stream: UnixStream) -> Self {
+        let timeout = None;
+        Self { stream, timeout }
     }
 
     /// Bounds how long [`Client::call`] waits for an answer. A VMM that comes
     /// to a request later than that does not begin with it any more, if it
     /// changes the VM's state.
-    pub fn set_timeout(&self, timeout: Option<Duration>) -> Result<(), ClientError> {
-        self.stream
-            .set_read_timeout(timeout)
-            .map_err(ClientError::Broken)
+    pub fn set_timeout(&mut self, timeout: Option<Duration>) -> Result<(), ClientError> {
+        let set = self.stream.set_write_timeout(timeout);
+        set.map_err(ClientError::Broken)?;
+        self.timeout = timeout;
+        Ok(())
     }
 
     /// Sends a request and waits for its answer. [`Response::Failed`] becomes
     /// [`ClientError::Refused`].
     pub fn call(&mut self, request: &Request) -> Result<Response, ClientError> {
-        let wait = self.stream.read_timeout().map_err(ClientError::Broken)?;
+        self.call_with(request, &[])
+    }
+
+    /// [`Client::call`], with the descriptors that the request takes.
+    pub fn call_with(
+        &mut self,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Response, ClientError> {
         let order = Order {
-            until: wait
+            until: self
+                .timeout
                 .filter(|_| request.changes_state())
                 .map(Deadline::after),
             request: request.clone(),
         };
+        let until = self
+            .timeout
+            .and_then(|wait| Instant::now().checked_add(wait));
         write_frame(&mut self.stream, &order).map_err(ClientError::Broken)?;
-        match read_frame(&mut self.stream).map_err(ClientError::Broken)? {
+        if !fds.is_empty() {
+            fdpass::send(&self.stream, fds).map_err(ClientError::Broken)?;
+        }
+        let mut limited = Limited {
+            stream: &self.stream,
+            until,
+        };
+        let answer = read_frame::<Response>(&mut limited).map_err(ClientError::Broken)?;
+        // Whoever uses the stream from now on has a limit of their own.
+        let whole = self.stream.set_read_timeout(self.timeout);
+        whole.map_err(ClientError::Broken)?;
+        match answer.map(Response::made_plain) {
             Some(Response::Failed { message }) => Err(ClientError::Refused(message)),
+            Some(Response::Status(mut status)) => {
+                status.pid = self.peer().unwrap_or(status.pid);
+                Ok(Response::Status(status))
+            }
             Some(response) => Ok(response),
             None => Err(ClientError::Broken(io::ErrorKind::UnexpectedEof.into())),
         }
+    }
+
+    /// The process that listens on the other side: whom an order to kill
+    /// reaches, so the VMM's own word does not count.
+    fn peer(&self) -> Option<u32> {
+        let peer = rustix::net::sockopt::socket_peercred(&self.stream).ok()?;
+        u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
     }
 
     /// The stream itself, after [`Request::Console`].
@@ -115,7 +179,10 @@ impl Client {
 
 #[cfg(test)]
 mod tests {
+    use hebe_types::VmId;
+
     use super::*;
+    use crate::{RamMeter, VmStatus, VmmState};
 
     #[test]
     fn what_changes_a_state_is_sent_with_the_time_that_the_client_waits() {
@@ -126,7 +193,7 @@ mod tests {
             (Request::Status, Some(wait), false),
         ] {
             let (stream, mut peer) = UnixStream::pair().expect("pair");
-            let mut client = Client { stream };
+            let mut client = Client::on(stream);
             client.set_timeout(timeout).expect("timeout");
             // The answer is there already.
             write_frame(&mut peer, &Response::Done).expect("answer");
@@ -137,6 +204,63 @@ mod tests {
             std::thread::sleep(wait);
             assert_eq!(order.is_expired(), bounded);
         }
+    }
+
+    fn status(pid: u32) -> Response {
+        Response::Status(VmStatus {
+            name: "web".parse().expect("name"),
+            id: VmId([7; 16]),
+            state: VmmState::Running,
+            pid,
+            version: "\x1b[2J".into(),
+            resumes: 0,
+            failed: Some("\x1b[31m".into()),
+            stopped_devices: vec!["\x07".into(); 10_000],
+            ram_meter: RamMeter::default(),
+            first_tx: None,
+            resume: None,
+            cage: None,
+        })
+    }
+
+    #[test]
+    fn a_vmm_that_lies_about_its_process_is_not_believed_and_its_words_are_plain() {
+        let (stream, mut peer) = UnixStream::pair().expect("pair");
+        let mut client = Client::on(stream);
+        write_frame(&mut peer, &status(1)).expect("answer");
+        let answer = client.call(&Request::Status).expect("call");
+        let Response::Status(status) = answer else {
+            panic!("{answer:?}")
+        };
+        assert_eq!(status.pid, std::process::id());
+        let words = format!("{}{:?}", status.version, status.failed);
+        assert!(!words.contains(char::is_control), "{words:?}");
+        assert!(status.stopped_devices.len() < 1000);
+        let message = "\x1b[2Jno".into();
+        write_frame(&mut peer, &Response::Failed { message }).expect("answer");
+        let refused = client.call(&Request::Freeze).expect_err("refused");
+        assert_eq!(refused.to_string(), "\u{fffd}[2Jno");
+    }
+
+    #[test]
+    fn an_answer_that_comes_byte_by_byte_has_one_time_limit() {
+        let (stream, mut peer) = UnixStream::pair().expect("pair");
+        let mut client = Client::on(stream);
+        let wait = Duration::from_millis(300);
+        client.set_timeout(Some(wait)).expect("timeout");
+        let drip = std::thread::spawn(move || {
+            // A length of 1 MiB, and then a byte now and then.
+            let _ = peer.write_all(&(1u32 << 20).to_le_bytes());
+            while peer.write_all(b" ").is_ok() {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+        let began = Instant::now();
+        let late = client.call(&Request::Status).expect_err("too slow");
+        assert!(matches!(late, ClientError::Broken(_)), "{late}");
+        assert!(began.elapsed() < 20 * wait, "{:?}", began.elapsed());
+        drop(client);
+        drip.join().expect("join");
     }
 
     #[test]

@@ -9,6 +9,7 @@
 mod cage;
 mod frame;
 mod order;
+mod words;
 
 use std::path::PathBuf;
 
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 pub use cage::{CagePart, CageReport};
 pub use frame::{Client, ClientError, FRAME_LEN_MAX, read_frame, write_frame};
 pub use order::{Deadline, Order};
+pub use words::plain;
 
 /// What a client asks of a VMM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -36,11 +38,14 @@ pub enum Request {
     /// Undo a freeze in the same process: the committed state is withdrawn
     /// first, then the vCPUs run.
     Thaw,
-    /// Stop the VM and write RAM and state to a new file, fsynced. The VM
-    /// stays paused. Answered with [`Response::Saved`].
+    /// Stop the VM and write RAM and state to a file, fsynced. The VM stays
+    /// paused. Answered with [`Response::Saved`]. The file's descriptor
+    /// follows the request (`hebe_sys::fdpass`): a VMM opens nothing itself,
+    /// because its cage does not let it, and because one that was started
+    /// before the host's root file system was mounted would look in another.
     Save {
-        /// The file to create; must not exist.
-        path: PathBuf,
+        /// What the file is called in messages.
+        name: PathBuf,
     },
     /// Press the ACPI power button. A VM that failed has no guest that could
     /// see it: it is ended at once.
@@ -110,7 +115,7 @@ pub struct VmStatus {
     pub id: VmId,
     /// State.
     pub state: VmmState,
-    /// The VMM's process id.
+    /// The VMM's process id; what a [`Client`] gives is the kernel's word.
     pub pid: u32,
     /// The VMM's release.
     pub version: String,

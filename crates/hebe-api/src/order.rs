@@ -75,14 +75,14 @@ mod tests {
 
     fn requests() -> Vec<Request> {
         let expected = Some(VmmState::Frozen);
-        let path = "/saved/web.part".into();
+        let name = "/saved/web.part".into();
         vec![
             Request::Status,
             Request::Pause,
             Request::Unpause,
             Request::Freeze,
             Request::Thaw,
-            Request::Save { path },
+            Request::Save { name },
             Request::PowerButton,
             Request::Quit { expected },
             Request::Quit { expected: None },

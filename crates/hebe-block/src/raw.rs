@@ -1,14 +1,15 @@
 //! Raw files and block devices.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hebe_state::v2::devices::DiskIdentityV2;
-use rustix::fs::{FallocateFlags, FlockOperation};
+use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags};
 
 use crate::identity;
 
@@ -68,6 +69,8 @@ pub enum BlockError {
 pub struct BlockBackend {
     file: File,
     path: PathBuf,
+    /// The directory that `path` lies in, where it could be opened.
+    place: Option<Arc<OwnedFd>>,
     sectors: u64,
     readonly: bool,
     /// Which block device it is; `None` for a file.
@@ -118,6 +121,7 @@ impl BlockBackend {
         Ok(Self {
             file,
             path: path.to_owned(),
+            place: directory_of(path).map(Arc::new),
             sectors,
             readonly,
             device: identity::of_device(&metadata, Path::new(identity::SYSFS)),
@@ -143,6 +147,7 @@ impl BlockBackend {
         Ok(Self {
             file,
             path: self.path.clone(),
+            place: self.place.clone(),
             sectors,
             readonly: self.readonly,
             device: self.device.clone(),
@@ -187,12 +192,43 @@ impl BlockBackend {
                 same.then_some(())
             }
             Ok(there) => ((there.dev(), there.ino()) == (open.dev(), open.ino())).then_some(()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound && self.root_was_emptied() => {
+                self.is_in_its_place(&open)?.then_some(())
+            }
             Err(e) if e.kind() == io::ErrorKind::NotFound || (!is_device && open.nlink() == 0) => {
                 return Err(BlockError::Gone(self.path.clone()));
             }
             Err(_) => Some(()),
         }
         .ok_or_else(|| BlockError::Replaced(self.path.clone()))
+    }
+
+    /// Whether this process knows the root directory that an initramfs had:
+    /// once the host's root took over (`switch_root(8)`), nothing is under
+    /// that, not even the first directory of a path. That one is nobody's to
+    /// rename, unlike those below it.
+    fn root_was_emptied(&self) -> bool {
+        let mut parts = self.path.components();
+        let (Some(Component::RootDir), Some(first)) = (parts.next(), parts.next()) else {
+            return false;
+        };
+        let top = Path::new("/").join(first);
+        fs::metadata(top).is_err_and(|e| e.kind() == io::ErrorKind::NotFound)
+    }
+
+    /// Whether the disk has its name in the directory that it was opened in,
+    /// wherever that is mounted now.
+    fn is_in_its_place(&self, open: &Metadata) -> Result<bool, BlockError> {
+        let gone = || BlockError::Gone(self.path.clone());
+        let (Some(place), Some(name)) = (&self.place, self.path.file_name()) else {
+            return Err(gone());
+        };
+        let there = rustix::fs::statat(&**place, name, AtFlags::empty()).map_err(|_| gone())?;
+        if open.file_type().is_block_device() {
+            let kind = rustix::fs::FileType::from_raw_mode(there.st_mode);
+            return Ok(kind.is_block_device() && there.st_rdev == open.rdev());
+        }
+        Ok((there.st_dev, there.st_ino) == (open.dev(), open.ino()))
     }
 
     /// Capacity in sectors of 512 bytes.
@@ -335,6 +371,13 @@ impl BlockBackend {
         }
         Ok(())
     }
+}
+
+/// Opens the directory that `path` lies in, to look at names there alone.
+fn directory_of(path: &Path) -> Option<OwnedFd> {
+    let parent = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::open(parent.unwrap_or(Path::new(".")), flags, Mode::empty()).ok()
 }
 
 fn beyond() -> io::Error {

@@ -15,8 +15,9 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
@@ -30,7 +31,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 pub const SCROLLBACK_LEN: usize = 64 << 10;
 /// Bytes of input that wait for the guest.
 const INPUT_MAX: usize = 4 << 10;
-/// The log is renamed to `*.1` at this size.
+/// The log begins anew at this size; what was in it goes to `*.1`.
 const LOG_MAX: u64 = 1 << 20;
 /// Most clients at a time.
 const CLIENTS_MAX: usize = 16;
@@ -107,7 +108,13 @@ pub struct ConsoleHub {
 impl ConsoleHub {
     /// A hub that appends to `log`, if given.
     pub fn new(log: Option<&Path>) -> io::Result<Arc<Self>> {
-        let log = log.map(Log::open).transpose()?;
+        let files = log.map(ConsoleLog::open).transpose()?;
+        Self::with_log(files.as_ref())
+    }
+
+    /// A hub that appends to files that are open.
+    pub fn with_log(files: Option<&ConsoleLog>) -> io::Result<Arc<Self>> {
+        let log = files.map(Log::new).transpose()?;
         let inner = Arc::new(Inner {
             state: Mutex::new(State {
                 ring: Ring {
@@ -439,21 +446,45 @@ impl Pump {
     }
 }
 
-/// The log file, bounded: at [`LOG_MAX`] it becomes `*.1`.
-struct Log {
-    path: PathBuf,
+/// The files of a console's log, open for good: `*` and, for what was in it
+/// before it reached its bound, `*.1`.
+#[derive(Debug)]
+pub struct ConsoleLog {
     file: File,
+    old: File,
+}
+
+impl ConsoleLog {
+    /// Opens or makes both.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let mut old = path.as_os_str().to_owned();
+        old.push(".1");
+        let open = |path: &Path| {
+            let mut options = OpenOptions::new();
+            options.read(true).create(true).append(true).open(path)
+        };
+        Ok(Self {
+            file: open(path)?,
+            old: open(Path::new(&old))?,
+        })
+    }
+}
+
+/// A log with a bound of [`LOG_MAX`]. No name is used: a process in its cage
+/// has none, and one that began in an initramfs finds nothing under it later.
+struct Log {
+    files: ConsoleLog,
     len: u64,
 }
 
 impl Log {
-    fn open(path: &Path) -> io::Result<Self> {
-        let file = OpenOptions::new().create(true).append(true).open(path)?;
-        let len = file.metadata()?.len();
+    fn new(files: &ConsoleLog) -> io::Result<Self> {
         Ok(Self {
-            path: path.to_owned(),
-            file,
-            len,
+            len: files.file.metadata()?.len(),
+            files: ConsoleLog {
+                file: files.file.try_clone()?,
+                old: files.old.try_clone()?,
+            },
         })
     }
 
@@ -462,13 +493,29 @@ impl Log {
             return Ok(());
         }
         if self.len + data.len() as u64 > LOG_MAX {
-            let mut old = self.path.clone().into_os_string();
-            old.push(".1");
-            std::fs::rename(&self.path, old)?;
-            *self = Self::open(&self.path)?;
+            self.turn_over()?;
         }
-        self.file.write_all(data)?;
+        self.files.file.write_all(data)?;
         self.len += data.len() as u64;
+        Ok(())
+    }
+
+    /// Moves what is in the log to the old one.
+    fn turn_over(&mut self) -> io::Result<()> {
+        let ConsoleLog { file, old } = &mut self.files;
+        old.set_len(0)?;
+        let mut chunk = vec![0; SCROLLBACK_LEN];
+        let mut at = 0;
+        while at < LOG_MAX {
+            let count = file.read_at(&mut chunk, at)?;
+            if count == 0 {
+                break;
+            }
+            old.write_all(&chunk[..count])?;
+            at += count as u64;
+        }
+        file.set_len(0)?;
+        self.len = 0;
         Ok(())
     }
 }
@@ -561,8 +608,25 @@ mod tests {
         drop(hub);
         let log = std::fs::read(&path).expect("log");
         assert!(log.ends_with(b"the end") && log.len() as u64 <= LOG_MAX);
-        let old = std::fs::metadata(folder.path().join("console.log.1")).expect("old log");
-        assert!(old.len() <= LOG_MAX);
+        let old = std::fs::read(folder.path().join("console.log.1")).expect("old log");
+        assert!(old.len() as u64 <= LOG_MAX);
+        // Nothing is missing between the two.
+        let all = [old, log].concat();
+        let (said, end) = all.split_at(all.len() - b"the end".len());
+        assert_eq!(end, b"the end");
+        let mut letters = said.chunks(60_000).map(|part| part[0]);
+        assert!(
+            said.chunks(60_000)
+                .all(|part| part.iter().all(|b| *b == part[0]))
+        );
+        let first = letters.next().expect("some");
+        let rest: Vec<u8> = letters.collect();
+        assert!(rest.len() > 10);
+        let next = |b: u8| if b == b'z' { b'a' } else { b + 1 };
+        rest.iter().fold(first, |before, &b| {
+            assert_eq!(b, next(before));
+            b
+        });
     }
 
     #[test]

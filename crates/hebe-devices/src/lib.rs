@@ -25,7 +25,7 @@ mod platform;
 mod serial;
 mod virtio;
 
-pub use hub::{ConsoleHub, SCROLLBACK_LEN};
+pub use hub::{ConsoleHub, ConsoleLog, SCROLLBACK_LEN};
 pub use pci::PciRoot;
 pub use platform::{Doorbells, EventLog, MsiMessage, MsiVector, MsixBackend, Platform, Ram};
 pub use serial::{SERIAL_IRQ, SERIAL_PORT, SerialPort, SerialStateError};

@@ -29,7 +29,6 @@ use serde::{Deserialize, Serialize};
 use crate::files;
 use crate::host::{Cage, Host};
 use crate::lock::VmLock;
-use crate::saved::SavedPaths;
 use crate::stores::{ExecView, SegmentView, StoreTrouble};
 use crate::vmm;
 
@@ -360,7 +359,7 @@ fn spawn(host: &Host, lock: &VmLock, order: &Launch, dir: &Path) -> Result<Child
     if order.accept_changed_disk {
         command.arg("--accept-changed-disk");
     }
-    confine(host, order, &mut command);
+    confine(host, &mut command);
     command.stdin(Stdio::null());
     command.stdout(Stdio::null());
     command.stderr(Stdio::from(log));
@@ -370,19 +369,14 @@ fn spawn(host: &Host, lock: &VmLock, order: &Launch, dir: &Path) -> Result<Child
     })
 }
 
-/// How the VMM confines itself, and what it can reach all the same. Nothing
-/// here keeps a VM from running: without a directory it just cannot be saved.
-fn confine(host: &Host, order: &Launch, command: &mut Command) {
+/// How the VMM confines itself. Nothing here keeps a VM from running.
+fn confine(host: &Host, command: &mut Command) {
     let cage = match host.config() {
         _ if host.layout.no_sandbox => "off",
         Ok(config) => config.cage.as_str(),
         Err(_) => Cage::On.as_str(),
     };
     command.args(["--cage", cage]);
-    let saves = SavedPaths::writable(&host.layout, &order.name);
-    if fs::create_dir_all(&saves).is_ok() {
-        command.arg("--save-dir").arg(saves);
-    }
 }
 
 fn wait_until_up(
@@ -474,31 +468,19 @@ mod tests {
     }
 
     #[test]
-    fn a_vmm_is_caged_as_the_host_says_and_reaches_its_own_saves_alone() {
+    fn a_vmm_is_caged_as_the_host_says() {
         let root = tempfile::tempdir().expect("dir");
         let mut host = Host {
             layout: crate::host::Layout::below(root.path()),
             ..Host::here()
         };
-        let order = Launch {
-            name: "web".parse().expect("name"),
-            vm: VmId([7; 16]),
-            size: ByteSize::mib(4),
-            memory: Memory::Memfd,
-            origin: Origin::Frozen,
-            accept_changed_disk: false,
-        };
         let words = |host: &Host| {
             let mut command = Command::new("x");
-            confine(host, &order, &mut command);
+            confine(host, &mut command);
             let words = command.get_args().map(|a| a.to_string_lossy().into_owned());
             words.collect::<Vec<_>>()
         };
-        let saves = root.path().join("state/saved/web.new");
-        let on = words(&host);
-        assert_eq!(on[..3], ["--cage", "on", "--save-dir"]);
-        assert_eq!(Path::new(&on[3]), saves);
-        assert!(saves.is_dir());
+        assert_eq!(words(&host), ["--cage", "on"]);
         let toml = host.layout.config.join("host.toml");
         fs::create_dir_all(&host.layout.config).expect("mkdir");
         fs::write(&toml, "cage = \"required\"\n").expect("write");
@@ -507,8 +489,6 @@ mod tests {
         fs::write(&toml, "cage = \"perhaps\"\n").expect("write");
         assert_eq!(words(&host)[1], "on");
         host.layout.no_sandbox = true;
-        assert_eq!(words(&host)[1], "off");
-        host.layout.state = "/proc/none".into();
         assert_eq!(words(&host), ["--cage", "off"]);
     }
 

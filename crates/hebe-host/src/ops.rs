@@ -500,7 +500,7 @@ fn drop_as(host: &Host, name: &VmName, meant: bool) -> Result<(), HostError> {
     }
     own.clone().try_for_each(refuse_in_use)?;
     notes::give_up_elsewhere(host, name, store.as_ref(), true, "")?;
-    SavedPaths::new(&host.layout, name).remove()?;
+    SavedPaths::new(&host.layout, name).withdraw()?;
     for segment in own {
         free_segment(host, segment)?;
     }

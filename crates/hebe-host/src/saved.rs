@@ -1,29 +1,29 @@
-//! Saved VMs and the list of VMs to boot: what outlives the host on its disk.
+//! Saved VMs: what outlives the host on its disk.
 //!
 //! A saved VM is `saved/NAME.hebe` (RAM and state, written by its VMM) with
 //! `saved/NAME.json` beside it (what the host must know to restore it). The
 //! name `NAME.hebe` is the commit: it is given when everything is on disk.
 //!
 //! ```text
-//!   NAME.new/part ──rename──▶ NAME.hebe ──rename──▶ NAME.restoring ──remove──▶ –
-//!   VMM writes                saved                 a VMM starts from it       it runs
+//!   NAME.part ──rename──▶ NAME.hebe ──rename──▶ NAME.restoring ──remove──▶ –
+//!   VMM writes            saved                 a VMM starts from it       it runs
 //! ```
 //!
-//! `NAME.new` is the one directory here that the VM's own VMM can reach from
-//! its cage, and no other VMM can: it is made before the VMM starts, and stays
-//! until the VM is dropped. A VMM that is killed while it writes leaves
-//! `NAME.new/part.partial` there.
+//! The host makes `NAME.part` and hands it to the VMM, open; a VMM reaches
+//! nothing here by name. One that is killed while it writes leaves it there,
+//! to no effect.
 //!
 //! A file stops being `NAME.hebe` *before* the VM may run: once it runs, its
 //! disk goes on, and the file's RAM must never meet that disk again.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use hebe_flow::resume::SavedFact;
-use hebe_types::{ByteSize, VmConfig, VmId, VmName};
+use hebe_types::{ByteSize, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
 use crate::files;
@@ -62,28 +62,28 @@ impl SavedPaths {
         let dir = layout.state.join("saved");
         let with = |ending: &str| dir.join(format!("{name}.{ending}"));
         Self {
-            part: Self::writable(layout, name).join("part"),
+            part: with("part"),
             complete: with("hebe"),
             restoring: with("restoring"),
             info: with("json"),
         }
     }
 
-    /// The directory that the VM's VMM writes to.
-    pub fn writable(layout: &Layout, name: &VmName) -> PathBuf {
-        layout.state.join("saved").join(format!("{name}.new"))
-    }
-
-    /// Makes the directory and removes what an earlier attempt left.
-    pub fn prepare(&self, info: &SavedInfo) -> Result<(), HostError> {
+    /// Removes what an earlier attempt left, and makes the file that the VMM
+    /// is to write.
+    pub fn prepare(&self, info: &SavedInfo) -> Result<File, HostError> {
         if let Some(dir) = self.part.parent() {
             fs::create_dir_all(dir).map_err(HostError::file("create", dir))?;
         }
         files::remove_durably(&self.part).map_err(HostError::file("remove", &self.part))?;
-        files::write_json(&self.info, info).map_err(HostError::file("write", &self.info))
+        files::write_json(&self.info, info).map_err(HostError::file("write", &self.info))?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(0o600);
+        let made = options.open(&self.part);
+        made.map_err(HostError::file("create", &self.part))
     }
 
-    /// Commits the file that the VMM wrote.
+    /// Commits the file that the VMM wrote: everything in it is on disk.
     pub fn commit(&self) -> Result<(), HostError> {
         files::rename_durably(&self.part, &self.complete)
             .map_err(HostError::file("commit", &self.complete))
@@ -92,30 +92,11 @@ impl SavedPaths {
     /// Withdraws everything: the VM runs, or is given up. When this returns
     /// without error, nothing on disk can be restored any more.
     pub fn withdraw(&self) -> Result<(), HostError> {
-        let mut partial = self.part.clone();
-        partial.set_extension("partial");
-        let files = [
-            &self.complete,
-            &self.restoring,
-            &self.part,
-            &partial,
-            &self.info,
-        ];
+        let files = [&self.complete, &self.restoring, &self.part, &self.info];
         for path in files {
             files::remove_durably(path).map_err(HostError::file("remove", path))?;
         }
         Ok(())
-    }
-
-    /// [`SavedPaths::withdraw`], and the directory that the VM's VMM wrote to:
-    /// the VM is given up.
-    pub fn remove(&self) -> Result<(), HostError> {
-        self.withdraw()?;
-        let dir = self.part.parent().unwrap_or(&self.part);
-        match fs::remove_dir_all(dir) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(HostError::file("remove", dir)(e)),
-            _ => Ok(()),
-        }
     }
 
     /// Which file there is.
@@ -164,46 +145,10 @@ pub fn all(layout: &Layout) -> BTreeMap<VmName, SavedFact> {
     found
 }
 
-/// VMs that a cold reboot shuts down (`pending.json`).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Pending {
-    /// What boots each.
-    pub vms: Vec<VmConfig>,
-}
-
-fn pending_path(layout: &Layout) -> PathBuf {
-    layout.state.join("pending.json")
-}
-
-impl Pending {
-    /// The list; empty when there is none.
-    pub fn read(layout: &Layout) -> Result<Self, HostError> {
-        let path = pending_path(layout);
-        let read: io::Result<Option<Self>> = files::read_json(&path);
-        Ok(read
-            .map_err(HostError::file("read", &path))?
-            .unwrap_or_default())
-    }
-
-    /// Writes the list durably; an empty one is no file.
-    pub fn write(&self, host: &Host) -> Result<(), HostError> {
-        let path = pending_path(&host.layout);
-        let written = if self.vms.is_empty() {
-            files::remove_durably(&path)
-        } else {
-            files::write_json(&path, self)
-        };
-        written.map_err(HostError::file("write", &path))
-    }
-
-    /// The names on it.
-    pub fn names(&self) -> BTreeSet<VmName> {
-        self.vms.iter().map(|c| c.name.clone()).collect()
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     #[test]
@@ -218,21 +163,22 @@ mod tests {
             in_store: true,
             in_files: false,
         };
-        paths.prepare(&info).expect("prepare");
-        fs::write(&paths.part, b"state").expect("the VMM writes");
+        fs::create_dir_all(layout.state.join("saved")).expect("mkdir");
+        fs::write(&paths.part, b"of an attempt before").expect("left");
+        let mut part = paths.prepare(&info).expect("prepare");
+        part.write_all(b"state").expect("the VMM writes");
         assert!(all(&layout).is_empty());
         paths.commit().expect("commit");
         assert_eq!(all(&layout).get(&name), Some(&SavedFact::Complete));
         assert_eq!(paths.read_info(), Some(info));
         files::rename_durably(&paths.complete, &paths.restoring).expect("restore begins");
         assert_eq!(all(&layout).get(&name), Some(&SavedFact::Restoring));
-        let partial = SavedPaths::writable(&layout, &name).join("part.partial");
-        fs::write(&partial, b"half").expect("a VMM was killed");
+        let text = fs::read(&paths.restoring).expect("the file");
+        assert_eq!(text, b"state");
+        fs::write(&paths.part, b"half").expect("a VMM was killed");
         paths.withdraw().expect("it runs");
-        assert!(all(&layout).is_empty());
-        assert!(!partial.exists());
-        paths.remove().expect("dropped");
-        assert!(!SavedPaths::writable(&layout, &name).exists());
-        paths.remove().expect("already gone");
+        let left = fs::read_dir(layout.state.join("saved")).expect("dir");
+        assert_eq!(left.count(), 0);
+        paths.withdraw().expect("already gone");
     }
 }

@@ -177,8 +177,8 @@ pub fn save_held(
     };
     // One of a restore after which the VM ran would count instead of the new one.
     withdraw_stale(host, name)?;
-    paths.prepare(&info)?;
-    let report = vmm::save(&socket, &paths.part, vmm::SAVE_WAIT);
+    let part = paths.prepare(&info)?;
+    let report = vmm::save(&socket, &part, &paths.complete, vmm::SAVE_WAIT);
     let report = match report {
         Ok(report) => report,
         Err(source) => {

@@ -1,5 +1,7 @@
 //! Talking to VMMs.
 
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -40,12 +42,20 @@ pub fn freeze(socket: &Path, wait: Duration) -> Result<FreezeReport, ClientError
     }
 }
 
-/// Saves the VM to a new file.
-pub fn save(socket: &Path, path: &Path, wait: Duration) -> Result<SaveReport, ClientError> {
+/// Saves the VM into `file`, which messages call `name`. The VMM gets the open
+/// file: it has no way to a name, and may have another root directory.
+pub fn save(
+    socket: &Path,
+    file: &File,
+    name: &Path,
+    wait: Duration,
+) -> Result<SaveReport, ClientError> {
     let request = Request::Save {
-        path: path.to_owned(),
+        name: name.to_owned(),
     };
-    match ask(socket, &request, wait)? {
+    let mut client = Client::connect(socket)?;
+    client.set_timeout(Some(wait))?;
+    match client.call_with(&request, &[file.as_fd()])? {
         Response::Saved(report) => Ok(report),
         _ => Err(ClientError::Unexpected),
     }

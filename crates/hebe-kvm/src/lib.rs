@@ -14,7 +14,7 @@ mod tsc;
 mod vcpu;
 
 pub use cpuid::{CpuidRefusal, guest_cpuid, missing_features};
-pub use machine::{Machine, MachineError, host_can_run};
+pub use machine::{KvmDevice, Machine, MachineError, host_can_run};
 pub use pod::WrongLength;
 pub use routing::{MsiRoute, Router};
 pub use tsc::ClockPlan;

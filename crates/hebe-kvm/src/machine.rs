@@ -1,7 +1,7 @@
 //! The VM: memory slots, interrupt controllers, clock.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -98,10 +98,43 @@ fn keep_payloads(vm: &VmFd) -> Result<(), MachineError> {
         .map_err(kvm("keep the payloads of exceptions"))
 }
 
+/// `/dev/kvm`, open: what VMs are made with where nothing can be opened any
+/// more.
+#[derive(Debug)]
+pub struct KvmDevice(OwnedFd);
+
+impl KvmDevice {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// [`MachineError::Open`].
+    pub fn open() -> Result<Self, MachineError> {
+        let fd = Kvm::open_with_cloexec(true).map_err(MachineError::Open)?;
+        // SAFETY: the descriptor was opened just now, and nobody else owns it.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    fn again(&self) -> Result<Kvm, MachineError> {
+        let failed = |e: io::Error| kvm_ioctls::Error::new(e.raw_os_error().unwrap_or(libc::EIO));
+        let copy = self.0.try_clone();
+        let copy = copy.map_err(|e| MachineError::Open(failed(e)))?;
+        // SAFETY: a descriptor of /dev/kvm, which nobody else owns.
+        Ok(unsafe { Kvm::from_raw_fd(copy.into_raw_fd()) })
+    }
+}
+
 impl Machine {
     /// A VM with interrupt controllers and without memory or vCPUs.
     pub fn new() -> Result<Self, MachineError> {
-        let kvm_fd = Kvm::new().map_err(MachineError::Open)?;
+        Self::on(&KvmDevice::open()?)
+    }
+
+    /// [`Machine::new`], with what is open already.
+    ///
+    /// # Errors
+    /// As [`Machine::new`].
+    pub fn on(device: &KvmDevice) -> Result<Self, MachineError> {
+        let kvm_fd = device.again()?;
         for (cap, name) in [
             (Cap::Irqchip, "in-kernel interrupt controllers"),
             (Cap::UserMemory, "user memory"),

@@ -10,7 +10,8 @@
 //! A file is written under a temporary name, in this order: everything but
 //! the header, fsync, header, fsync, rename, fsync of the directory. So a name
 //! without `.partial` never holds half a VM, and a file copied while it was
-//! written is told by its header. What is read is untrusted until checked:
+//! written is told by its header. A VMM in its cage can name no file: it is
+//! handed one, which whoever opened it names when it is whole. What is read is untrusted until checked:
 //! lengths against the file, contents against their checksums.
 
 mod format;
@@ -24,7 +25,7 @@ use std::path::PathBuf;
 use hebe_types::{ByteSize, Gpa};
 
 pub use load::{LoadStats, SavedFile};
-pub use save::{SaveStats, save};
+pub use save::{SaveStats, save, save_into};
 pub use view::{RamView, RamViewMut};
 
 /// Why a VM cannot be saved, or a saved one not restored.

@@ -60,13 +60,56 @@ pub fn save(path: &Path, state: &[u8], ram: &[RamView<'_>]) -> Result<SaveStats,
     save_with(path, state, ram, |file| file)
 }
 
-/// As [`save`], with the file behind another sink.
-pub(crate) fn save_with<S: Sink>(
-    path: &Path,
+/// Saves a VM that stands still into `file`, which somebody else opened, and
+/// names and commits once this returns: a VMM in its cage opens none. `name`
+/// is what messages call it. Until everything is on disk its header is zero.
+///
+/// # Errors
+/// [`SnapshotError::NoSpace`] and [`SnapshotError::Io`]; the file then has no
+/// contents, and counts for nothing.
+pub fn save_into(
+    file: &File,
+    name: &Path,
     state: &[u8],
     ram: &[RamView<'_>],
-    sink: impl FnOnce(File) -> S,
 ) -> Result<SaveStats, SnapshotError> {
+    let fail = |source| failure("write", name, file_len(state, ram), source);
+    let copy = file.try_clone().map_err(fail)?;
+    save_into_with(file, name, state, ram, copy)
+}
+
+/// As [`save_into`], with the file behind another sink.
+pub(crate) fn save_into_with(
+    file: &File,
+    name: &Path,
+    state: &[u8],
+    ram: &[RamView<'_>],
+    mut sink: impl Sink,
+) -> Result<SaveStats, SnapshotError> {
+    let (ranges, plan) = plan(state, ram)?;
+    // What an earlier attempt may have left is none of this one's.
+    let written = file
+        .set_len(0)
+        .and_then(|()| write_all(&mut sink, &plan, &ranges, state, ram));
+    match written {
+        Ok(stats) => {
+            // A restore must read the disk, as it would after a reboot.
+            let _ = fadvise(file, 0, None, Advice::DontNeed);
+            Ok(stats)
+        }
+        Err(source) => {
+            let _ = file.set_len(0);
+            Err(failure("write", name, plan.file_len, source))
+        }
+    }
+}
+
+fn file_len(state: &[u8], ram: &[RamView<'_>]) -> u64 {
+    plan(state, ram).map_or(0, |(_, plan)| plan.file_len)
+}
+
+/// Where everything goes, if the format has room for it.
+fn plan(state: &[u8], ram: &[RamView<'_>]) -> Result<(Vec<RamRange>, Plan), SnapshotError> {
     let ranges: Vec<RamRange> = ram.iter().map(range_of).collect();
     let ram_len = check_ranges(&ranges).map_err(SnapshotError::Unsupported)?;
     if state.len() as u64 > STATE_LEN_MAX {
@@ -75,6 +118,17 @@ pub(crate) fn save_with<S: Sink>(
         ));
     }
     let plan = Plan::new(ranges.len(), state.len() as u64, ram_len);
+    Ok((ranges, plan))
+}
+
+/// As [`save`], with the file behind another sink.
+pub(crate) fn save_with<S: Sink>(
+    path: &Path,
+    state: &[u8],
+    ram: &[RamView<'_>],
+    sink: impl FnOnce(File) -> S,
+) -> Result<SaveStats, SnapshotError> {
+    let (ranges, plan) = plan(state, ram)?;
     let partial = partial_name(path);
     let fail = |what| {
         let partial = partial.clone();

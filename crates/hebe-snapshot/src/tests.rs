@@ -9,7 +9,7 @@ use hebe_types::{GRANULE, Gpa, RamRange};
 use proptest::prelude::*;
 
 use crate::format::{HeaderV1, Plan};
-use crate::save::{Sink, partial_name, save_with};
+use crate::save::{Sink, partial_name, save_into_with, save_with};
 use crate::*;
 
 const HIGH: u64 = 4 << 30;
@@ -108,6 +108,35 @@ fn what_is_saved_comes_back() {
     let ranges = ranges.map(|(gpa, len)| RamRange { gpa: Gpa(gpa), len });
     assert_eq!(saved.ram_ranges(), ranges);
     assert!(saved.saved_ns() > 1 << 60);
+}
+
+#[test]
+fn a_file_that_was_handed_over_is_filled_or_left_without_contents() {
+    let sample = sample();
+    let older = vec![0xaa; 20 << 20];
+    for room in [None, Some(3)] {
+        fs::write(&sample.path, &older).expect("what was there before");
+        let file = sample.file();
+        let name = Path::new("a name");
+        match room {
+            None => {
+                save_into(&file, name, STATE, &sample.views()).expect("save");
+                let (low, high) = sample.load().expect("load");
+                assert!(low == sample.low && high == sample.high);
+            }
+            Some(writes) => {
+                let sink = Faulty {
+                    file: file.try_clone().expect("clone"),
+                    writes_left: writes,
+                    error: io::ErrorKind::StorageFull,
+                };
+                let failed = save_into_with(&file, name, STATE, &sample.views(), sink);
+                let failed = failed.expect_err("full").to_string();
+                assert!(failed.contains("a name"), "{failed}");
+                assert_eq!(file.metadata().expect("metadata").len(), 0);
+            }
+        }
+    }
 }
 
 #[test]

@@ -51,9 +51,6 @@ pub struct Args {
     /// How this process confines itself before the guest runs.
     #[arg(long, value_enum, default_value_t, value_name = "HOW")]
     pub cage: Wish,
-    /// Directory in which the VM may be saved: the cage leaves a way to it.
-    #[arg(long, value_name = "DIR")]
-    pub save_dir: Option<PathBuf>,
     /// Restore RAM and execution state from a saved file.
     #[arg(long, value_name = "FILE")]
     pub restore: Option<PathBuf>,

@@ -4,7 +4,7 @@
 //! behind one lock: requests are served one at a time, in the order in which
 //! they get it. A client that says nothing, or nonsense, holds no lock.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -70,6 +70,11 @@ pub(crate) fn serve(listener: UnixListener, vm: Shared, events: Sender<Event>) -
 
 fn converse(mut stream: UnixStream, vm: &Shared, events: &Sender<Event>) -> io::Result<()> {
     while let Some(order) = read_frame::<Order>(&mut stream)? {
+        // Before the lock: a client that does not send it holds none.
+        let file = match &order.request {
+            Request::Save { .. } => hebe_sys::fdpass::receive(&stream, 1)?.pop().map(File::from),
+            _ => None,
+        };
         let mut guard = vm.lock().unwrap_or_else(PoisonError::into_inner);
         // Asked with the lock held, for which it may have waited long.
         if order.is_expired() {
@@ -110,7 +115,8 @@ fn converse(mut stream: UnixStream, vm: &Shared, events: &Sender<Event>) -> io::
                 hand_out(&mut stream, &segment)?;
             }
             _ => {
-                let response = answer(vm, &order).unwrap_or_else(|error| failed(&error));
+                let response =
+                    answer(vm, &order, file.as_ref()).unwrap_or_else(|error| failed(&error));
                 drop(guard);
                 write_frame(&mut stream, &response)?;
             }
@@ -141,24 +147,26 @@ fn hand_out(stream: &mut UnixStream, segment: &Segment) -> io::Result<()> {
     hebe_sys::fdpass::send(stream, &fds)
 }
 
-fn answer(vm: &mut Vm, order: &Order) -> Result<Response, VmError> {
-    Ok(match &order.request {
-        Request::Status => Response::Status(vm.status()),
-        Request::Pause => {
+fn answer(vm: &mut Vm, order: &Order, file: Option<&File>) -> Result<Response, VmError> {
+    Ok(match (&order.request, file) {
+        (Request::Status, _) => Response::Status(vm.status()),
+        (Request::Pause, _) => {
             vm.pause()?;
             Response::Done
         }
-        Request::Unpause => {
+        (Request::Unpause, _) => {
             vm.unpause()?;
             Response::Done
         }
-        Request::Freeze => Response::Frozen(vm.freeze_until(order.until)?),
-        Request::Thaw => {
+        (Request::Freeze, _) => Response::Frozen(vm.freeze_until(order.until)?),
+        (Request::Thaw, _) => {
             vm.thaw()?;
             Response::Done
         }
-        Request::Save { path } => Response::Saved(vm.save_until(path, order.until)?),
-        Request::PowerButton => {
+        (Request::Save { name }, Some(file)) => {
+            Response::Saved(vm.save_until(file, name, order.until)?)
+        }
+        (Request::PowerButton, _) => {
             if vm.status().state != VmmState::Running {
                 return Err(VmError::NotNow {
                     state: vm.status().state,
@@ -168,7 +176,11 @@ fn answer(vm: &mut Vm, order: &Order) -> Result<Response, VmError> {
             vm.press_power_button()?;
             Response::Done
         }
-        Request::Console | Request::SegmentFiles | Request::Quit { .. } => Response::Done,
+        // Served elsewhere, or refused before this.
+        (
+            Request::Console | Request::SegmentFiles | Request::Quit { .. } | Request::Save { .. },
+            _,
+        ) => Response::Done,
     })
 }
 

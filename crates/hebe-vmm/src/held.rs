@@ -1,18 +1,22 @@
 //! What a VM has from outside, opened once and kept for the VMM's life: a
 //! reset boots the same kernel again, with devices on the same disks and taps,
-//! because the cage leaves no way to open them.
+//! because the cage leaves no way to open them. Neither would names be of use:
+//! a VMM that resumes its VM in an initramfs keeps that root directory, which
+//! is empty once the host's own took over (`switch_root(8)`).
 
 use std::os::fd::OwnedFd;
 
 use hebe_block::BlockBackend;
 use hebe_boot::{BootError, BootFile};
+use hebe_devices::ConsoleLog;
+use hebe_kvm::KvmDevice;
 use hebe_sys::tap::Tap;
-use hebe_types::{MacAddr, VmConfig, VmId};
+use hebe_types::{MacAddr, VmConfig};
 
 use crate::control;
 use crate::log;
 use crate::parts;
-use crate::vm::VmError;
+use crate::vm::{Identity, VmError};
 
 /// What a reset boots from.
 #[derive(Debug)]
@@ -30,9 +34,12 @@ impl BootFiles {
     }
 }
 
-/// Open disks and taps, in the order of the definition, and boot files.
+/// KVM, the console's log, open disks and taps, in the order of the
+/// definition, and boot files.
 #[derive(Debug)]
 pub(crate) struct Held {
+    pub(crate) kvm: KvmDevice,
+    pub(crate) console: ConsoleLog,
     /// Or why there are none, where the VM was resumed without them.
     pub(crate) boot: Result<BootFiles, String>,
     pub(crate) disks: Vec<BlockBackend>,
@@ -41,31 +48,38 @@ pub(crate) struct Held {
 
 impl Held {
     /// For a VM that boots: kernel and initrd must be there.
-    pub(crate) fn open(id: VmId, config: &VmConfig) -> Result<Self, VmError> {
-        let boot = BootFiles::open(config)?;
-        Self::open_devices(id, config, Ok(boot))
+    pub(crate) fn open(identity: &Identity) -> Result<Self, VmError> {
+        let boot = BootFiles::open(&identity.config)?;
+        Self::open_devices(identity, Ok(boot))
     }
 
     /// For a VM that goes on: it needs its kernel only when it resets itself,
     /// so one that is not there is told, and costs no VM.
-    pub(crate) fn open_to_resume(id: VmId, config: &VmConfig) -> Result<Self, VmError> {
-        let boot = BootFiles::open(config).map_err(|error| {
+    pub(crate) fn open_to_resume(identity: &Identity) -> Result<Self, VmError> {
+        let boot = BootFiles::open(&identity.config).map_err(|error| {
             let why = control::chain(&error);
             log::log_error(&format!(
                 "the guest cannot boot again when it resets: {why}"
             ));
             why
         });
-        Self::open_devices(id, config, boot)
+        Self::open_devices(identity, boot)
     }
 
     /// Opens and locks the disks, opens the taps and joins their bridges.
-    fn open_devices(
-        id: VmId,
-        config: &VmConfig,
-        boot: Result<BootFiles, String>,
-    ) -> Result<Self, VmError> {
+    fn open_devices(identity: &Identity, boot: Result<BootFiles, String>) -> Result<Self, VmError> {
+        let Identity {
+            id,
+            config,
+            run_dir,
+        } = identity;
         parts::host_boot_id()?;
+        let kvm = KvmDevice::open()?;
+        let console = ConsoleLog::open(&run_dir.join("console.log"));
+        let console = console.map_err(|source| VmError::Io {
+            what: "the console log cannot be opened: check the space and the rights of the run directory",
+            source,
+        })?;
         let mut disks = Vec::new();
         for disk in &config.disks {
             disks.push(BlockBackend::open(&disk.path, disk.readonly)?);
@@ -77,9 +91,17 @@ impl Held {
                 tap.join_bridge(bridge)?;
             }
             tap.set_up()?;
-            let mac = net.mac.unwrap_or_else(|| MacAddr::derived(id, index as u8));
+            let mac = net
+                .mac
+                .unwrap_or_else(|| MacAddr::derived(*id, index as u8));
             nets.push((tap.into(), mac));
         }
-        Ok(Self { boot, disks, nets })
+        Ok(Self {
+            kvm,
+            console,
+            boot,
+            disks,
+            nets,
+        })
     }
 }

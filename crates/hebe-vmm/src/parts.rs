@@ -82,7 +82,7 @@ pub(crate) fn build(
     ram: Ram,
     events: &Sender<Event>,
 ) -> Result<Parts, VmError> {
-    let hub = console_hub(identity)?;
+    let hub = console_hub(held)?;
     let platform = platform(machine, ram);
     let pci = PciRoot::new();
     let mut devices = Vec::new();
@@ -118,7 +118,7 @@ pub(crate) fn restore(
     disks: Disks,
     events: &Sender<Event>,
 ) -> Result<Parts, VmError> {
-    let hub = console_hub(identity)?;
+    let hub = console_hub(held)?;
     let platform = platform(machine, ram);
     let pci = PciRoot::restore(&reader.take::<PciRootV1>(0)?);
     let mut devices = Vec::new();
@@ -168,9 +168,9 @@ fn platform(machine: &Arc<Machine>, ram: Ram) -> Platform {
     }
 }
 
-fn console_hub(identity: &Identity) -> Result<Arc<ConsoleHub>, VmError> {
-    ConsoleHub::new(Some(&identity.run_dir.join("console.log"))).map_err(|source| VmError::Io {
-        what: "the console log cannot be opened: check the space and the rights of the run directory",
+fn console_hub(held: &Held) -> Result<Arc<ConsoleHub>, VmError> {
+    ConsoleHub::with_log(Some(&held.console)).map_err(|source| VmError::Io {
+        what: "the console's thread cannot be started",
         source,
     })
 }

@@ -21,13 +21,13 @@ use hebe_types::{Stamp, VmConfig};
 use serde_json::json;
 
 use crate::args::Args;
-use crate::cage::{self, Room};
+use crate::cage;
 use crate::control::{self, Shared};
 use crate::held::Held;
 use crate::log;
 use crate::parts::Disks;
 use crate::signals;
-use crate::vm::{Event, Found, Identity, Vm, mark_ended};
+use crate::vm::{Event, Found, Identity, Vm, VmError, mark_ended};
 
 /// How a VMM ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,7 +87,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     // Two VMMs never run the same RAM. Held until the end is on record:
     // whoever has the lock then finds no older record, and none half written.
     let lock = args.lock_fd.map(take_fd).transpose()?;
-    let run_dir = args.run_dir.clone();
+    let record = EndRecord::open(&args.run_dir);
     let ran = Cell::new(false);
     let result = live(args, process_started, &ran);
     let (reason, message) = match &result {
@@ -95,25 +95,32 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         Err(error) => ("error", format!("{error:#}")),
     };
     let report = json!({ "reason": reason, "message": message, "ran": ran.get() }).to_string();
-    if let Err(error) = write_exit(&run_dir, &report) {
+    if let Err(error) = record.and_then(|record| record.write(&report)) {
         log::log_error(&format!("exit.json cannot be written: {error}"));
     }
     drop(lock);
     result
 }
 
-/// Writes `exit.json` whole or not at all: `hebe list` reads it without the
-/// lock.
-fn write_exit(run_dir: &Path, report: &str) -> io::Result<()> {
-    let part = run_dir.join("exit.json.part");
-    let mut file = File::create(&part)?;
-    file.write_all(report.as_bytes())?;
-    match file.sync_all() {
-        // What cannot be synced needs no sync.
-        Err(e) if e.kind() == io::ErrorKind::InvalidInput => {}
-        synced => synced?,
+/// `exit.json`, open from the beginning: at the end there is no way to it.
+///
+/// `hebe list` reads it without the lock. What is there before the end, nothing
+/// or a part, is no JSON object and no record.
+struct EndRecord(File);
+
+impl EndRecord {
+    fn open(run_dir: &Path) -> io::Result<Self> {
+        File::create(run_dir.join("exit.json")).map(Self)
     }
-    fs::rename(part, run_dir.join("exit.json"))
+
+    fn write(mut self, report: &str) -> io::Result<()> {
+        self.0.write_all(report.as_bytes())?;
+        match self.0.sync_all() {
+            // What cannot be synced needs no sync.
+            Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(()),
+            synced => synced,
+        }
+    }
 }
 
 /// Writes what the VM is made of to `config.toml`, as a boot finds it there:
@@ -191,7 +198,7 @@ impl Start<'_> {
             config,
             run_dir: args.run_dir.clone(),
         };
-        let held = Arc::new(Held::open(identity.id, &identity.config)?);
+        let held = Arc::new(Held::open(&identity)?);
         let cage = self.confine(listener)?;
         let mut vm = Vm::boot_with(held, identity, segment, self.events)?;
         vm.cage = Some(cage);
@@ -219,7 +226,7 @@ impl Start<'_> {
             Disks::Same
         };
         let found = Found::read(args.vm_id, run_dir, &segment, &state)?;
-        let held = Arc::new(Held::open_to_resume(args.vm_id, &found.identity.config)?);
+        let held = Arc::new(Held::open_to_resume(&found.identity)?);
         // For whoever checks what the VM needs. It runs without that, too.
         if let Err(error) = write_config(&args.run_dir, &found.identity.config) {
             log::log_error(&format!("config.toml cannot be written: {error}"));
@@ -235,11 +242,7 @@ impl Start<'_> {
 
     /// Enters the cage, and starts the threads that all VMs have.
     fn confine(&self, listener: UnixListener) -> anyhow::Result<CageReport> {
-        let room = Room {
-            run_dir: self.args.run_dir.clone(),
-            save_dir: self.args.save_dir.clone(),
-        };
-        let cage = cage::enter(self.args.cage, &room)?;
+        let cage = cage::enter(self.args.cage)?;
         if signals::arrived() {
             bail!("{BEFORE_IT_RAN}");
         }
@@ -385,6 +388,12 @@ fn wait(
                 if let Some(vm) = guard.as_mut() {
                     vm.fail(why);
                 }
+                continue;
+            }
+            // Whoever sent it wanted an end in good order, and this would be
+            // none. SIGKILL and an order that names no state still end it.
+            Event::Terminated if guard.as_ref().is_some_and(Vm::is_last_holder) => {
+                log::log_error(&format!("SIGTERM is not obeyed: {}", VmError::LastHolder));
                 continue;
             }
             Event::Quit | Event::Terminated => match guard.as_ref().map(Vm::state) {

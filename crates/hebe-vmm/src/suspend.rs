@@ -14,7 +14,7 @@
 //! the meter that devices keep is read before and after, and the report
 //! carries the difference.
 
-use std::fs;
+use std::fs::File;
 use std::path::Path;
 
 use hebe_api::{Deadline, FreezeReport, RamMeter, SaveReport, VmmState};
@@ -94,27 +94,24 @@ impl Vm {
         self.start()
     }
 
-    /// Writes RAM and state to a new file; the VM stays stopped.
-    pub fn save(&mut self, path: &Path) -> Result<SaveReport, VmError> {
-        self.save_until(path, None)
-    }
-
-    /// [`Vm::save`], for a client that waits `until` then: if writing took
-    /// longer than that, the file goes and the VM runs on.
+    /// Writes RAM and state into `file`, which messages call `name`; the VM
+    /// stays stopped. For a client that waits `until` then: if writing took
+    /// longer than that, the file loses its contents and the VM runs on.
     pub fn save_until(
         &mut self,
-        path: &Path,
+        file: &File,
+        name: &Path,
         until: Option<Deadline>,
     ) -> Result<SaveReport, VmError> {
         self.expect_state(VmmState::Running, "saved")?;
         let asked = stamp_now();
         self.presync()?;
         let (vcpus_stopped, _) = self.stop()?;
-        let written = self.write_file(path).and_then(|bytes| {
+        let written = self.write_file(file, name).and_then(|bytes| {
             in_time(until).inspect_err(|_| {
                 // Nobody takes it for a saved VM: it has its name from whoever
                 // asked, and does not get the one that would make it that.
-                let _ = fs::remove_file(path);
+                let _ = file.set_len(0);
             })?;
             Ok(bytes)
         });
@@ -238,10 +235,10 @@ impl Vm {
         })
     }
 
-    fn write_file(&self, path: &Path) -> Result<u64, VmError> {
+    fn write_file(&self, file: &File, name: &Path) -> Result<u64, VmError> {
         let state = self.build_state()?;
         let views: Vec<RamView> = self.segment.ram().iter().map(parts::ram_view).collect();
-        Ok(hebe_snapshot::save(path, &state, &views)?.bytes_written)
+        Ok(hebe_snapshot::save_into(file, name, &state, &views)?.bytes_written)
     }
 }
 
@@ -261,6 +258,7 @@ fn difference(after: RamMeter, before: RamMeter) -> RamMeter {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::sync::mpsc;
     use std::time::Duration;
 
@@ -281,11 +279,12 @@ mod tests {
         let (events, _inbox) = mpsc::channel();
         let (mut vm, segment) = running(dir.path(), "", &events).expect("vm");
         let late = Some(Deadline::after(Duration::ZERO));
-        let file = dir.path().join("web.part");
+        let path = dir.path().join("web.part");
+        let file = File::create(&path).expect("a file");
         let is_late = |result| matches!(result, Err(VmError::Expired));
         assert!(is_late(vm.freeze_until(late).map(drop)));
-        assert!(is_late(vm.save_until(&file, late).map(drop)));
-        assert!(!file.exists());
+        assert!(is_late(vm.save_until(&file, &path, late).map(drop)));
+        assert_eq!(file.metadata().expect("metadata").len(), 0);
         assert_eq!(vm.state(), VmmState::Running);
         let status = segment.exec().status();
         assert!(matches!(status, ExecStatus::Running { .. }), "{status:?}");

@@ -223,7 +223,7 @@ impl Vm {
         segment: Arc<Segment>,
         events: &Sender<Event>,
     ) -> Result<Self, VmError> {
-        let held = Arc::new(Held::open(identity.id, &identity.config)?);
+        let held = Arc::new(Held::open(&identity)?);
         Self::boot_with(held, identity, segment, events)
     }
 
@@ -235,7 +235,7 @@ impl Vm {
         events: &Sender<Event>,
     ) -> Result<Self, VmError> {
         let config = &identity.config;
-        let machine = Arc::new(Machine::new()?);
+        let machine = Arc::new(Machine::on(&held.kvm)?);
         let ram = parts::map_ram(&machine, &segment)?;
         let rsdp = hebe_boot::write_acpi(&ram, config.vcpus, config.console.serial)?;
         let ranges: Vec<RamRange> = ram_ranges(config.memory);
@@ -282,7 +282,7 @@ impl Vm {
         events: &Sender<Event>,
     ) -> Result<Self, VmError> {
         let found = Found::read(id, run_dir, &segment, state)?;
-        let held = Arc::new(Held::open_to_resume(id, &found.identity.config)?);
+        let held = Arc::new(Held::open_to_resume(&found.identity)?);
         Self::resume_found(disks, found, held, segment, events)
     }
 
@@ -300,7 +300,7 @@ impl Vm {
             identity,
             resumes,
         } = found;
-        let machine = Arc::new(Machine::new()?);
+        let machine = Arc::new(Machine::on(&held.kvm)?);
         let ram = parts::map_ram(&machine, &segment)?;
         let vcpus = restore_vcpus(&mut reader, &machine, &identity.config)?;
         let parts = parts::restore(&identity, &held, &machine, ram, &mut reader, disks, events)?;
@@ -354,11 +354,17 @@ impl Vm {
         }
         // By an order that would have it stay frozen without a VMM, which only
         // a segment in a store does.
-        if expected == Some(VmmState::Frozen) && !self.segment.files().is_empty() {
+        if expected.is_some() && self.is_last_holder() {
             return Err(VmError::LastHolder);
         }
         self.quitting = true;
         Ok(())
+    }
+
+    /// Frozen in memory that ends with this process: a segment in files, not
+    /// in a store.
+    pub(crate) fn is_last_holder(&self) -> bool {
+        self.state == VmmState::Frozen && !self.segment.files().is_empty()
     }
 
     /// KVM cannot go on with a vCPU. Everything stops and stays as it is, to

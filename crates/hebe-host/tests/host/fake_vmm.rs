@@ -4,7 +4,7 @@
 //! noted, one line each, in `ROOT/fake/events`.
 
 use std::collections::BTreeMap;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -204,7 +204,6 @@ impl Fake {
                 self.run_guest();
                 Response::Done
             }
-            Request::Save { path } => self.save(path),
             Request::PowerButton if self.told("ignore-button") => Response::Done,
             Request::PowerButton => self.leave("power-off"),
             Request::Quit { expected } if expected.is_some_and(|e| e != self.state) => {
@@ -287,7 +286,7 @@ impl Fake {
         })
     }
 
-    fn save(&mut self, path: &Path) -> Response {
+    fn save(&mut self, mut file: File) -> Response {
         if self.told("refuse-save") {
             // Late enough for what befalls other VMs meanwhile.
             std::thread::sleep(std::time::Duration::from_millis(300));
@@ -295,9 +294,11 @@ impl Fake {
                 message: "the disk is full".into(),
             };
         }
-        assert!(!path.exists(), "a saved file is new");
+        let len = file.metadata().expect("metadata").len();
+        assert_eq!(len, 0, "a saved file is new");
         let asked = stamp_now();
-        fs::write(path, self.name.as_str()).expect("write");
+        file.write_all(self.name.as_str().as_bytes())
+            .expect("write");
         self.event("saved-to-file");
         self.state = VmmState::Saved;
         if self.told("die-after-save") {
@@ -331,7 +332,13 @@ fn converse(mut stream: UnixStream, fake: &Mutex<Fake>) {
             hand_out(&mut stream, &fake.lock().expect("lock"));
             continue;
         }
-        let response = fake.lock().expect("lock").answer(&request);
+        let response = if let Request::Save { .. } = request {
+            let mut files = hebe_sys::fdpass::receive(&stream, 1).expect("a file");
+            let file = files.pop().expect("one").into();
+            fake.lock().expect("lock").save(file)
+        } else {
+            fake.lock().expect("lock").answer(&request)
+        };
         if write_frame(&mut stream, &response).is_err() {
             return;
         }

@@ -184,8 +184,9 @@ fn left_standing() {
         in_store: true,
         in_files: false,
     };
-    paths.prepare(&info).expect("prepare");
-    hebe_host::vmm::save(&layout.socket(&name("db")), &paths.part, wait).expect("saves");
+    let part = paths.prepare(&info).expect("prepare");
+    let socket = layout.socket(&name("db"));
+    hebe_host::vmm::save(&socket, &part, &paths.part, wait).expect("saves");
     let verdict = crate::verdicts::verdict(&world, RebootMethod::Warm);
     assert_eq!(failed(&verdict), ["saved:db"]);
     paths.commit().expect("commit");

@@ -1,23 +1,19 @@
-//! Which files can be opened: landlock (Documentation/userspace-api/landlock.rst).
-
-use std::path::Path;
+//! Which files can be opened: none, by landlock
+//! (Documentation/userspace-api/landlock.rst).
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, LandlockStatus,
-    PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError,
-    RulesetStatus, Scope,
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, LandlockStatus, RestrictionStatus,
+    Ruleset, RulesetAttr, RulesetError, RulesetStatus, Scope,
 };
-
-use super::Room;
 
 /// The newest interface whose restrictions are asked for; an older kernel
 /// enforces those that it has.
 const NEWEST: ABI = ABI::V6;
 
-/// Forbids to open anything outside `room`, to use TCP, and to send signals
-/// or abstract-socket connections out of here.
-pub(super) fn confine(room: &Room) -> Result<String, String> {
-    let status = restrict(room).map_err(|e| e.to_string())?;
+/// Forbids to open, make, rename or remove anything, to use TCP, and to send
+/// signals or abstract-socket connections out of here.
+pub(super) fn confine() -> Result<String, String> {
+    let status = restrict().map_err(|e| e.to_string())?;
     let abi = match status.landlock {
         LandlockStatus::Available { effective_abi, .. } => effective_abi as i32,
         LandlockStatus::NotEnabled => {
@@ -32,35 +28,13 @@ pub(super) fn confine(room: &Room) -> Result<String, String> {
     }
 }
 
-fn restrict(room: &Room) -> Result<landlock::RestrictionStatus, RulesetError> {
-    let own = AccessFs::ReadFile
-        | AccessFs::ReadDir
-        | AccessFs::WriteFile
-        | AccessFs::Truncate
-        | AccessFs::MakeReg
-        | AccessFs::RemoveFile;
-    let device = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
-    let mut rules = Ruleset::default()
+/// Without a single rule that would allow anything.
+fn restrict() -> Result<RestrictionStatus, RulesetError> {
+    Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(NEWEST))?
         .handle_access(AccessNet::from_all(NEWEST))?
         .scope(Scope::from_all(NEWEST))?
-        .create()?;
-    rules = allow(rules, &room.run_dir, own)?;
-    if let Some(dir) = &room.save_dir {
-        rules = allow(rules, dir, own)?;
-    }
-    allow(rules, Path::new("/dev/kvm"), device)?.restrict_self()
-}
-
-/// What is not there cannot be opened anyhow: whoever tries says so.
-fn allow(
-    rules: RulesetCreated,
-    path: &Path,
-    access: BitFlags<AccessFs>,
-) -> Result<RulesetCreated, RulesetError> {
-    match PathFd::new(path) {
-        Ok(fd) => rules.add_rule(PathBeneath::new(fd, access)),
-        Err(_) => Ok(rules),
-    }
+        .create()?
+        .restrict_self()
 }

@@ -5,8 +5,9 @@
 //! from when its guest resets) and before any
 //! other thread exists: all threads inherit it. From then on the process can
 //!
-//! - open files of its own run directory, of the one for saved VMs that it was
-//!   given, and `/dev/kvm`: landlock;
+//! - use what is open, and open nothing more: no file has a name for it, not
+//!   even one of its own, by landlock and, also where the kernel lacks that, by
+//!   seccomp. A file that it is to save its VM in is handed to it, open;
 //! - make the system calls that a VMM makes, and none that starts a program,
 //!   opens a socket, or reaches another process: seccomp, once for the
 //!   process and again, narrower, for each vCPU;
@@ -21,8 +22,6 @@ mod files;
 mod privileges;
 mod syscalls;
 mod verdict;
-
-use std::path::PathBuf;
 
 use clap::ValueEnum;
 use hebe_api::{CagePart, CageReport};
@@ -45,15 +44,6 @@ pub enum Wish {
     Off,
 }
 
-/// What a VMM may open once it is in its cage.
-#[derive(Clone, Debug, Default)]
-pub struct Room {
-    /// Its run directory, for reading and writing.
-    pub run_dir: PathBuf,
-    /// Where it may be saved, for reading and writing.
-    pub save_dir: Option<PathBuf>,
-}
-
 /// The whole cage was demanded, and cannot be had.
 #[derive(Debug, thiserror::Error)]
 #[error(
@@ -67,7 +57,7 @@ pub struct CageError(String);
 /// # Errors
 /// With [`Wish::Required`], that a part cannot be had. The thread is then
 /// confined as far as it could be.
-pub fn enter(wish: Wish, room: &Room) -> Result<CageReport, CageError> {
+pub fn enter(wish: Wish) -> Result<CageReport, CageError> {
     if wish == Wish::Off {
         log::log_error(
             "NOT CAGED: by --no-sandbox this VMM has all rights of whoever started it; a guest that breaks out has them too",
@@ -80,7 +70,7 @@ pub fn enter(wish: Wish, room: &Room) -> Result<CageReport, CageError> {
         part("limits", privileges::limit()),
         part("namespaces", privileges::leave_namespaces()),
         part("capabilities", privileges::drop_capabilities()),
-        part("landlock", files::confine(room)),
+        part("landlock", files::confine()),
         part("seccomp", syscalls::confine()),
     ];
     let report = CageReport { parts };

@@ -2,9 +2,9 @@
 //!
 //! Filters lie on top of each other, of which the strictest answer counts.
 //! One lets `clone3` seem absent, because its flags lie in memory where no
-//! filter sees them: the C library then takes `clone`. The second holds for
-//! the whole process. Two more hold for vCPU threads, which the guest keeps
-//! busiest, and let them open nothing.
+//! filter sees them: the C library then takes `clone`. The second lets no file
+//! be opened. The third holds for the whole process, and one more for vCPU
+//! threads, which the guest keeps busiest.
 
 use std::collections::BTreeMap;
 use std::process;
@@ -53,11 +53,10 @@ const COMMON: &[c_long] = &[
     libc::SYS_writev,
 ];
 
-/// What a VMM does besides: files of its room, disks, taps, its control
-/// socket, events, and another VM after a reset.
+/// What a VMM does besides: disks, taps, its control socket, events, a file to
+/// be saved in, and another VM after a reset.
 const VMM: &[c_long] = &[
     libc::SYS_accept4,
-    libc::SYS_access,
     libc::SYS_clone3,
     libc::SYS_dup,
     libc::SYS_epoll_create1,
@@ -68,21 +67,16 @@ const VMM: &[c_long] = &[
     libc::SYS_fadvise64,
     libc::SYS_fallocate,
     libc::SYS_fdatasync,
-    libc::SYS_flock,
     libc::SYS_fstat,
     libc::SYS_fstatfs,
     libc::SYS_fsync,
     libc::SYS_ftruncate,
-    libc::SYS_getcwd,
-    libc::SYS_getdents64,
     libc::SYS_getpeername,
     libc::SYS_getsockname,
     libc::SYS_getsockopt,
     libc::SYS_lseek,
     libc::SYS_msync,
     libc::SYS_newfstatat,
-    libc::SYS_open,
-    libc::SYS_openat,
     libc::SYS_poll,
     libc::SYS_ppoll,
     libc::SYS_pread64,
@@ -91,13 +85,9 @@ const VMM: &[c_long] = &[
     libc::SYS_pwrite64,
     libc::SYS_pwritev,
     libc::SYS_pwritev2,
-    libc::SYS_readlink,
     libc::SYS_readv,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
-    libc::SYS_rename,
-    libc::SYS_renameat,
-    libc::SYS_renameat2,
     libc::SYS_rt_sigpending,
     libc::SYS_sendmsg,
     libc::SYS_sendto,
@@ -106,8 +96,6 @@ const VMM: &[c_long] = &[
     libc::SYS_statx,
     libc::SYS_sync_file_range,
     libc::SYS_uname,
-    libc::SYS_unlink,
-    libc::SYS_unlinkat,
 ];
 
 /// <linux/prctl.h>; `libc` lacks it.
@@ -116,8 +104,10 @@ const PR_GET_AUXV: libc::c_int = 0x4155_5856;
 static CONFINED: AtomicBool = AtomicBool::new(false);
 
 /// How a panic looks for this program and its directory, to tell where it
-/// was: denied to a vCPU, and no reason to end its VM.
+/// was, and the C library for the number of processors: denied, and no reason
+/// to end the VM.
 const LOOKS: &[c_long] = &[
+    libc::SYS_access,
     libc::SYS_getcwd,
     libc::SYS_open,
     libc::SYS_openat,
@@ -129,14 +119,16 @@ const KVM_REQUESTS: u64 = 0xae00;
 
 /// Confines this thread, and those that it starts.
 pub(super) fn confine() -> Result<String, String> {
-    // Both programs are compiled before the first is put on: whatever can
-    // fail leaves nothing half done.
+    // All programs are compiled before the first is put on: whatever can fail
+    // leaves nothing half done.
     let told_absent = Rules::from([(libc::SYS_clone3, Vec::new())]);
     let absent = compile(
         told_absent,
         SeccompAction::Allow,
         SeccompAction::Errno(libc::ENOSYS as u32),
     )?;
+    let no_access = SeccompAction::Errno(libc::EACCES as u32);
+    let no_files = compile(looks(), SeccompAction::Allow, no_access)?;
     let whole = compile(process_rules()?, SeccompAction::Trap, SeccompAction::Allow)?;
     verdict::install().map_err(|e| format!("SIGSYS cannot be handled ({e})"))?;
     let put_on = |program: &BpfProgram| {
@@ -144,6 +136,7 @@ pub(super) fn confine() -> Result<String, String> {
             .map_err(|e| format!("{e}: this kernel has no CONFIG_SECCOMP_FILTER, or forbids it"))
     };
     put_on(&absent)?;
+    put_on(&no_files)?;
     put_on(&whole)?;
     CONFINED.store(true, Ordering::Relaxed);
     Ok("process, vcpus".to_owned())
@@ -156,21 +149,20 @@ pub(crate) fn has_filters() -> bool {
 
 /// Confines a vCPU's thread further.
 pub fn narrow_vcpu() {
-    let narrowed = vcpu_rules().and_then(|mut rules| {
-        let denied: Rules = LOOKS.iter().map(|&call| (call, Vec::new())).collect();
-        rules.extend(denied.clone());
-        let no_access = SeccompAction::Errno(libc::EACCES as u32);
-        let programs = [
-            compile(denied, SeccompAction::Allow, no_access)?,
-            compile(rules, SeccompAction::Trap, SeccompAction::Allow)?,
-        ];
-        let put_on = |program: &BpfProgram| apply_filter(program).map_err(|e| e.to_string());
-        programs.iter().try_for_each(put_on)
+    let narrowed = vcpu_rules().and_then(|rules| {
+        let program = compile(rules, SeccompAction::Trap, SeccompAction::Allow)?;
+        apply_filter(&program).map_err(|e| e.to_string())
     });
     // The process's own filters hold as before.
     if let Err(why) = narrowed {
         log::log_error(&format!("a vCPU's thread is not confined further: {why}"));
     }
+}
+
+/// Let through by the filters that list what a VMM does, for the one that
+/// denies them to answer.
+fn looks() -> Rules {
+    LOOKS.iter().map(|&call| (call, Vec::new())).collect()
 }
 
 fn process_rules() -> Result<Rules, String> {
@@ -217,6 +209,7 @@ fn process_rules() -> Result<Rules, String> {
 
 fn vcpu_rules() -> Result<Rules, String> {
     let mut rules: Rules = COMMON.iter().map(|&call| (call, Vec::new())).collect();
+    rules.extend(looks());
     let no_program = [when(2, Op::MaskedEq(libc::PROT_EXEC as u64), 0)?];
     let own = u64::from(process::id());
     rules.insert(libc::SYS_ioctl, vec![kvm()?]);

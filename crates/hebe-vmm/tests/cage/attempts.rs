@@ -1,7 +1,7 @@
 //! Ways out, and what must go on working.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Write};
 use std::path::Path;
 
 use hebe_block::BlockBackend;
@@ -19,16 +19,37 @@ pub enum End {
     Killed(c_long),
 }
 
+/// What a VMM has from before its cage.
+pub struct Open {
+    disk: BlockBackend,
+    record: File,
+}
+
+impl Open {
+    pub fn before_the_cage(dir: &Path) -> io::Result<Self> {
+        let path = dir.join("own/disk.img");
+        File::create(&path)?.set_len(1 << 20)?;
+        Ok(Self {
+            disk: BlockBackend::open(&path, false).map_err(io::Error::other)?,
+            record: File::create(dir.join("own/exit.json"))?,
+        })
+    }
+}
+
 /// One thing that code in a VMM might do.
 pub struct Attempt {
     pub name: &'static str,
     pub end: End,
     /// Whether it works for whoever runs these tests, without a cage.
     pub works_outside: bool,
-    pub make: fn(&Path) -> io::Result<()>,
+    pub make: fn(&Path, &Open) -> io::Result<()>,
 }
 
-const fn attempt(name: &'static str, end: End, make: fn(&Path) -> io::Result<()>) -> Attempt {
+const fn attempt(
+    name: &'static str,
+    end: End,
+    make: fn(&Path, &Open) -> io::Result<()>,
+) -> Attempt {
     Attempt {
         name,
         end,
@@ -41,7 +62,7 @@ const fn attempt(name: &'static str, end: End, make: fn(&Path) -> io::Result<()>
 const fn privileged(
     name: &'static str,
     call: c_long,
-    make: fn(&Path) -> io::Result<()>,
+    make: fn(&Path, &Open) -> io::Result<()>,
 ) -> Attempt {
     Attempt {
         name,
@@ -52,43 +73,59 @@ const fn privileged(
 }
 
 pub const ATTEMPTS: &[Attempt] = &[
-    attempt("write a file of its own", End::Works, |dir| {
-        let part = dir.join("own/exit.json.part");
-        fs::write(&part, "{}")?;
-        File::open(&part)?.sync_all()?;
-        fs::rename(&part, dir.join("own/exit.json"))?;
-        fs::remove_file(dir.join("own/exit.json"))
+    attempt("write to a file that is open", End::Works, |_, open| {
+        (&open.record).write_all(b"{}")?;
+        open.record.sync_all()
     }),
-    attempt("use a disk", End::Works, |dir| {
-        let path = dir.join("own/disk.img");
-        File::create(&path)?.set_len(1 << 20)?;
-        let disk = BlockBackend::open(&path, false).map_err(io::Error::other)?;
-        let disk = disk.again().map_err(io::Error::other)?;
+    attempt("use a disk", End::Works, |_, open| {
+        let disk = open.disk.again().map_err(io::Error::other)?;
         disk.write_at(&[7; 512], 512)?;
         disk.read_at(&mut [0; 512], 512)?;
         disk.discard(0, 4096)?;
         disk.flush()?;
         disk.settle()?;
+        disk.check_found_again().map_err(io::Error::other)?;
         disk.identity().map(drop)
     }),
-    attempt("say that something panicked", End::Works, |_| {
+    attempt("change its run directory's files", End::Denied, |dir, _| {
+        fs::write(dir.join("own/instance.json"), "{}")
+    }),
+    attempt("open a file of its own again", End::Denied, |dir, _| {
+        File::open(dir.join("own/exit.json")).map(drop)
+    }),
+    attempt(
+        "rename a file of its own",
+        End::Killed(libc::SYS_rename),
+        |dir, _| fs::rename(dir.join("own/exit.json"), dir.join("own/instance.json")),
+    ),
+    attempt(
+        "remove a file of its own",
+        End::Killed(libc::SYS_unlink),
+        |dir, _| fs::remove_file(dir.join("own/exit.json")),
+    ),
+    attempt("let a lock go", End::Killed(libc::SYS_flock), |_, open| {
+        Ok(rustix::fs::flock(
+            &open.record,
+            rustix::fs::FlockOperation::Unlock,
+        )?)
+    }),
+    attempt("say that something panicked", End::Works, |_, _| {
         tell_where();
         Ok(())
     }),
-    attempt("panic on a vCPU's thread", End::Works, |_| {
+    attempt("panic on a vCPU's thread", End::Works, |_, _| {
         narrow_if_caged();
         tell_where();
         Ok(())
     }),
-    attempt("open a file on a vCPU's thread", End::Denied, |dir| {
-        fs::write(dir.join("own/file"), "")?;
+    attempt("open a file on a vCPU's thread", End::Denied, |dir, _| {
         narrow_if_caged();
-        File::open(dir.join("own/file")).map(drop)
+        File::open(dir.join("own/exit.json")).map(drop)
     }),
     attempt(
         "listen on a vCPU's thread",
         End::Killed(libc::SYS_accept4),
-        |_| {
+        |_, _| {
             narrow_if_caged();
             match call(libc::SYS_accept4, [c_ulong::MAX, 0, 0, 0, 0]) {
                 Err(error) if error.raw_os_error() == Some(libc::EBADF) => Ok(()),
@@ -96,60 +133,60 @@ pub const ATTEMPTS: &[Attempt] = &[
             }
         },
     ),
-    attempt("start a thread", End::Works, |_| {
+    attempt("start a thread", End::Works, |_, _| {
         std::thread::spawn(|| ())
             .join()
             .map_err(|_| io::Error::other("it panicked"))
     }),
-    attempt("read /etc/passwd", End::Denied, |_| {
+    attempt("read /etc/passwd", End::Denied, |_, _| {
         File::open("/etc/passwd").map(drop)
     }),
-    attempt("read another VM's disk", End::Denied, |dir| {
+    attempt("read another VM's disk", End::Denied, |dir, _| {
         fs::read(dir.join("other/disk.img")).map(drop)
     }),
-    attempt("write to another VM's disk", End::Denied, |dir| {
+    attempt("write to another VM's disk", End::Denied, |dir, _| {
         let disk = dir.join("other/disk.img");
         OpenOptions::new().write(true).open(disk).map(drop)
     }),
-    attempt("leave its room by ..", End::Denied, |dir| {
+    attempt("leave its room by ..", End::Denied, |dir, _| {
         File::open(dir.join("own/../other/disk.img")).map(drop)
     }),
-    attempt("put a file beside its room", End::Denied, |dir| {
+    attempt("put a file beside its room", End::Denied, |dir, _| {
         fs::write(dir.join("new"), "")
     }),
-    attempt("read its parent's environment", End::Denied, |_| {
+    attempt("read its parent's environment", End::Denied, |_, _| {
         File::open(format!("/proc/{}/environ", parent_id())).map(drop)
     }),
-    attempt("open the kernel's random device", End::Denied, |_| {
+    attempt("open the kernel's random device", End::Denied, |_, _| {
         File::open("/dev/urandom").map(drop)
     }),
-    attempt("execve", End::Killed(libc::SYS_execve), |_| {
+    attempt("execve", End::Killed(libc::SYS_execve), |_, _| {
         let argv = [c"/bin/true".as_ptr(), std::ptr::null()];
         // SAFETY: the path and the arguments end in a null.
         unsafe { libc::execve(argv[0], argv.as_ptr(), argv.as_ptr().add(1)) };
         Err(io::Error::last_os_error())
     }),
-    attempt("fork", End::Killed(libc::SYS_fork), |_| {
+    attempt("fork", End::Killed(libc::SYS_fork), |_, _| {
         call(libc::SYS_fork, [0; 5]).map(exit_if_child)
     }),
-    attempt("clone a process", End::Killed(libc::SYS_clone), |_| {
+    attempt("clone a process", End::Killed(libc::SYS_clone), |_, _| {
         call(libc::SYS_clone, [libc::SIGCHLD as c_ulong, 0, 0, 0, 0]).map(exit_if_child)
     }),
-    attempt("socket(AF_INET)", End::Killed(libc::SYS_socket), |_| {
+    attempt("socket(AF_INET)", End::Killed(libc::SYS_socket), |_, _| {
         let (family, kind) = (libc::AF_INET as c_ulong, libc::SOCK_DGRAM as c_ulong);
         call(libc::SYS_socket, [family, kind, 0, 0, 0]).map(drop)
     }),
-    attempt("socket(AF_UNIX)", End::Killed(libc::SYS_socket), |_| {
+    attempt("socket(AF_UNIX)", End::Killed(libc::SYS_socket), |_, _| {
         let (family, kind) = (libc::AF_UNIX as c_ulong, libc::SOCK_STREAM as c_ulong);
         call(libc::SYS_socket, [family, kind, 0, 0, 0]).map(drop)
     }),
-    attempt("kill its parent", End::Killed(libc::SYS_kill), |_| {
+    attempt("kill its parent", End::Killed(libc::SYS_kill), |_, _| {
         call(libc::SYS_kill, [parent_id().into(), 0, 0, 0, 0]).map(drop)
     }),
     attempt(
         "kill a thread of its parent",
         End::Killed(libc::SYS_tgkill),
-        |_| {
+        |_, _| {
             let parent = parent_id().into();
             call(libc::SYS_tgkill, [parent, parent, 0, 0, 0]).map(drop)
         },
@@ -157,7 +194,7 @@ pub const ATTEMPTS: &[Attempt] = &[
     attempt(
         "make memory executable",
         End::Killed(libc::SYS_mprotect),
-        |_| {
+        |_, _| {
             let prot = (libc::PROT_READ | libc::PROT_WRITE) as c_ulong;
             let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as c_ulong;
             let page = mmap(prot, flags)?;
@@ -165,15 +202,19 @@ pub const ATTEMPTS: &[Attempt] = &[
             call(libc::SYS_mprotect, [page, 4096, exec, 0, 0]).map(drop)
         },
     ),
-    attempt("map executable memory", End::Killed(libc::SYS_mmap), |_| {
-        let prot = (libc::PROT_READ | libc::PROT_EXEC) as c_ulong;
-        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as c_ulong;
-        mmap(prot, flags).map(drop)
-    }),
+    attempt(
+        "map executable memory",
+        End::Killed(libc::SYS_mmap),
+        |_, _| {
+            let prot = (libc::PROT_READ | libc::PROT_EXEC) as c_ulong;
+            let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as c_ulong;
+            mmap(prot, flags).map(drop)
+        },
+    ),
     attempt(
         "take the handler away",
         End::Killed(libc::SYS_rt_sigaction),
-        |_| {
+        |_, _| {
             let signal = libc::SIGSYS as c_ulong;
             call(libc::SYS_rt_sigaction, [signal, 0, 0, 8, 0]).map(drop)
         },
@@ -181,10 +222,9 @@ pub const ATTEMPTS: &[Attempt] = &[
     attempt(
         "an ioctl that is not KVM's",
         End::Killed(libc::SYS_ioctl),
-        |dir| {
-            let file = File::create(dir.join("own/file"))?;
+        |_, open| {
             let mut waiting = 0;
-            let fd = std::os::fd::AsRawFd::as_raw_fd(&file) as c_ulong;
+            let fd = std::os::fd::AsRawFd::as_raw_fd(&open.record) as c_ulong;
             let at = (&raw mut waiting) as c_ulong;
             call(libc::SYS_ioctl, [fd, libc::FIONREAD, at, 0, 0]).map(drop)
         },
@@ -192,44 +232,44 @@ pub const ATTEMPTS: &[Attempt] = &[
     attempt(
         "make memory with a name",
         End::Killed(libc::SYS_memfd_create),
-        |_| {
+        |_, _| {
             let name = c"x".as_ptr() as c_ulong;
             call(libc::SYS_memfd_create, [name, 0, 0, 0, 0]).map(drop)
         },
     ),
-    privileged("ptrace its parent", libc::SYS_ptrace, |_| {
+    privileged("ptrace its parent", libc::SYS_ptrace, |_, _| {
         let attach = libc::PTRACE_ATTACH as c_ulong;
         call(libc::SYS_ptrace, [attach, parent_id().into(), 0, 0, 0]).map(drop)
     }),
     privileged(
         "read its parent's memory",
         libc::SYS_process_vm_readv,
-        |_| call(libc::SYS_process_vm_readv, [parent_id().into(), 0, 0, 0, 0]).map(drop),
+        |_, _| call(libc::SYS_process_vm_readv, [parent_id().into(), 0, 0, 0, 0]).map(drop),
     ),
-    privileged("mount", libc::SYS_mount, |_| {
+    privileged("mount", libc::SYS_mount, |_, _| {
         let (kind, at) = (
             c"tmpfs".as_ptr() as c_ulong,
             c"/nowhere".as_ptr() as c_ulong,
         );
         call(libc::SYS_mount, [kind, at, kind, 0, 0]).map(drop)
     }),
-    privileged("enter another namespace", libc::SYS_unshare, |_| {
+    privileged("enter another namespace", libc::SYS_unshare, |_, _| {
         call(
             libc::SYS_unshare,
             [libc::CLONE_NEWUSER as c_ulong, 0, 0, 0, 0],
         )
         .map(drop)
     }),
-    privileged("become another user", libc::SYS_setuid, |_| {
+    privileged("become another user", libc::SYS_setuid, |_, _| {
         call(libc::SYS_setuid, [0; 5]).map(drop)
     }),
-    privileged("open by handle", libc::SYS_open_by_handle_at, |_| {
+    privileged("open by handle", libc::SYS_open_by_handle_at, |_, _| {
         call(libc::SYS_open_by_handle_at, [0; 5]).map(drop)
     }),
-    privileged("load a kernel", libc::SYS_kexec_file_load, |_| {
+    privileged("load a kernel", libc::SYS_kexec_file_load, |_, _| {
         call(libc::SYS_kexec_file_load, [c_ulong::MAX; 5]).map(drop)
     }),
-    privileged("load a BPF program", libc::SYS_bpf, |_| {
+    privileged("load a BPF program", libc::SYS_bpf, |_, _| {
         call(libc::SYS_bpf, [0; 5]).map(drop)
     }),
 ];

@@ -1,26 +1,26 @@
 //! `hebe-vmm` in its cage, as the kernel sees it.
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use hebe_api::{Request, Response, VmmState};
+use hebe_snapshot::SavedFile;
 
 use crate::guest;
 use crate::vmm::Vmm;
 
 const DISK: &str = "disk.img";
 
-/// A VMM with a disk and a directory to be saved in, caged as `wish` says.
+/// A VMM with a disk, caged as `wish` says.
 fn start(wish: &str) -> Vmm {
     let dir = tempfile::tempdir().expect("dir");
     let kernel = dir.path().join("kernel");
     fs::write(&kernel, guest::image(guest::IDLE)).expect("kernel");
     let disk = dir.path().join(DISK);
     fs::write(&disk, vec![0; 1 << 20]).expect("disk");
-    let saves = dir.path().join("saves");
-    fs::create_dir(&saves).expect("saves");
     let config = format!(
         "name = 'web'\nmemory = '8MiB'\nkernel = '{}'\n[[disk]]\npath = '{}'\n",
         kernel.display(),
@@ -28,9 +28,18 @@ fn start(wish: &str) -> Vmm {
     );
     Vmm::start(dir, &config, |command| {
         command.args(["--cage", wish]);
-        command.arg("--save-dir").arg(saves);
         Vec::new()
     })
+}
+
+/// Saves its VM into a new file, which it is handed.
+fn save(vmm: &Vmm, path: &Path) {
+    let file = fs::File::create_new(path).expect("a new file");
+    let request = Request::Save {
+        name: "web's file".into(),
+    };
+    let saved = vmm.connect().call_with(&request, &[file.as_fd()]);
+    assert!(matches!(saved, Ok(Response::Saved(_))), "{saved:?}");
 }
 
 /// A field of what /proc says of the thread.
@@ -89,7 +98,7 @@ fn every_thread_of_a_vmm_is_in_the_cage_and_the_status_says_so() {
         assert_eq!(on, ("1".into(), "2".into()), "{name}");
         let layers: u32 = field(&task, "Seccomp_filters:").parse().expect("a number");
         let is_vcpu = name.starts_with("vcpu");
-        assert_eq!(layers, if is_vcpu { 4 } else { 2 }, "{name}");
+        assert_eq!(layers, if is_vcpu { 4 } else { 3 }, "{name}");
         vcpus += u32::from(is_vcpu);
         for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
             assert_eq!(field(&task, set), "0000000000000000", "{name} {set}");
@@ -111,10 +120,10 @@ fn a_caged_vm_is_saved_frozen_thawed_and_ended() {
     }
     let mut vmm = start("on");
     assert_eq!(vmm.status().state, VmmState::Running);
-    let path = vmm.dir.path().join("saves/web.part");
-    let saved = vmm.ask(&Request::Save { path: path.clone() });
-    assert!(matches!(saved, Ok(Response::Saved(_))), "{saved:?}");
-    assert!(path.exists());
+    let path = vmm.dir.path().join("web.part");
+    save(&vmm, &path);
+    let saved = SavedFile::open(&path).expect("a saved VM");
+    saved.verify().expect("whole");
     for request in [Request::Unpause, Request::Freeze, Request::Thaw] {
         let answer = vmm.ask(&request);
         let good = matches!(answer, Ok(Response::Done | Response::Frozen(_)));
@@ -131,9 +140,8 @@ fn a_vm_that_is_restored_leaves_word_of_what_it_uses() {
         return;
     }
     let mut vmm = start("on");
-    let path = vmm.dir.path().join("saves/web.part");
-    let saved = vmm.ask(&Request::Save { path: path.clone() });
-    assert!(matches!(saved, Ok(Response::Saved(_))), "{saved:?}");
+    let path = vmm.dir.path().join("web.part");
+    save(&vmm, &path);
     let ended = vmm.ask(&Request::Quit { expected: None });
     assert!(matches!(ended, Ok(Response::Done)), "{ended:?}");
     vmm.wait();

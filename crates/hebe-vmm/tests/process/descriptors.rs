@@ -11,8 +11,8 @@ use crate::vmm::{Vmm, fifo};
 #[test]
 fn a_descriptor_that_no_argument_names_is_closed_and_the_named_ones_are_not() {
     let dir = tempfile::tempdir().expect("dir");
-    let record = dir.path().join("exit.json.part");
-    // Nobody reads it yet: the VMM waits here before it ends.
+    let record = dir.path().join("exit.json");
+    // Nobody reads it yet: the VMM waits here before it does anything else.
     fifo(&record);
     let (config, mut definition) = std::io::pipe().expect("pipe");
     definition.write_all(b"name = 7").expect("write");

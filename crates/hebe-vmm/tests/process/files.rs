@@ -1,12 +1,15 @@
 //! A VM whose RAM lies in files that its VMM holds.
 
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use hebe_api::{Request, Response, VmmState};
 use hebe_store::ExecStatus;
 use hebe_store::luo::SegmentFiles;
 use hebe_sys::fdpass;
 use hebe_types::{ByteSize, VmId};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::guest;
 use crate::vmm::Vmm;
@@ -65,6 +68,17 @@ fn a_vm_in_files_hands_them_out_and_does_not_let_them_go_while_it_is_frozen() {
         refused.to_string().contains("ends with its VMM"),
         "{refused}"
     );
+    assert_eq!(vmm.status().state, VmmState::Frozen);
+    // Nor does a signal, however often it comes.
+    for number in [Signal::TERM, Signal::INT, Signal::TERM] {
+        let pid = Pid::from_child(&vmm.child);
+        kill_process(pid, number).expect("kill");
+    }
+    let until = Instant::now() + Duration::from_secs(60);
+    while !vmm.log().contains("SIGTERM is not obeyed") {
+        assert!(Instant::now() < until, "not a word: {}", vmm.log());
+        thread::sleep(Duration::from_millis(2));
+    }
     assert_eq!(vmm.status().state, VmmState::Frozen);
     let thawed = vmm.ask(&Request::Thaw);
     assert!(matches!(thawed, Ok(Response::Done)), "{thawed:?}");

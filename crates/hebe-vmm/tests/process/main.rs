@@ -6,4 +6,5 @@ mod ending;
 mod failing;
 mod files;
 mod guest;
+mod root;
 mod vmm;
