@@ -29,7 +29,7 @@ const LICENCES: [&str; 14] = [
     "NCSA",
 ];
 /// Layer of each member; a member depends on lower layers or its own only.
-const LAYERS: [(&str, u32); 21] = [
+const LAYERS: [(&str, u32); 22] = [
     ("hebe-types", 0),
     ("hebe-state", 0),
     ("hebe-flow", 0),
@@ -47,6 +47,7 @@ const LAYERS: [(&str, u32); 21] = [
     ("hebe-migrate", 3),
     ("hebe-host", 3),
     ("hebe", 4),
+    ("hebed", 4),
     ("suspend-loop", 5),
     ("lab-guest", 5),
     ("lab", 6),

@@ -1,0 +1,80 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+
+const AFTER_HELP: &str = "\
+hebed holds no state of its own: it may be stopped, killed and started at any time, and no VM
+notices. Orders given with `hebe` meanwhile are found.
+
+Examples:
+  hebed                            # /run/hebe/hebed.sock, for root alone
+  hebed --group hebe               # and for the members of group hebe
+  curl --unix-socket /run/hebe/hebed.sock http://localhost/v1/vms
+  curl --unix-socket /run/hebe/hebed.sock -X POST http://localhost/v1/vms/web/start
+  curl --unix-socket /run/hebe/hebed.sock -N http://localhost/v1/events
+
+Exit status:
+  0  asked to end, by SIGTERM or SIGINT
+  1  failed, with one sentence on stderr
+  2  the command line is wrong
+
+Environment: as of hebe, see `hebe --help`; of systemd, socket activation, readiness and watchdog.";
+
+/// Serves and supervises a host's VMs.
+#[derive(Debug, Parser)]
+#[command(name = "hebed", version, after_help = AFTER_HELP, max_term_width = 100)]
+pub struct Args {
+    /// Where to listen [default: hebed.sock in HEBE_RUN_DIR]. Not used where systemd hands a
+    /// socket over.
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Who may give orders besides the owner of the socket: a group's name or number. Its
+    /// members can start, stop and suspend every VM and reboot the host.
+    #[arg(long, value_name = "GROUP")]
+    pub group: Option<String>,
+    /// How often to look at the VMs, in milliseconds.
+    #[arg(long, value_name = "MS", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(10..=60_000))]
+    pub poll_ms: u64,
+    /// Take no samples of how the host is ageing.
+    #[arg(long)]
+    pub no_samples: bool,
+}
+
+impl Args {
+    /// How often to look.
+    pub fn poll(&self) -> Duration {
+        Duration::from_millis(self.poll_ms)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound_and_explains_itself() {
+        let mut command = Args::command();
+        command.clone().debug_assert();
+        for argument in command.get_arguments() {
+            assert!(argument.get_help().is_some(), "{}", argument.get_id());
+        }
+        let help = command.render_help().to_string();
+        for word in ["Examples:", "Exit status:", "--group"] {
+            assert!(help.contains(word), "{word}");
+        }
+    }
+
+    #[test]
+    fn bad_lines_are_refused() {
+        for line in ["hebed --poll-ms 0", "hebed now", "hebed --socket"] {
+            assert!(Args::try_parse_from(line.split(' ')).is_err(), "{line}");
+        }
+        let args = Args::try_parse_from(["hebed", "--group", "hebe"]).expect("fine");
+        assert_eq!(args.poll(), Duration::from_secs(2));
+    }
+}

@@ -1,0 +1,149 @@
+//! What Prometheus gets to read, in the OpenMetrics text format.
+
+use std::sync::atomic::AtomicU64;
+
+use hebe_host::Host;
+use hebe_host::ageing::sample_here;
+use hebe_host::listing::{Survey, VmState};
+use hebe_host::report::last_report;
+use hebe_host::timeline::Downtime;
+use hebe_policy::ageing::{Indicator, Sample};
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::app::App;
+
+/// The content type.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// The states that are counted, each always there.
+const STATES: [VmState; 9] = [
+    VmState::Running,
+    VmState::Paused,
+    VmState::Frozen,
+    VmState::Saved,
+    VmState::Stopped,
+    VmState::Crashed,
+    VmState::Damaged,
+    VmState::Unresponsive,
+    VmState::Lost,
+];
+
+type Labels = Vec<(String, String)>;
+type Gauges = Family<Labels, Gauge<f64, AtomicU64>>;
+
+fn label(key: &str, value: &str) -> Labels {
+    vec![(key.to_owned(), value.to_owned())]
+}
+
+/// What has to be read for the metrics besides the VMs.
+#[derive(Debug, Default)]
+pub struct HostFigures {
+    downtimes: Vec<Downtime>,
+    sample: Option<Sample>,
+}
+
+/// Reads it.
+pub fn host_figures(host: &Host) -> HostFigures {
+    let report = last_report(host).ok().flatten();
+    HostFigures {
+        downtimes: report.map(|r| r.downtimes()).unwrap_or_default(),
+        sample: sample_here().ok(),
+    }
+}
+
+/// The whole text.
+pub fn text(app: &App, survey: Option<&Survey>, figures: &HostFigures) -> String {
+    let mut registry = Registry::with_prefix("hebe");
+    daemon(app, &mut registry);
+    if let Some(survey) = survey {
+        vms(survey, &mut registry);
+    }
+    host(figures, &mut registry);
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _ = encode(&mut text, &registry);
+    text
+}
+
+fn daemon(app: &App, registry: &mut Registry) {
+    let up = Gauge::<f64, AtomicU64>::default();
+    up.set(app.began.elapsed().as_secs_f64());
+    registry.register_with_unit("daemon_up", "Since hebed began", Unit::Seconds, up);
+    let jobs = Gauge::<i64>::default();
+    jobs.set(i64::try_from(app.jobs.open()).unwrap_or(i64::MAX));
+    registry.register("jobs_open", "Jobs under way", jobs);
+    let restarts = Gauges::default();
+    for (name, count) in app.watched().restarts() {
+        let gauge = restarts.get_or_create_owned(&label("vm", name.as_str()));
+        gauge.set(f64::from(*count));
+    }
+    let help = "Starts in a row by the supervisor";
+    registry.register("vm_restarts_in_a_row", help, restarts);
+}
+
+fn vms(survey: &Survey, registry: &mut Registry) {
+    let states = Gauges::default();
+    for state in STATES {
+        let count = survey
+            .rows
+            .values()
+            .filter(|row| row.state == state)
+            .count();
+        let gauge = states.get_or_create_owned(&label("state", state.as_str()));
+        gauge.set(count as f64);
+    }
+    registry.register("vms", "VMs in each state", states);
+    let (up, memory) = (Gauges::default(), Gauges::default());
+    for row in survey.rows.values() {
+        let labels = label("vm", row.name.as_str());
+        let runs = row.state == VmState::Running;
+        up.get_or_create_owned(&labels)
+            .set(f64::from(u8::from(runs)));
+        if let Some(size) = row.memory {
+            memory.get_or_create_owned(&labels).set(size.0 as f64);
+        }
+    }
+    registry.register("vm_up", "Whether the VM runs", up);
+    registry.register_with_unit("vm_memory", "RAM of the VM", Unit::Bytes, memory);
+    if let Some(store) = &survey.store {
+        let bytes = Gauges::default();
+        let free = bytes.get_or_create_owned(&label("part", "free"));
+        free.set(store.free.0 as f64);
+        let used = store.capacity.0.saturating_sub(store.free.0);
+        let gauge = bytes.get_or_create_owned(&label("part", "used"));
+        gauge.set(used as f64);
+        registry.register_with_unit("store", "The store", Unit::Bytes, bytes);
+    }
+}
+
+fn host(figures: &HostFigures, registry: &mut Registry) {
+    let (stopped, reply) = (Gauges::default(), Gauges::default());
+    for downtime in &figures.downtimes {
+        let labels = label("vm", downtime.vm.as_str());
+        if let Some(ms) = downtime.stopped_ms {
+            stopped.get_or_create_owned(&labels).set(ms / 1e3);
+        }
+        if let Some(ms) = downtime.to_first_reply_ms {
+            reply.get_or_create_owned(&labels).set(ms / 1e3);
+        }
+    }
+    let help = "How long the last reboot stopped the VM";
+    registry.register_with_unit("reboot_downtime", help, Unit::Seconds, stopped);
+    let help = "From the VM's last instruction before the last reboot to its first frame after";
+    registry.register_with_unit("reboot_first_reply", help, Unit::Seconds, reply);
+    let (values, limits) = (Gauges::default(), Gauges::default());
+    let readings = figures.sample.iter().flat_map(|sample| sample.readings);
+    for (indicator, reading) in Indicator::ALL.into_iter().zip(readings) {
+        if let Some(reading) = reading {
+            let labels = label("indicator", indicator.name());
+            values.get_or_create_owned(&labels).set(reading.value);
+            limits.get_or_create_owned(&labels).set(reading.limit);
+        }
+    }
+    registry.register("host_indicator", "How the host is doing", values);
+    let help = "The value of each indicator at which the host is exhausted";
+    registry.register("host_indicator_limit", help, limits);
+}
