@@ -74,12 +74,24 @@ const HOST_SPANS: [Span; 8] = [
     },
 ];
 
-const VM_SPANS: [Span; 3] = [
+const VM_SPANS: [Span; 5] = [
+    Span {
+        from: EventKind::PreserveBegan,
+        to: &[EventKind::Preserved],
+        label: "preserve memory",
+        colour: "#5f81ab",
+    },
     Span {
         from: EventKind::VcpusStopped,
         to: &[EventKind::Committed, EventKind::Saved],
         label: "save state",
         colour: "#d98c3f",
+    },
+    Span {
+        from: EventKind::Retrieving,
+        to: &[EventKind::Arrived],
+        label: "retrieve memory",
+        colour: "#8a5a9e",
     },
     Span {
         from: EventKind::VmmStarted,

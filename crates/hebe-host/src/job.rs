@@ -1,13 +1,17 @@
 //! What a reboot does to one VM, forward and back; each in a thread of its own.
 
+use std::sync::Arc;
+
 use hebe_api::{FreezeReport, SaveReport};
 use hebe_flow::life::Life;
 use hebe_flow::reboot::Fate;
+use hebe_store::luo::SegmentFiles;
 use hebe_types::{Stamp, VmName};
 
 use crate::host::{Host, HostError};
 use crate::listing::{VmRow, with_cause};
 use crate::lock::VmLock;
+use crate::luo;
 use crate::ops::{self, StopOptions};
 use crate::saved::SavedPaths;
 use crate::saving;
@@ -60,6 +64,8 @@ pub(crate) struct Job {
     pub(crate) host: Host,
     pub(crate) vm: VmName,
     pub(crate) row: Option<VmRow>,
+    /// Its memory, where the reboot holds it beside the VMM: store `luo`.
+    pub(crate) files: Option<Arc<SegmentFiles>>,
     pub(crate) stop: StopOptions,
 }
 
@@ -155,6 +161,11 @@ impl Job {
 
     /// Its VMM is gone: what the segment says decides.
     fn resume_without_vmm(&self) -> Result<(), Trouble> {
+        if let Some(files) = &self.files {
+            return luo::continue_here(&self.host, &self.vm, files)
+                .map(drop)
+                .map_err(|e| Trouble::certain(with_cause(&e)));
+        }
         let lost = || Trouble::certain("its VMM ended, and it has no committed state");
         let view = self
             .host

@@ -34,6 +34,8 @@ use crate::cmdline;
 use crate::files;
 use crate::host::{Host, HostError, Layout};
 use crate::listing::with_cause;
+use crate::luo::arrivals::Arrivals;
+use crate::luo::ended_here;
 use crate::stores::{ExecView, SegmentView, StoreView};
 
 const VERSION: u32 = 1;
@@ -83,15 +85,7 @@ pub fn note(host: &Host, store: &StoreView, segment: &SegmentView) -> Result<(),
         return Ok(());
     };
     let store_id = id_of(store);
-    if let Some(old) = read(&host.layout, name, vm)?.filter(|n| n.given_up && n.store != store_id) {
-        return Err(HostError::Refused {
-            name: name.clone(),
-            why: format!(
-                "its memory in store {} was given up, and a note of this state would replace the word of that: shut it down and `hebe start {name}`, or save it to a file",
-                old.store
-            ),
-        });
-    }
+    keep_word(host, name, vm, &store_id)?;
     let note = FrozenNote {
         version: VERSION,
         name: name.clone(),
@@ -106,16 +100,33 @@ pub fn note(host: &Host, store: &StoreView, segment: &SegmentView) -> Result<(),
     note.write(&host.layout)
 }
 
+/// Refuses to replace the word that the same life of a VM was given up in
+/// another store than `store`.
+fn keep_word(host: &Host, name: &VmName, vm: VmId, store: &str) -> Result<(), HostError> {
+    let given_up = read(&host.layout, name, vm)?.filter(|n| n.given_up && n.store != store);
+    let Some(old) = given_up else {
+        return Ok(());
+    };
+    Err(HostError::Refused {
+        name: name.clone(),
+        why: format!(
+            "its memory in store {} was given up, and a note of this state would replace the word of that: shut it down and `hebe start {name}`, or save it to a file",
+            old.store
+        ),
+    })
+}
+
 /// [`note`], for a VM whose memory Linux carries.
 ///
 /// # Errors
-/// The file cannot be written.
+/// As [`note`].
 pub(crate) fn note_carried(
     host: &Host,
     name: &VmName,
     vm: VmId,
     memory: ByteSize,
 ) -> Result<(), HostError> {
+    keep_word(host, name, vm, CARRIED)?;
     let note = FrozenNote {
         version: VERSION,
         name: name.clone(),
@@ -178,7 +189,9 @@ pub fn all(layout: &Layout) -> Vec<FrozenNote> {
             let (name, vm) = (name.parse().ok()?, hebe_sys::proc::parse_uuid(vm)?);
             let found = read(layout, &name, VmId(vm));
             Some(match found {
-                Ok(note) => note?,
+                Ok(note) => {
+                    note.filter(|n| !n.is_carried() || !ended_here(layout, &n.name, n.vm))?
+                }
                 Err(_) => FrozenNote::unreadable(name, VmId(vm)),
             })
         })
@@ -325,6 +338,12 @@ impl FrozenNote {
     /// `way_out` is the order that gives its memory up.
     pub fn sentence(&self, host: &Host, way_out: &str) -> String {
         let Self { store, .. } = self;
+        let asked = || Arrivals::read(host).is_some_and(|arrivals| arrivals.complete);
+        if self.is_carried() && host.system.live_update().is_ok() && !asked() {
+            return format!(
+                "it was frozen in memory that Linux was to carry into this kernel, and nobody has asked the kernel for it yet: `hebe resume --all` does; {way_out} give it up for good"
+            );
+        }
         if self.is_carried() {
             return format!(
                 "it was frozen in memory that Linux was to carry into this kernel, and did not arrive, or its VMM ended since (`dmesg | grep -iE 'kho|luo'` may say why): that memory is gone; boot it anew with {way_out}"

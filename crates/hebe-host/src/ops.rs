@@ -396,6 +396,7 @@ fn free(host: &Host, lock: VmLock, name: &VmName) -> Result<(), HostError> {
     if !frozen {
         definitions::forget_transient(&host.layout, name);
     }
+    luo::forget_ended(host, name);
     let dir = host.layout.vm_dir(name);
     lock.remove_dir().map_err(HostError::file("remove", &dir))
 }

@@ -244,6 +244,7 @@ impl Driver<'_> {
         let job = Job {
             host: self.host.clone(),
             row: self.survey.rows.get(&vm).cloned(),
+            files: self.carry.as_ref().and_then(|carry| carry.files(&vm)),
             stop: StopOptions {
                 timeout: Duration::from_secs(self.options.timeout_s),
                 force: self.options.force,
@@ -344,6 +345,11 @@ impl Driver<'_> {
         }
         (self.say)("flushing disks");
         self.host.system.sync();
+        // What guests began to use meanwhile: none of that is left for the pause.
+        if let Some(carry) = &mut self.carry {
+            carry.complete()?;
+            carry.note(&mut self.timeline);
+        }
         self.note(EventKind::Prepared);
         (self.say)("suspending VMs");
         Ok(())
@@ -413,6 +419,7 @@ impl Driver<'_> {
         self.note(EventKind::Flushed);
         if let Some(carry) = &mut self.carry {
             carry.complete()?;
+            carry.note(&mut self.timeline);
         }
         let now = Instants::now(self.host);
         self.timeline.tsc_hz = rate(

@@ -18,6 +18,7 @@ use crate::host::{Host, HostError};
 use crate::listing::with_cause;
 use crate::lock::VmLock;
 use crate::luo;
+use crate::luo::arrivals::Arrivals;
 use crate::notes;
 use crate::ops;
 use crate::report::{ReportPlace, keep_report, last_report};
@@ -95,7 +96,7 @@ struct Work<'a> {
 /// whenever the host does.
 pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<ResumeAll, HostError> {
     let _only_one = host.lock_all()?;
-    let carry_trouble = luo::keeper::ensure(host);
+    let carry_trouble = luo::asking::ensure(host);
     let (store, store_trouble) = match host.store.view() {
         Ok(view) => (view, None),
         Err(error) => (None, Some(with_cause(&error))),
@@ -122,14 +123,11 @@ pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<Resume
     {
         notes::settle(&host.layout, &now);
     }
-    luo::forget_arrived(
-        host,
-        vms.iter()
-            .filter_map(|(name, (_, up))| Some((name, up.as_ref()?.1.id))),
-    );
+    luo::forget_arrived(host);
     let device = store.as_ref().is_some_and(|s| !s.kept_only);
     if let Some(timeline) = &mut timeline {
         note_new_kernel(host, timeline, started, found, store.is_some());
+        note_arrivals(host, timeline);
         note_vms(timeline, &vms);
         let place = if device {
             ReportPlace::Store
@@ -268,7 +266,8 @@ impl Work<'_> {
         let outcome = match decision {
             Decision::Already => self.already(name),
             Decision::Resume { .. } => ops::continue_frozen(self.host, name, self.store)
-                .map(|status| self.up(Resumed::Resumed, status)),
+                .map(|status| self.up(Resumed::Resumed, status))
+                .or_else(|error| self.did_not_arrive(name).ok_or(error)),
             Decision::Restore { .. } => saving::restore(self.host, name, false)
                 .map(|status| self.up(Resumed::Restored, status)),
             Decision::Boot { .. } => self.boot(name),
@@ -290,6 +289,28 @@ impl Work<'_> {
             let reason = with_cause(&error);
             (Resumed::Failed { reason }, None)
         })
+    }
+
+    /// Memory that was still on its way when that was decided may have turned
+    /// out lost: what is done then is what a first look would have decided.
+    fn did_not_arrive(&self, name: &VmName) -> Option<Done> {
+        let now = self.host.store.view().ok().flatten()?;
+        let segment = now.segment_of(name).filter(|s| s.carried)?;
+        let ExecView::Damaged { reason } = &segment.exec else {
+            return None;
+        };
+        let facts = Facts {
+            segments: vec![SegmentFact {
+                id: segment.id,
+                name: segment.name.clone(),
+                exec: ExecFact::Damaged(reason.clone()),
+            }],
+            ..Facts::default()
+        };
+        match plan(&facts).remove(name)? {
+            Decision::Leave { reason } => Some((Resumed::Left { reason }, None)),
+            _ => None,
+        }
     }
 
     fn up(&self, result: Resumed, status: VmStatus) -> Done {
@@ -371,6 +392,27 @@ fn note_new_kernel(
         note(found, EventKind::StoreFound);
     }
     note(now, EventKind::AllResumed);
+}
+
+/// How long the memory of VMs that Linux carried took to arrive.
+fn note_arrivals(host: &Host, timeline: &mut Timeline) {
+    let arrivals = Arrivals::read(host);
+    for note in arrivals.into_iter().flat_map(|arrivals| arrivals.vms) {
+        let Some(name) = &note.name else {
+            continue;
+        };
+        let instants = [
+            (note.began, EventKind::Retrieving),
+            (note.ended, EventKind::Arrived),
+        ];
+        for (at, kind) in instants {
+            timeline.note(at, Side::After, Some(name), kind);
+        }
+        let row = timeline.carried.iter_mut().find(|row| row.vm == *name);
+        if let Some(row) = row.filter(|_| note.lost.is_none()) {
+            row.retrieved = Some(note.retrieved);
+        }
+    }
 }
 
 fn note_vms(timeline: &mut Timeline, vms: &Results) {

@@ -219,7 +219,7 @@ impl System for Machine {
     }
 
     fn start_keeper(&self, host: &Host) -> Result<usize, String> {
-        crate::luo::keeper::start(&host.layout)
+        crate::luo::asking::start(&host.layout)
     }
 
     fn available_memory(&self) -> Option<ByteSize> {

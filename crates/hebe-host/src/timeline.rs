@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 
 use hebe_api::{FreezeReport, ResumeReport, SaveReport};
-use hebe_types::{RebootMethod, Stamp, VmName};
+use hebe_types::{ByteSize, RebootMethod, Stamp, VmName};
 use serde::{Deserialize, Serialize};
 
 /// Version of the report's JSON.
@@ -42,6 +42,10 @@ pub enum EventKind {
     ImageLoaded,
     /// Host services are down.
     ServicesStopped,
+    /// VM: the kernel begins to preserve its memory, while it runs.
+    PreserveBegan,
+    /// VM: its memory is preserved.
+    Preserved,
     /// Dirty pages were flushed while the VMs ran.
     Prepared,
     /// VM: the order to freeze, save or shut down arrived.
@@ -70,6 +74,10 @@ pub enum EventKind {
     UserSpace,
     /// The store was opened and read.
     StoreFound,
+    /// VM: the keeper asks the kernel for its memory.
+    Retrieving,
+    /// VM: all of its memory is there.
+    Arrived,
     /// VM: its VMM began.
     VmmStarted,
     /// VM: its state is read and checked.
@@ -94,6 +102,8 @@ impl EventKind {
             Self::Checked => "checks passed",
             Self::ImageLoaded => "kernel loaded",
             Self::ServicesStopped => "services stopped",
+            Self::PreserveBegan => "preserving begun",
+            Self::Preserved => "memory preserved",
             Self::Prepared => "prepared, disks flushed",
             Self::SuspendAsked => "suspend asked",
             Self::VcpusStopped => "vCPUs stopped",
@@ -108,6 +118,8 @@ impl EventKind {
             Self::KernelEntry => "new kernel entered",
             Self::UserSpace => "user space",
             Self::StoreFound => "store found",
+            Self::Retrieving => "retrieving begun",
+            Self::Arrived => "memory arrived",
             Self::VmmStarted => "VMM started",
             Self::StateRead => "state read",
             Self::Constructed => "VM constructed",
@@ -170,9 +182,29 @@ pub struct Timeline {
     pub axis: Option<Axis>,
     /// What happened, in the order in which it was noted.
     pub events: Vec<Event>,
+    /// What the kernel itself carried over, by VM.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub carried: Vec<CarriedRow>,
     /// What a reader should know besides.
     #[serde(default)]
     pub notes: Vec<String>,
+}
+
+/// A VM's memory that the kernel carried over, in bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CarriedRow {
+    /// Which VM.
+    pub vm: VmName,
+    /// Guest RAM.
+    pub memory: ByteSize,
+    /// Of it, what was preserved; the rest was empty and left out.
+    pub preserved: ByteSize,
+    /// Of that, what the guest did not use: filled with zeros by preserving.
+    pub filled: ByteSize,
+    /// Parts that the guest began to use after the first look.
+    pub late_parts: u32,
+    /// What the next kernel gave back, once it did.
+    pub retrieved: Option<ByteSize>,
 }
 
 /// Downtime of one VM, in milliseconds, as seen from the host.
@@ -210,6 +242,7 @@ impl Timeline {
             tsc_hz: None,
             axis: None,
             events: Vec::new(),
+            carried: Vec::new(),
             notes: Vec::new(),
         }
     }
@@ -344,6 +377,12 @@ impl Timeline {
         }
     }
 
+    /// Milliseconds between two events of a VM in one kernel.
+    pub fn took_ms(&self, side: Side, vm: &VmName, from: EventKind, to: EventKind) -> Option<f64> {
+        let at = |kind| Some((side, self.at(side, Some(vm), kind)?));
+        Some(self.between_ms(at(from)?, at(to)?))
+    }
+
     /// All events on one axis, in order of time.
     pub fn rows(&self) -> Vec<Row> {
         let first = self
@@ -471,10 +510,41 @@ pub fn table(timeline: &Timeline) -> String {
             number(down.to_first_reply_ms)
         ));
     }
+    carried_table(timeline, &mut text);
     for note in &timeline.notes {
         text.push_str(&format!("note: {note}\n"));
     }
     text
+}
+
+/// What the kernel carried, and how long it took; a line per VM.
+fn carried_table(timeline: &Timeline, text: &mut String) {
+    if timeline.carried.is_empty() {
+        return;
+    }
+    text.push_str("\nVM                RAM       preserved  filled    preserve (ms)  per GiB  retrieve (ms)  per GiB\n");
+    for row in &timeline.carried {
+        let took = |side, from, to| timeline.took_ms(side, &row.vm, from, to);
+        let per_gib = |ms: Option<f64>, bytes: ByteSize| {
+            let gib = bytes.0 as f64 / f64::from(1u32 << 30);
+            ms.filter(|_| gib > 0.0).map(|ms| ms / gib)
+        };
+        let preserve = took(Side::Before, EventKind::PreserveBegan, EventKind::Preserved);
+        let retrieve = took(Side::After, EventKind::Retrieving, EventKind::Arrived);
+        let retrieved = row.retrieved.unwrap_or_default();
+        let number = |n: Option<f64>| n.map_or("-".to_owned(), |n| format!("{n:.1}"));
+        text.push_str(&format!(
+            "{:16}  {:8}  {:9}  {:8}  {:>13}  {:>7}  {:>13}  {:>7}\n",
+            row.vm.as_str(),
+            row.memory.to_string(),
+            row.preserved.to_string(),
+            row.filled.to_string(),
+            number(preserve),
+            number(per_gib(preserve, row.preserved)),
+            number(retrieve),
+            number(per_gib(retrieve, retrieved)),
+        ));
+    }
 }
 
 #[cfg(test)]

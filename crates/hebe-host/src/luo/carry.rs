@@ -1,8 +1,8 @@
 //! The reboot job's part: what Linux is to carry, prepared while the VMs run
 //! and held until the jump. Dropping it lets everything go.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use hebe_flow::life::Life;
@@ -11,12 +11,13 @@ use hebe_store::luo::{CarriedHost, CarriedVm, Carrier, Plan, SegmentFiles};
 use hebe_sys::proc;
 use hebe_types::{ByteSize, SegmentId, VmId, VmName};
 
-use super::{STORE, files_of, keeper};
+use super::{STORE, asking, files_of, forget_running};
 use crate::host::{Host, HostError, LiveUpdateConfig};
 use crate::listing::{Survey, with_cause};
 use crate::notes;
 use crate::preflight::{Verdict, VmVerdict};
 use crate::stores::{ExecView, StoreTrouble};
+use crate::timeline::{CarriedRow, EventKind, Side, Timeline};
 
 /// Whose memory is to be carried, and who has it now.
 #[derive(Clone, Debug)]
@@ -67,7 +68,7 @@ impl Candidate {
     pub(crate) fn files(&self, host: &Host) -> Result<SegmentFiles, HostError> {
         match self.kept {
             None => files_of(host, &self.name, self.vm),
-            Some(segment) => Ok(keeper::take(&host.layout.keeper_socket(), segment)
+            Some(segment) => Ok(asking::take(&host.layout.keeper_socket(), segment)
                 .map_err(StoreTrouble::Keeper)?),
         }
     }
@@ -88,6 +89,9 @@ pub(crate) fn plan(files: &SegmentFiles, config: LiveUpdateConfig) -> Result<Pla
 pub(crate) struct Carry {
     host: CarriedHost,
     vms: Vec<CarriedVm>,
+    /// Their memory, held here too: a VMM that is killed while its VM is frozen
+    /// takes nothing along, should there be no jump.
+    files: BTreeMap<VmName, Arc<SegmentFiles>>,
     /// Those that run, or ran when this was prepared.
     running: Vec<(VmName, VmId)>,
 }
@@ -116,10 +120,8 @@ impl Carry {
         match Self::preserve(host, &vms, running, say) {
             Ok(carry) => Ok(Some(carry)),
             Err(why) => {
-                forget(
-                    host,
-                    vms.iter().filter(|vm| vm.runs).map(|vm| (&vm.name, vm.vm)),
-                );
+                let running = vms.iter().filter(|vm| vm.runs);
+                forget_running(host, running.map(|vm| (&vm.name, vm.vm)));
                 Err(why)
             }
         }
@@ -134,31 +136,60 @@ impl Carry {
         // Up to 65 files of each VM come in; best effort, each says if it fails.
         let _ = proc::raise_file_limit();
         let config = host.config().map_err(|e| with_cause(&e))?.live_update;
-        let orchestrator = host.system.orchestrator().map_err(|e| with_cause(&e))?;
+        let orchestrator = super::orchestrator(host).map_err(|e| with_cause(&e))?;
         let release = host.system.release();
         let carrier = Carrier::new(&*orchestrator, &release).map_err(|e| with_cause(&e))?;
         let slots = u32::try_from(vms.len()).unwrap_or(u32::MAX);
-        let mut head = carrier.host(slots).map_err(|e| with_cause(&e))?;
-        let one = |slot: u32, vm: &Candidate| -> Result<CarriedVm, String> {
+        let head = carrier.host(slots).map_err(|e| with_cause(&e))?;
+        let one = |slot: u32, vm: &Candidate| -> Result<(CarriedVm, SegmentFiles), String> {
             let of = |why: String| format!("{}: {why}", vm.name);
             let files = vm.files(host).map_err(|e| of(with_cause(&e)))?;
             let plan = plan(&files, config).map_err(of)?;
             say(&format!("preserving {}: {plan}", vm.name));
             let carried = carrier.vm(slot, &files, &plan);
-            carried.map_err(|e| of(with_cause(&e)))
+            Ok((carried.map_err(|e| of(with_cause(&e)))?, files))
         };
-        let carried = many(vms, &one)?;
-        for vm in &carried {
-            head.enter(vm).map_err(|e| with_cause(&e))?;
-        }
         let mut carry = Self {
             host: head,
-            vms: carried,
+            vms: Vec::new(),
+            files: BTreeMap::new(),
             running,
         };
-        // What they began to use meanwhile: none of that is left for the pause.
-        carry.complete()?;
+        for (vm, files) in many(vms, &one)? {
+            carry.host.enter(&vm).map_err(|e| with_cause(&e))?;
+            carry.files.insert(vm.name().clone(), Arc::new(files));
+            carry.vms.push(vm);
+        }
         Ok(carry)
+    }
+
+    /// The memory of a VM that is carried.
+    pub(crate) fn files(&self, vm: &VmName) -> Option<Arc<SegmentFiles>> {
+        self.files.get(vm).cloned()
+    }
+
+    /// Notes what it took.
+    pub(crate) fn note(&self, timeline: &mut Timeline) {
+        timeline.carried.clear();
+        for vm in &self.vms {
+            let (name, figures) = (vm.name(), vm.figures());
+            let instants = [
+                (figures.span.began, EventKind::PreserveBegan),
+                (figures.span.ended, EventKind::Preserved),
+            ];
+            for (at, kind) in instants {
+                timeline.note(at, Side::Before, Some(name), kind);
+            }
+            let memory = self.files.get(name).map(|files| files.spec().memory());
+            timeline.carried.push(CarriedRow {
+                vm: name.clone(),
+                memory: memory.unwrap_or_default(),
+                preserved: figures.preserved,
+                filled: figures.filled,
+                late_parts: figures.late.parts,
+                retrieved: None,
+            });
+        }
     }
 
     /// Preserves what VMs began to use since they were prepared, of the parts
@@ -185,13 +216,9 @@ impl Carry {
 
     /// Lets everything go: the VMs run on here.
     pub(crate) fn forget(self, host: &Host) {
-        forget(host, self.running.iter().map(|(name, vm)| (name, *vm)));
-    }
-}
-
-fn forget<'a>(host: &Host, vms: impl Iterator<Item = (&'a VmName, VmId)>) {
-    for (name, vm) in vms {
-        notes::forget(&host.layout, name, vm);
+        let Self { running, vms, .. } = self;
+        drop(vms);
+        forget_running(host, running.iter().map(|(name, vm)| (name, *vm)));
     }
 }
 

@@ -8,31 +8,38 @@
 //! when it holds nothing more. It never maps guest RAM.
 //!
 //! ```text
-//! hebe resume ──starts──▶ keeper: retrieve all ─▶ says how many on its stdout ─▶ serves
-//!   list ─▶ what there is     take SEGMENT ─▶ its files     release SEGMENT ─▶ let go
+//! hebe resume ──starts──▶ keeper: listens, reads the list, says on its stdout how many,
+//!                                 retrieves them all, and serves meanwhile:
+//!   list ─▶ what there is and what is awaited
+//!   take SEGMENT ─▶ its files, once they have arrived    release SEGMENT ─▶ let go
 //! ```
+//! So each VM is resumed as soon as its own memory is there.
+//!
+//! From its first retrieve to its last release nothing may end it but SIGKILL:
+//! it does not obey SIGTERM, a client or a starter that is gone costs it
+//! nothing, and whatever it needs is open before.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
-use std::process::{Command, Stdio};
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use hebe_api::{read_frame, write_frame};
-use hebe_store::luo::{self, Arrival, ArrivedVm, Lost, SegmentFiles};
+use hebe_store::SegmentSpec;
+use hebe_store::luo::{self, Arrival, ArrivedHost, ArrivedVm, Lost};
 use hebe_sys::luo::Orchestrator;
 use hebe_sys::{fdpass, proc};
 use hebe_types::{ByteSize, SegmentId, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
-use crate::host::{Host, Layout};
+use super::arrivals::{ArrivalNote, Arrivals};
+use crate::host::Host;
 use crate::listing::with_cause;
-use crate::notes;
 use crate::stores::{ExecView, SegmentView};
 
 /// Segments of a store have smaller numbers.
@@ -40,14 +47,17 @@ pub const FIRST_KEPT: u32 = 1000;
 const _: () = assert!(FIRST_KEPT >= luo::VMS_MAX);
 
 /// How long either side waits for the other; a request is a few words.
-const WAIT: Duration = Duration::from_secs(20);
+pub(super) const WAIT: Duration = Duration::from_secs(20);
+/// How long whoever wants a VM's memory waits for its arrival: retrieving goes
+/// through every page.
+pub(super) const TAKE_WAIT: Duration = Duration::from_secs(3600);
 /// The program's own word for it, see `start`.
 pub const WORD: &str = "keeper";
 
 /// What is asked of the keeper; one request on each connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "kebab-case")]
-enum Ask {
+pub(super) enum Ask {
     /// Answered with [`Listing`].
     List,
     /// Answered with [`Answer`]; the files follow.
@@ -57,13 +67,13 @@ enum Ask {
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
-struct Answer {
+pub(super) struct Answer {
     /// The `SegmentSpec` as JSON, and how many files follow.
-    files: Option<(String, usize)>,
-    error: Option<String>,
+    pub(super) files: Option<(String, usize)>,
+    pub(super) error: Option<String>,
 }
 
-/// Everything that arrived and is still held.
+/// Everything that arrived and is still held, or is still to arrive.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Listing {
     /// The kernel that sent it, where it said so.
@@ -89,6 +99,8 @@ pub struct Kept {
     pub exec: ExecView,
     /// A VMM has it mapped.
     pub held: bool,
+    /// It is still being retrieved.
+    pub awaited: bool,
     /// The `SegmentSpec` as JSON; empty where it did not arrive.
     pub spec: String,
 }
@@ -110,97 +122,291 @@ impl Kept {
     }
 }
 
+/// Where one process listens, and where it notes what arrived.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// Its socket.
+    pub socket: PathBuf,
+    /// See [`Arrivals`].
+    pub record: PathBuf,
+    /// The running kernel's boot.
+    pub boot_id: [u8; 16],
+}
+
+impl Place {
+    /// On this host, in this boot.
+    pub fn of(host: &Host) -> Self {
+        Self {
+            socket: host.layout.keeper_socket(),
+            record: Arrivals::path(&host.layout),
+            boot_id: host.system.boot_id(),
+        }
+    }
+}
+
 /// What one process holds.
-#[derive(Debug, Default)]
-pub struct Keeper {
+#[derive(Debug)]
+struct Keeper {
+    place: Place,
+    holding: Mutex<Holding>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct Holding {
     kernel: Option<String>,
     report: Option<String>,
-    boot_id: [u8; 16],
     vms: BTreeMap<SegmentId, Held>,
+    arrivals: Arrivals,
+    /// Every VM that there is has its entry, arrived or awaited.
+    listed: bool,
+    /// Nothing is awaited any more.
+    all: bool,
 }
 
 #[derive(Debug)]
 struct Held {
     name: Option<VmName>,
     vm: Option<VmId>,
-    outcome: Result<ArrivedVm, Lost>,
+    memory: Content,
+}
+
+#[derive(Debug)]
+enum Content {
+    Awaited(Box<SegmentSpec>),
+    Whole(Arc<ArrivedVm>),
+    Lost(Lost),
+}
+
+impl Holding {
+    /// Nothing is held, and nothing is to come.
+    fn is_over(&self) -> bool {
+        self.all && self.vms.is_empty()
+    }
+}
+
+/// Retrieves everything, many VMs at once, and serves meanwhile and as long as
+/// any VM is held. Tells `said` how many there are, as soon as that is known:
+/// while they are still being retrieved, where the list of them arrived.
+///
+/// # Errors
+/// The socket cannot be made; nothing was retrieved then.
+pub fn keep(
+    orchestrator: Box<dyn Orchestrator>,
+    place: Place,
+    said: impl Write + Send,
+) -> io::Result<()> {
+    // Before anything is retrieved: from then on this process must not fail.
+    let listener = listen(&place.socket)?;
+    let keeper = Keeper {
+        holding: Mutex::new(Holding {
+            kernel: None,
+            report: None,
+            vms: BTreeMap::new(),
+            arrivals: Arrivals::begin(&place.record, place.boot_id),
+            listed: false,
+            all: false,
+        }),
+        changed: Condvar::new(),
+        place,
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| keeper.retrieve(orchestrator, said));
+        keeper.serve(&listener, scope);
+    });
+    // Under its own name it is nobody else's: there is one keeper per boot.
+    fs::remove_file(&keeper.place.socket)
 }
 
 impl Keeper {
-    /// Retrieves everything, many VMs at once. `boot_id` is the running kernel's.
-    pub fn retrieve(orchestrator: &dyn Orchestrator, boot_id: [u8; 16]) -> Self {
+    fn lock(&self) -> MutexGuard<'_, Holding> {
+        self.holding.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until `ready` holds, or for as long as a client has patience.
+    fn wait(&self, ready: impl Fn(&Holding) -> bool) -> MutexGuard<'_, Holding> {
+        let waited = self
+            .changed
+            .wait_timeout_while(self.lock(), TAKE_WAIT, |holding| !ready(holding));
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    fn retrieve(&self, orchestrator: Box<dyn Orchestrator>, mut said: impl Write) {
+        // Whoever started this may be gone, and what it wanted to know with it.
+        let mut say = |count: usize| {
+            let _ = writeln!(said, "{count}").and_then(|()| said.flush());
+        };
         // Where the list is damaged the VMs are looked for all the same.
-        let host = luo::host(orchestrator).ok().flatten();
-        let vms = Mutex::new(BTreeMap::new());
-        let workers = std::thread::available_parallelism().map_or(2, usize::from);
-        luo::arrive(orchestrator, host.as_ref(), workers, &|arrival: Arrival| {
-            let held = Held {
-                name: arrival.name,
-                vm: arrival.vm,
-                outcome: arrival.outcome,
-            };
-            let mut vms = vms.lock().unwrap_or_else(PoisonError::into_inner);
-            vms.insert(SegmentId(FIRST_KEPT + arrival.slot), held);
+        let host = luo::host(&*orchestrator).ok().flatten();
+        let expected = host.as_ref().and_then(awaited);
+        let known = expected.as_ref().map(BTreeMap::len);
+        {
+            let mut holding = self.lock();
+            holding.kernel = host.as_ref().map(|h| h.kernel.clone());
+            let report = host.as_ref().and_then(|h| h.report.clone());
+            holding.report = report.and_then(|bytes| String::from_utf8(bytes).ok());
+            holding.vms = expected.unwrap_or_default();
+            holding.listed = known.is_some();
+        }
+        self.changed.notify_all();
+        if let Some(count) = known {
+            say(count);
+        }
+        let workers = thread::available_parallelism().map_or(2, usize::from);
+        luo::arrive(&*orchestrator, host.as_ref(), workers, &|arrival| {
+            self.arrived(arrival);
         });
-        let text = |bytes: Vec<u8>| String::from_utf8(bytes).ok();
-        Self {
-            kernel: host.as_ref().map(|h| h.kernel.clone()),
-            report: host.and_then(|h| h.report).and_then(text),
-            boot_id,
-            vms: vms.into_inner().unwrap_or_else(PoisonError::into_inner),
+        // The device is given back: sessions live on without it.
+        drop(orchestrator);
+        let mut holding = self.lock();
+        (holding.listed, holding.all) = (true, true);
+        holding.arrivals.complete = true;
+        holding.arrivals.write(&self.place.record);
+        let count = holding.vms.len();
+        self.tell(holding);
+        if known.is_none() {
+            say(count);
         }
     }
 
-    /// How many VMs it holds, whole or not.
-    pub fn len(&self) -> usize {
-        self.vms.len()
+    fn arrived(&self, arrival: Arrival) {
+        let mut holding = self.lock();
+        holding.arrivals.vms.push(ArrivalNote::of(&arrival));
+        // Before anybody can take it: whoever resumes it tells how long it took.
+        holding.arrivals.write(&self.place.record);
+        let held = Held {
+            name: arrival.name,
+            vm: arrival.vm,
+            memory: match arrival.outcome {
+                Ok(vm) => Content::Whole(Arc::new(vm)),
+                Err(lost) => Content::Lost(lost),
+            },
+        };
+        let segment = SegmentId(FIRST_KEPT + arrival.slot);
+        holding.vms.insert(segment, held);
+        self.tell(holding);
     }
 
-    /// Whether it holds nothing.
-    pub fn is_empty(&self) -> bool {
-        self.vms.is_empty()
+    /// Something changed: whoever waits looks, and with nothing left it ends.
+    fn tell(&self, holding: MutexGuard<'_, Holding>) {
+        let over = holding.is_over();
+        drop(holding);
+        self.changed.notify_all();
+        if over {
+            // It waits for a client: this is one.
+            let _ = UnixStream::connect(&self.place.socket);
+        }
     }
 
-    /// Serves until nothing is held any more.
-    pub fn serve(mut self, listener: &UnixListener) -> io::Result<()> {
-        while !self.is_empty() {
-            let (mut stream, _) = listener.accept()?;
+    fn serve<'scope>(
+        &'scope self,
+        listener: &UnixListener,
+        scope: &'scope thread::Scope<'scope, '_>,
+    ) {
+        while !self.lock().is_over() {
+            // Too many open files, for instance: what is held must not go.
+            let Ok((stream, _)) = listener.accept() else {
+                thread::sleep(Duration::from_millis(50));
+                continue;
+            };
             // A client that breaks off is its own business.
-            let _ = self.converse(&mut stream);
+            let talk = move || drop(self.converse(stream));
+            let _ = thread::Builder::new().spawn_scoped(scope, talk);
         }
-        Ok(())
     }
 
-    fn converse(&mut self, stream: &mut UnixStream) -> io::Result<()> {
+    fn converse(&self, mut stream: UnixStream) -> io::Result<()> {
         stream.set_read_timeout(Some(WAIT))?;
         stream.set_write_timeout(Some(WAIT))?;
-        let Some(ask) = read_frame::<Ask>(stream)? else {
+        let Some(ask) = read_frame::<Ask>(&mut stream)? else {
             return Ok(());
         };
         match ask {
             Ask::List => {
-                self.let_go_of_running();
-                write_frame(stream, &self.listing())
+                let mut holding = self.wait(|holding| holding.listed);
+                holding.let_go_of_running(self.place.boot_id);
+                let listing = holding.listing();
+                self.tell(holding);
+                write_frame(&mut stream, &listing)
             }
-            Ask::Take { segment } => self.give(stream, segment),
+            Ask::Take { segment } => self.give(&mut stream, segment),
             Ask::Release { segment } => {
-                let gone = self.vms.remove(&segment);
-                let error = gone.is_none().then(|| format!("no segment {segment}"));
-                write_frame(stream, &Answer { error, files: None })
+                let error = self.release(segment).err();
+                write_frame(&mut stream, &Answer { error, files: None })
             }
         }
     }
 
+    fn release(&self, segment: SegmentId) -> Result<(), String> {
+        let mut holding = self.lock();
+        match holding.vms.get(&segment).map(|held| &held.memory) {
+            None => return Err(format!("no segment {segment}")),
+            Some(Content::Awaited(_)) => {
+                return Err(format!(
+                    "segment {segment} is still being retrieved: try again"
+                ));
+            }
+            Some(_) => {}
+        }
+        holding.vms.remove(&segment);
+        self.tell(holding);
+        Ok(())
+    }
+
+    fn give(&self, stream: &mut UnixStream, segment: SegmentId) -> io::Result<()> {
+        let is_there = |holding: &Holding| {
+            let held = holding.vms.get(&segment);
+            !held.is_some_and(|held| matches!(held.memory, Content::Awaited(_)))
+        };
+        let holding = self.wait(is_there);
+        let vm = match holding.vms.get(&segment).map(|held| &held.memory) {
+            Some(Content::Whole(vm)) => Arc::clone(vm),
+            other => {
+                let error = Some(match other {
+                    Some(Content::Lost(lost)) => not_whole(lost),
+                    Some(_) => format!("segment {segment} is still being retrieved: try again"),
+                    None => format!("no segment {segment}"),
+                });
+                drop(holding);
+                return write_frame(stream, &Answer { error, files: None });
+            }
+        };
+        drop(holding);
+        let fds: Vec<BorrowedFd<'_>> = vm.files.fds().collect();
+        let spec = serde_json::to_string(vm.files.spec())?;
+        let answer = Answer {
+            files: Some((spec, fds.len())),
+            error: None,
+        };
+        write_frame(stream, &answer)?;
+        fdpass::send(stream, &fds)
+    }
+}
+
+/// The VMs of the list; `None` where it does not name all of them.
+fn awaited(host: &ArrivedHost) -> Option<BTreeMap<SegmentId, Held>> {
+    let entries = host.expected().map(|(slot, spec)| {
+        let spec = spec.ok()?.clone();
+        let held = Held {
+            name: Some(spec.name.clone()),
+            vm: Some(spec.vm),
+            memory: Content::Awaited(Box::new(spec)),
+        };
+        Some((SegmentId(FIRST_KEPT + slot), held))
+    });
+    entries.collect()
+}
+
+impl Holding {
     /// A VM that runs in this boot has a VMM, which holds its memory: a client
     /// ended before it could say so.
-    fn let_go_of_running(&mut self) {
-        let here = self.boot_id;
-        self.vms.retain(|_, held| match &held.outcome {
-            Ok(vm) => !matches!(
+    fn let_go_of_running(&mut self, here: [u8; 16]) {
+        self.vms.retain(|_, held| match &held.memory {
+            Content::Whole(vm) => !matches!(
                 exec_of(vm),
                 ExecView::Running { boot_id, .. } if boot_id == here
             ),
-            Err(_) => true,
+            Content::Awaited(_) | Content::Lost(_) => true,
         });
     }
 
@@ -210,22 +416,6 @@ impl Keeper {
             report: self.report.clone(),
             vms: self.vms.iter().map(|(id, held)| kept(*id, held)).collect(),
         }
-    }
-
-    fn give(&self, stream: &mut UnixStream, segment: SegmentId) -> io::Result<()> {
-        let whole = self.vms.get(&segment).map(|held| &held.outcome);
-        let Some(Ok(vm)) = whole else {
-            let error = Some(format!("segment {segment} did not arrive whole"));
-            return write_frame(stream, &Answer { error, files: None });
-        };
-        let fds: Vec<BorrowedFd<'_>> = vm.files.fds().collect();
-        let spec = serde_json::to_string(vm.files.spec())?;
-        let answer = Answer {
-            files: Some((spec, fds.len())),
-            error: None,
-        };
-        write_frame(stream, &answer)?;
-        fdpass::send(stream, &fds)
     }
 }
 
@@ -238,25 +428,34 @@ fn exec_of(vm: &ArrivedVm) -> ExecView {
     }
 }
 
+fn not_whole(lost: &Lost) -> String {
+    format!(
+        "it did not arrive whole from the kernel before: {}",
+        with_cause(&lost.reason)
+    )
+}
+
 fn kept(segment: SegmentId, held: &Held) -> Kept {
-    let (memory, exec, spec, mapped) = match &held.outcome {
-        Ok(vm) => (
+    let json = |spec: &SegmentSpec| serde_json::to_string(spec).unwrap_or_default();
+    let (memory, exec, spec, mapped) = match &held.memory {
+        Content::Whole(vm) => (
             vm.files.spec().memory(),
             exec_of(vm),
-            serde_json::to_string(vm.files.spec()).unwrap_or_default(),
+            json(vm.files.spec()),
             vm.files.is_held().unwrap_or(true),
         ),
-        Err(lost) => {
-            let reason = format!(
-                "it did not arrive whole from the kernel before: {}",
-                with_cause(&lost.reason)
-            );
-            (
-                ByteSize(0),
-                ExecView::Damaged { reason },
-                String::new(),
-                false,
-            )
+        // Whoever sent it had it frozen, or did not jump.
+        Content::Awaited(spec) => {
+            let exec = ExecView::Frozen {
+                state_bytes: 0,
+                frozen_ns: 0,
+            };
+            (spec.memory(), exec, json(spec), false)
+        }
+        Content::Lost(lost) => {
+            let reason = not_whole(lost);
+            let exec = ExecView::Damaged { reason };
+            (ByteSize(0), exec, String::new(), false)
         }
     };
     Kept {
@@ -266,37 +465,30 @@ fn kept(segment: SegmentId, held: &Held) -> Kept {
         memory,
         exec,
         held: mapped,
+        awaited: matches!(held.memory, Content::Awaited(_)),
         spec,
     }
 }
 
-/// What the keeper's process does, from its start to its end: retrieves, says
-/// on `said` how many VMs it holds, or why none, and serves.
-pub fn run(host: &Host, mut said: impl Write) -> io::Result<()> {
+/// What the keeper's process does, from its start to its end; `said` is told how
+/// many VMs it holds, or why none.
+pub fn run(host: &Host, mut said: impl Write + Send) -> io::Result<()> {
+    // An end in good order would be none: what it holds has no other holder.
+    let _ = proc::hold_signals();
     let _ = proc::raise_file_limit();
     // It holds every VM's memory, and little of its own.
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
-    let retrieved = host.system.orchestrator();
-    let keeper = match retrieved {
-        // The device is given back at once: sessions live on without it.
-        Ok(orchestrator) => Keeper::retrieve(&*orchestrator, host.system.boot_id()),
-        Err(error) => return writeln!(said, "error {}", with_cause(&error)),
-    };
-    if keeper.is_empty() {
-        return writeln!(said, "0");
+    match super::orchestrator(host) {
+        Ok(orchestrator) => {
+            eprintln!("SIGTERM is not obeyed as long as VMs are held: resume or drop them");
+            keep(orchestrator, Place::of(host), said)
+        }
+        Err(error) => writeln!(said, "error {}", with_cause(&error)),
     }
-    let socket = host.layout.keeper_socket();
-    let listener = listen(&socket)?;
-    writeln!(said, "{}", keeper.len())?;
-    said.flush()?;
-    drop(said);
-    keeper.serve(&listener)?;
-    // Under its own name it is nobody else's: there is one keeper per boot.
-    fs::remove_file(&socket)
 }
 
 /// Listens where clients look; a socket that is there was a dead keeper's.
-pub fn listen(socket: &Path) -> io::Result<UnixListener> {
+fn listen(socket: &Path) -> io::Result<UnixListener> {
     if let Some(dir) = socket.parent() {
         fs::create_dir_all(dir)?;
     }
@@ -305,116 +497,4 @@ pub fn listen(socket: &Path) -> io::Result<UnixListener> {
         _ => {}
     }
     UnixListener::bind(socket)
-}
-
-/// Starts the keeper's process and waits for what it says.
-pub(crate) fn start(layout: &Layout) -> Result<usize, String> {
-    let started = |e: io::Error| format!("the keeper cannot be started: {e}");
-    let dir = layout.run.join("host");
-    fs::create_dir_all(&dir).map_err(started)?;
-    let log = fs::File::create(dir.join("keeper.log")).map_err(started)?;
-    let program = std::env::current_exe().map_err(started)?;
-    let mut command = Command::new(program);
-    command.arg(WORD);
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
-    command.stderr(Stdio::from(log));
-    let mut child = proc::spawn_detached(command, Vec::new()).map_err(started)?;
-    let mut word = String::new();
-    if let Some(stdout) = child.stdout.take() {
-        // Ends when the keeper said it, or ended.
-        BufReader::new(stdout)
-            .read_line(&mut word)
-            .map_err(started)?;
-    }
-    let word = word.trim();
-    match word.parse() {
-        Ok(count) => Ok(count),
-        Err(_) => Err(match word.strip_prefix("error ") {
-            Some(why) => why.to_owned(),
-            None => {
-                let log = crate::files::tail(&dir.join("keeper.log"), 3).join(" | ");
-                format!("the keeper ended without a word: {log}")
-            }
-        }),
-    }
-}
-
-/// Has everything that the kernel before handed over retrieved, if that was not
-/// done. Gives the reason why it could not be, where some VM is missed.
-pub(crate) fn ensure(host: &Host) -> Option<String> {
-    let missed = || {
-        let notes = notes::all(&host.layout);
-        notes.iter().any(|n| n.is_carried() && !n.given_up)
-    };
-    if UnixStream::connect(host.layout.keeper_socket()).is_ok() {
-        return None;
-    }
-    let started = match host.system.live_update() {
-        Ok(()) => host.system.start_keeper(host).map(drop),
-        Err(why) => Err(with_cause(&why)),
-    };
-    started.err().filter(|_| missed())
-}
-
-fn ask(socket: &Path, ask: Ask) -> io::Result<Option<UnixStream>> {
-    let mut stream = match UnixStream::connect(socket) {
-        Ok(stream) => stream,
-        // There is none, or it ended: nothing is held.
-        Err(e)
-            if matches!(
-                e.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-            ) =>
-        {
-            return Ok(None);
-        }
-        Err(e) => return Err(e),
-    };
-    stream.set_read_timeout(Some(WAIT))?;
-    stream.set_write_timeout(Some(WAIT))?;
-    match write_frame(&mut stream, &ask) {
-        // It ended this instant.
-        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(None),
-        other => other.map(|()| Some(stream)),
-    }
-}
-
-/// What the keeper on `socket` holds; `None` where there is none.
-pub fn list(socket: &Path) -> io::Result<Option<Listing>> {
-    let Some(mut stream) = ask(socket, Ask::List)? else {
-        return Ok(None);
-    };
-    // Closed without an answer: it ended, because it holds nothing more.
-    match read_frame(&mut stream) {
-        Err(e) if e.kind() == io::ErrorKind::ConnectionReset => Ok(None),
-        other => other,
-    }
-}
-
-fn answer(stream: Option<&mut UnixStream>) -> io::Result<Answer> {
-    let gone = || io::Error::other("the keeper is gone, and what it held with it");
-    let stream = stream.ok_or_else(gone)?;
-    let answer: Answer = read_frame(stream)?.ok_or_else(gone)?;
-    match answer.error {
-        Some(why) => Err(io::Error::other(why)),
-        None => Ok(answer),
-    }
-}
-
-/// The files of a VM.
-pub fn take(socket: &Path, segment: SegmentId) -> io::Result<SegmentFiles> {
-    let mut stream = ask(socket, Ask::Take { segment })?;
-    let Answer { files, .. } = answer(stream.as_mut())?;
-    let (Some((spec, count)), Some(stream)) = (files, stream) else {
-        return Err(io::ErrorKind::InvalidData.into());
-    };
-    let fds = fdpass::receive(&stream, count)?;
-    let spec = serde_json::from_str(&spec)?;
-    SegmentFiles::from_fds(spec, fds).map_err(io::Error::other)
-}
-
-/// The keeper lets go of a VM; unless a VMM holds its memory, that is freed.
-pub fn release(socket: &Path, segment: SegmentId) -> io::Result<()> {
-    let mut stream = ask(socket, Ask::Release { segment })?;
-    answer(stream.as_mut()).map(drop)
 }

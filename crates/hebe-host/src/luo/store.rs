@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use hebe_types::{ByteSize, SegmentId, VmId, VmName};
 
-use super::keeper::{self, FIRST_KEPT};
+use super::asking;
+use super::keeper::{FIRST_KEPT, Kept};
 use crate::stores::{NewSegment, StoreAccess, StoreTrouble, StoreView};
 
 /// A store, and beside it what the keeper on `socket` holds.
@@ -26,10 +27,10 @@ impl WithKept {
 impl StoreAccess for WithKept {
     fn view(&self) -> Result<Option<StoreView>, StoreTrouble> {
         let own = self.inner.view()?;
-        let Some(kept) = keeper::list(&self.socket).map_err(StoreTrouble::Keeper)? else {
+        let Some(kept) = asking::list(&self.socket).map_err(StoreTrouble::Keeper)? else {
             return Ok(own);
         };
-        let vms = kept.vms.into_iter().map(keeper::Kept::into_view);
+        let vms = kept.vms.into_iter().map(Kept::into_view);
         let mut view = own.unwrap_or_else(|| StoreView {
             path: self.socket.clone(),
             uuid: [0; 16],
@@ -58,7 +59,7 @@ impl StoreAccess for WithKept {
 
     fn drop_segment(&self, id: SegmentId, vm: Option<VmId>) -> Result<(), StoreTrouble> {
         if id.0 >= FIRST_KEPT {
-            return keeper::release(&self.socket, id).map_err(StoreTrouble::Keeper);
+            return asking::release(&self.socket, id).map_err(StoreTrouble::Keeper);
         }
         self.inner.drop_segment(id, vm)
     }
@@ -71,7 +72,7 @@ impl StoreAccess for WithKept {
         if let Some(report) = self.inner.read_report()? {
             return Ok(Some(report));
         }
-        let kept = keeper::list(&self.socket).map_err(StoreTrouble::Keeper)?;
+        let kept = asking::list(&self.socket).map_err(StoreTrouble::Keeper)?;
         Ok(kept.and_then(|kept| kept.report).map(String::into_bytes))
     }
 

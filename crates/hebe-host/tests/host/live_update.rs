@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use hebe_host::launch::Instance;
 use hebe_host::listing::{self, VmRow, VmState};
-use hebe_host::luo::keeper;
+use hebe_host::luo::asking;
 use hebe_host::notes;
 use hebe_host::ops::{self, ResumeOptions};
 use hebe_host::preflight::{Level, RebootOptions, preflight};
@@ -79,7 +79,7 @@ fn noted(world: &World) -> usize {
 }
 
 fn keeper_gone(world: &World) {
-    let held = keeper::list(&world.host.layout.keeper_socket()).expect("io");
+    let held = asking::list(&world.host.layout.keeper_socket()).expect("io");
     assert!(held.is_none_or(|held| held.vms.is_empty()));
 }
 
@@ -301,9 +301,9 @@ fn keeper_ends() {
     resume(&world);
     // As if it were killed: all that it holds goes.
     let socket = world.host.layout.keeper_socket();
-    let held = keeper::list(&socket).expect("io").expect("a keeper");
+    let held = asking::list(&socket).expect("io").expect("a keeper");
     for vm in held.vms {
-        keeper::release(&socket, vm.segment).expect("release");
+        asking::release(&socket, vm.segment).expect("release");
     }
     assert_eq!(world.state("db"), VmState::Running);
     let web = row(&world, "web");

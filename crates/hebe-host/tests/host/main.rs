@@ -9,6 +9,7 @@ mod fake_vmm;
 mod kills;
 mod life;
 mod live_update;
+mod luo_faults;
 mod races;
 mod reboots;
 mod verdicts;
@@ -27,6 +28,9 @@ fn main() -> ExitCode {
     if arguments.first().is_some_and(|a| a == "--operate") {
         return kills::operate(&arguments[1..]);
     }
+    if arguments.first().is_some_and(|a| a == "--keep") {
+        return luo_faults::keep(&arguments[1..]);
+    }
     let filter = arguments.iter().find(|a| !a.starts_with('-'));
     let wanted = |name: &str| filter.is_none_or(|f| name.contains(f.as_str()));
     let groups = [
@@ -35,6 +39,7 @@ fn main() -> ExitCode {
         elsewhere::CASES,
         kills::CASES,
         live_update::CASES,
+        luo_faults::CASES,
         races::CASES,
         verdicts::CASES,
     ];

@@ -1,7 +1,7 @@
 //! A host in a temporary directory.
 
 use std::fs;
-use std::io;
+use std::io::{self, BufRead, BufReader};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use hebe_host::launch::Instance;
 use hebe_host::listing::{self, VmState};
 use hebe_host::lock::VmLock;
-use hebe_host::luo::keeper::{self, Keeper};
+use hebe_host::luo::keeper::{self, Place};
 use hebe_host::luo::store::WithKept;
 use hebe_host::preflight::RebootOptions;
 use hebe_host::store_init::{InitOptions, init};
@@ -162,17 +162,13 @@ impl System for FakeMachine {
     }
     fn start_keeper(&self, host: &Host) -> Result<usize, String> {
         let device = self.orchestrator().map_err(|e| e.to_string())?;
-        let keeper = Keeper::retrieve(&*device, self.boot_id());
-        let held = keeper.len();
-        if held > 0 {
-            let socket = host.layout.keeper_socket();
-            let listener = keeper::listen(&socket).expect("listen");
-            std::thread::spawn(move || {
-                keeper.serve(&listener).expect("serve");
-                let _ = fs::remove_file(socket);
-            });
-        }
-        Ok(held)
+        let (said, word) = std::io::pipe().expect("pipe");
+        let place = Place::of(host);
+        std::thread::spawn(move || keeper::keep(device, place, word));
+        let mut line = String::new();
+        let read = BufReader::new(said).read_line(&mut line);
+        read.map_err(|e| e.to_string())?;
+        line.trim().parse().map_err(|_| "no word".to_owned())
     }
 }
 

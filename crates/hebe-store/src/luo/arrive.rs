@@ -8,16 +8,18 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
+use hebe_sys::clock::stamp_now;
 use hebe_sys::luo::{Incoming, LuoError, Orchestrator};
-use hebe_types::{VmId, VmName};
+use hebe_types::{ByteSize, VmId, VmName};
 
 use super::file::{self, MemoryFile};
 use super::files::{SegmentFiles, make_part};
 use super::manifest::{self, CarrierId, MANIFEST_LEN, Manifest, Roster};
 use super::plan::part_lens;
-use super::{CarryError, Piece, VMS_MAX, host_session, vm_session};
+use super::{CarryError, Piece, Span, VMS_MAX, host_session, vm_session};
 use crate::exec::ExecStatus;
 use crate::layout::Owner;
+use crate::spec::SegmentSpec;
 use crate::table::SegmentInfo;
 use crate::{StoreError, report};
 
@@ -42,6 +44,8 @@ pub struct Arrival {
     pub name: Option<VmName>,
     /// Its id, as far as anything says it.
     pub vm: Option<VmId>,
+    /// How long retrieving it took, failed or not.
+    pub span: Span,
     /// The VM, or why it is lost.
     pub outcome: Result<ArrivedVm, Lost>,
 }
@@ -57,6 +61,8 @@ pub struct ArrivedVm {
     pub created_ns: u64,
     /// The kernel that sent it.
     pub kernel: String,
+    /// Bytes of RAM that the kernel brought back; the rest was left out as empty.
+    pub retrieved: ByteSize,
     /// Kept where it could not be finished.
     _session: Option<Box<dyn Incoming>>,
 }
@@ -82,11 +88,12 @@ impl ArrivedVm {
 }
 
 impl ArrivedHost {
-    /// The VMs that were sent: slot, and name where its record is readable.
-    pub fn expected(&self) -> impl Iterator<Item = (u32, Option<&VmName>)> {
+    /// The VMs that were sent: slot, and whose memory it is, or why its record
+    /// cannot be read.
+    pub fn expected(&self) -> impl Iterator<Item = (u32, Result<&SegmentSpec, &str>)> {
         self.entries.iter().map(|(slot, entry)| {
-            let name = entry.as_ref().ok().map(|owner| &owner.spec.name);
-            (*slot, name)
+            let spec = entry.as_ref().map(|owner| &owner.spec);
+            (*slot, spec.map_err(String::as_str))
         })
     }
 }
@@ -121,8 +128,8 @@ pub fn host(orchestrator: &dyn Orchestrator) -> Result<Option<ArrivedHost>, Carr
     }))
 }
 
-/// Retrieves every VM, `workers` at once, and hands each to `each` as soon as it
-/// is there, in no order. With `host` those that it lists; without it, whatever
+/// Retrieves every VM, `workers` at once, small ones first, and hands each to
+/// `each` as soon as it is there. With `host` those that it lists; without it, whatever
 /// is found in any slot.
 pub fn arrive(
     orchestrator: &dyn Orchestrator,
@@ -130,7 +137,7 @@ pub fn arrive(
     workers: usize,
     each: &(dyn Fn(Arrival) + Sync),
 ) {
-    let slots: Vec<(u32, Option<&Owner>)> = match host {
+    let mut slots: Vec<(u32, Option<&Owner>)> = match host {
         Some(host) => {
             let entries = host.entries.iter();
             entries
@@ -139,6 +146,7 @@ pub fn arrive(
         }
         None => (0..VMS_MAX).map(|slot| (slot, None)).collect(),
     };
+    slots.sort_by_key(|(_, owner)| owner.map(|owner| owner.spec.memory()));
     let carrier = host.map(|h| h.carrier);
     let next = AtomicUsize::new(0);
     let work = || {
@@ -168,50 +176,59 @@ fn vm(
     expected: Option<&Owner>,
     carrier: Option<CarrierId>,
 ) -> Arrival {
-    let mut arrival = Arrival {
-        slot,
-        name: expected.map(|owner| owner.spec.name.clone()),
-        vm: expected.map(|owner| owner.spec.vm),
-        outcome: Err(Lost {
-            reason: CarryError::damaged(Piece::Manifest, "it was not looked at"),
-            _session: None,
-        }),
-    };
-    let session = match orchestrator.retrieve_session(&vm_session(slot)) {
-        Ok(session) => session,
-        Err(why) => {
-            arrival.outcome = Err(Lost {
-                reason: why.into(),
-                _session: None,
-            });
-            return arrival;
+    let began = stamp_now();
+    let mut name = expected.map(|owner| owner.spec.name.clone());
+    let mut vm = expected.map(|owner| owner.spec.vm);
+    let mut retrieve = || {
+        let lost = |reason, _session| Lost { reason, _session };
+        let session = orchestrator
+            .retrieve_session(&vm_session(slot))
+            .map_err(|why| lost(why.into(), None))?;
+        let found = read_manifest(&*session, slot).and_then(|manifest| {
+            let spec = &manifest.owner.spec;
+            name.get_or_insert(spec.name.clone());
+            vm.get_or_insert(spec.vm);
+            same(&manifest, expected, carrier)?;
+            let files = retrieve_files(&*session, &manifest)?;
+            let status = files.status()?;
+            Ok((manifest, files, status))
+        });
+        match found {
+            Ok((manifest, files, status)) => Ok(ArrivedVm {
+                retrieved: retrieved(&manifest),
+                files,
+                status,
+                created_ns: manifest.owner.created_ns,
+                kernel: manifest.kernel,
+                // All of it is in our hands; the kernel's hold on it would keep
+                // it from being preserved again.
+                _session: session.finish().is_err().then_some(session),
+            }),
+            Err(reason) => Err(lost(reason, Some(session))),
         }
     };
-    let found = read_manifest(&*session, slot).and_then(|manifest| {
-        let spec = &manifest.owner.spec;
-        arrival.name.get_or_insert(spec.name.clone());
-        arrival.vm.get_or_insert(spec.vm);
-        same(&manifest, expected, carrier)?;
-        let files = retrieve_files(&*session, &manifest)?;
-        let status = files.status()?;
-        Ok((manifest, files, status))
-    });
-    arrival.outcome = match found {
-        Ok((manifest, files, status)) => Ok(ArrivedVm {
-            files,
-            status,
-            created_ns: manifest.owner.created_ns,
-            kernel: manifest.kernel,
-            // All of it is in our hands; the kernel's hold on it would keep it
-            // from being preserved again.
-            _session: session.finish().is_err().then_some(session),
-        }),
-        Err(reason) => Err(Lost {
-            reason,
-            _session: Some(session),
-        }),
-    };
-    arrival
+    let outcome = retrieve();
+    Arrival {
+        slot,
+        name,
+        vm,
+        span: Span {
+            began,
+            ended: stamp_now(),
+        },
+        outcome,
+    }
+}
+
+/// Bytes of RAM in the session.
+fn retrieved(manifest: &Manifest) -> ByteSize {
+    let Manifest { owner, present, .. } = manifest;
+    let lens = (0..).zip(part_lens(owner.spec.memory(), present.part_len));
+    ByteSize(
+        lens.filter(|(part, _)| present.has(*part))
+            .map(|(_, len)| len)
+            .sum(),
+    )
 }
 
 /// Whether the manifest is the one that the host's list speaks of.

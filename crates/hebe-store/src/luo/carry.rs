@@ -11,6 +11,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
+use hebe_sys::clock::stamp_now;
 use hebe_sys::luo::{Orchestrator, Outgoing};
 use hebe_types::{ByteSize, VmName};
 
@@ -18,7 +19,7 @@ use super::file::{self, MemoryFile};
 use super::files::{SegmentFiles, allocated};
 use super::manifest::{self, CarrierId, MANIFEST_LEN, Present, Sender};
 use super::plan::Plan;
-use super::{CarryError, Piece, VMS_MAX, host_session, vm_session};
+use super::{CarryError, Piece, Span, VMS_MAX, host_session, vm_session};
 use crate::exec::now_ns;
 use crate::layout::{Owner, REPORT_LEN_MAX};
 use crate::{StoreError, report};
@@ -47,16 +48,37 @@ pub struct CarriedVm {
     left_out: Vec<(u32, OwnedFd)>,
     /// Parts are preserved that the manifest does not name yet.
     manifest_is_behind: bool,
+    figures: Figures,
+}
+
+/// What carrying a VM took so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Figures {
+    /// Preserving it as planned, without what came late.
+    pub span: Span,
+    /// Bytes of RAM that are preserved.
+    pub preserved: ByteSize,
+    /// Of these, what was holes and is filled now.
+    pub filled: ByteSize,
+    /// What came late.
+    pub late: Late,
 }
 
 /// What a VM wrote to, between being prepared and being frozen, of the parts
 /// that were left out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Late {
-    /// Parts preserved inside the pause.
+    /// Parts.
     pub parts: u32,
     /// Bytes of holes that this filled.
     pub filled: ByteSize,
+}
+
+impl Late {
+    fn add(&mut self, filled: u64) {
+        self.parts += 1;
+        self.filled.0 += filled;
+    }
 }
 
 impl<'a> Carrier<'a> {
@@ -114,6 +136,7 @@ impl<'a> Carrier<'a> {
             let other = "the plan was made for another VM";
             return Err(StoreError::BadSpec(other.into()).into());
         }
+        let began = stamp_now();
         let session = self.orchestrator.create_session(&vm_session(slot))?;
         preserve(&*session, Piece::Exec, files.exec())?;
         let mut present = Present {
@@ -144,6 +167,15 @@ impl<'a> Carrier<'a> {
             present,
             left_out,
             manifest_is_behind: false,
+            figures: Figures {
+                span: Span {
+                    began,
+                    ended: stamp_now(),
+                },
+                preserved: ByteSize(plan.memory.0 - plan.left_out.0),
+                filled: plan.fill,
+                late: Late::default(),
+            },
         })
     }
 }
@@ -189,6 +221,11 @@ impl CarriedVm {
     /// The slot that its session is named by.
     pub fn slot(&self) -> u32 {
         self.owner.spec.id.0
+    }
+
+    /// What it took so far.
+    pub fn figures(&self) -> Figures {
+        self.figures
     }
 
     /// Parts that are not in the session, because they were empty.
@@ -246,8 +283,11 @@ impl CarriedVm {
         preserve(&*self.session, Piece::Part(index), fd.as_fd())?;
         self.present.add(index);
         self.manifest_is_behind = true;
-        late.parts += 1;
-        late.filled.0 += len.saturating_sub(used);
+        let filled = len.saturating_sub(used);
+        late.add(filled);
+        self.figures.late.add(filled);
+        self.figures.preserved.0 += len;
+        self.figures.filled.0 += filled;
         Ok(true)
     }
 }

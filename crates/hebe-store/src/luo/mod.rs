@@ -47,13 +47,13 @@ mod tests;
 use std::fmt;
 
 use hebe_sys::luo::{LuoError, SessionName, Token};
-use hebe_types::{ByteSize, VmName};
+use hebe_types::{ByteSize, Stamp, VmName};
 
 use crate::StoreError;
 use crate::layout::SEGMENTS_MAX;
 
 pub use arrive::{Arrival, ArrivedHost, ArrivedVm, Lost, arrive, host};
-pub use carry::{CarriedHost, CarriedVm, Carrier, Late};
+pub use carry::{CarriedHost, CarriedVm, Carrier, Figures, Late};
 pub use files::SegmentFiles;
 pub use manifest::CarrierId;
 pub use plan::{HolePolicy, PARTS_MAX, PartUse, Plan};
@@ -110,6 +110,15 @@ pub fn vm_session(slot: u32) -> SessionName {
 fn name(text: String) -> SessionName {
     // Both texts above are short and have no NUL.
     text.parse().unwrap_or_else(|_| unreachable!())
+}
+
+/// From when to when the kernel was busy with a VM's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Its first call.
+    pub began: Stamp,
+    /// The end of its last.
+    pub ended: Stamp,
 }
 
 /// Why memory is not carried, or did not arrive.

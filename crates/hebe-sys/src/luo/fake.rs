@@ -11,7 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{
     FallocateFlags, MemfdFlags, SealFlags, SeekFrom, fallocate, fcntl_add_seals, fcntl_get_seals,
@@ -64,12 +64,15 @@ struct State {
     outgoing: BTreeMap<String, BTreeMap<u64, Kept>>,
     incoming: BTreeMap<String, Arrived>,
     faults: BTreeMap<Fault, i32>,
+    /// Sessions of which nothing is retrieved for now.
+    stalled: BTreeSet<String>,
 }
 
 /// One machine, over any number of kernels.
 #[derive(Clone, Debug, Default)]
 pub struct FakeKernel {
     state: Arc<Mutex<State>>,
+    changed: Arc<Condvar>,
 }
 
 /// The device, open.
@@ -124,6 +127,18 @@ impl FakeKernel {
     /// Lets everything succeed again.
     pub fn disarm(&self) {
         self.lock().faults.clear();
+    }
+
+    /// Whoever retrieves something of this session waits, until
+    /// [`FakeKernel::go_on`]: a large VM.
+    pub fn stall(&self, session: &str) {
+        self.lock().stalled.insert(session.to_owned());
+    }
+
+    /// Ends every [`FakeKernel::stall`].
+    pub fn go_on(&self) {
+        self.lock().stalled.clear();
+        self.changed.notify_all();
     }
 
     /// How many sessions the next kernel would get, and how many files in them.
@@ -339,7 +354,10 @@ impl Outgoing for Session {
 
 impl Incoming for Session {
     fn retrieve(&self, token: Token) -> Result<OwnedFd, LuoError> {
-        let mut state = self.kernel.lock();
+        let is_stalled = |state: &mut State| state.stalled.contains(&self.name);
+        let state = self.kernel.lock();
+        let waited = self.kernel.changed.wait_while(state, is_stalled);
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner);
         assert_eq!(state.boot, self.boot, "a session of a kernel that is gone");
         let refused = |code| Err(retrieve_error(errno(code), token));
         let fault = Fault::Retrieve(self.name.clone(), token.0);
