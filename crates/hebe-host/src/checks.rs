@@ -14,6 +14,7 @@ use crate::definitions;
 use crate::host::Host;
 use crate::listing::{Survey, VmRow, VmState, with_cause};
 use crate::notes;
+use crate::pending::{self, Pending};
 use crate::preflight::{Check, Level, NextKernel, VmVerdict};
 use crate::saved::SavedPaths;
 use crate::stores::{ExecView, StoreView};
@@ -94,6 +95,25 @@ pub(crate) fn host_config(host: &Host) -> Check {
             error.to_string(),
             "correct that file",
         ),
+    }
+}
+
+/// A reboot adds to the list of VMs to boot, which it must be able to read.
+pub(crate) fn pending(host: &Host) -> Option<Check> {
+    let layout = &host.layout;
+    match Pending::read(layout) {
+        Ok(pending) => Some(Check::bad(
+            "pending",
+            Level::Warn,
+            pending.trouble(layout)?,
+            "nothing to do for the reboot: what stands there stays there",
+        )),
+        Err(error) => Some(Check::bad(
+            "pending",
+            Level::Fail,
+            pending::unreadable(layout, &error),
+            "then reboot again",
+        )),
     }
 }
 

@@ -30,6 +30,7 @@ pub mod lock;
 pub mod luo;
 pub mod notes;
 pub mod ops;
+pub mod pending;
 pub mod preflight;
 pub mod reboot;
 pub mod report;

@@ -23,6 +23,7 @@ use crate::listing::{self, VmRow, VmState};
 use crate::lock::VmLock;
 use crate::luo;
 use crate::notes;
+use crate::pending;
 use crate::saved::SavedPaths;
 use crate::segments::{free_segment, refuse_in_use};
 use crate::stores::{ExecView, SegmentView, StoreTrouble};
@@ -77,7 +78,10 @@ fn start_as(host: &Host, name: &VmName, order: Order) -> Result<VmStatus, HostEr
     let survey = listing::survey(host);
     admit(survey.row(host, name)?, order)?;
     definitions::check_files(&config, &path)?;
-    boot_as(host, &config, order == Order::StartAfresh)
+    let status = boot_as(host, &config, order == Order::StartAfresh)?;
+    // It is up; if this cannot be written, the next boot finds that out too.
+    let _ = pending::settle(host, name);
+    Ok(status)
 }
 
 /// Boots a VM from a definition that lies anywhere, and keeps that definition.
@@ -111,6 +115,9 @@ pub fn run(host: &Host, config: &VmConfig) -> Result<VmStatus, HostError> {
     let started = boot(host, config);
     if started.is_err() && !known {
         definitions::forget_transient(&host.layout, name);
+    }
+    if started.is_ok() {
+        let _ = pending::settle(host, name);
     }
     started
 }
@@ -288,9 +295,12 @@ pub fn stop(host: &Host, name: &VmName, options: StopOptions) -> Result<(), Host
     let survey = listing::survey(host);
     let row = survey.row(host, name)?;
     if row.life == Life::Starting && options.force {
+        pending::settle(host, name)?;
         kill(host, row);
     } else {
         admit(row, Order::Stop)?;
+        // Before it is down, or a later boot would bring it up again.
+        pending::settle(host, name)?;
         power_off(host, row, options)?;
     }
     let lock = wait_for_end(host, name, END_WAIT)?;
@@ -500,6 +510,7 @@ fn drop_as(host: &Host, name: &VmName, meant: bool) -> Result<(), HostError> {
         refuse_precious(host, name, segment)?;
     }
     own.clone().try_for_each(refuse_in_use)?;
+    pending::settle(host, name)?;
     notes::give_up_elsewhere(host, name, store.as_ref(), true, "")?;
     SavedPaths::new(&host.layout, name).withdraw()?;
     for segment in own {

@@ -191,6 +191,7 @@ pub fn preflight(host: &Host, options: &RebootOptions, probe: bool) -> (Verdict,
     }
     checks.extend(checks::right(host));
     checks.push(checks::host_config(host));
+    checks.extend(checks::pending(host));
     match &next {
         Some(next) => {
             checks.extend(checks::kernel(host, next, probe));

@@ -32,9 +32,9 @@ use crate::lock::VmLock;
 use crate::luo::carry::Carry;
 use crate::notes;
 use crate::ops::{self, StopOptions};
+use crate::pending::Pending;
 use crate::preflight::{RebootOptions, Verdict, preflight};
 use crate::report::{ReportPlace, keep_report};
-use crate::saved::Pending;
 use crate::system::Leave;
 use crate::timeline::{EventKind, KernelInfo, Side, Timeline, rate};
 use crate::vmm;
@@ -331,8 +331,7 @@ impl Driver<'_> {
         for vm in &self.verdict.vms {
             let definition = self.survey.definitions.get(&vm.vm);
             if let (Some(Fate::ShutDown), Some(Ok(config))) = (vm.fate, definition) {
-                pending.vms.retain(|c| c.name != config.name);
-                pending.vms.push(config.clone());
+                pending.put(config.clone());
             }
         }
         pending.write(self.host).map_err(say)?;

@@ -21,9 +21,10 @@ use crate::luo;
 use crate::luo::arrivals::Arrivals;
 use crate::notes;
 use crate::ops;
+use crate::pending::{self, Pending};
 use crate::report::{ReportPlace, keep_report, last_report};
 use crate::resuming;
-use crate::saved::{self, Pending};
+use crate::saved;
 use crate::saving;
 use crate::segments::{self, free_segment};
 use crate::stores::{ExecView, StoreView};
@@ -62,6 +63,14 @@ pub enum Resumed {
 }
 
 impl Resumed {
+    /// Whether it runs.
+    fn is_up(&self) -> bool {
+        matches!(
+            self,
+            Self::Already | Self::Resumed | Self::Restored | Self::Booted
+        )
+    }
+
     /// Whether somebody should look.
     pub fn is_trouble(&self) -> bool {
         matches!(
@@ -80,6 +89,8 @@ pub struct ResumeAll {
     pub store_trouble: Option<String>,
     /// Why nothing of what the kernel before handed over could be had, if so.
     pub carry_trouble: Option<String>,
+    /// Why VMs that a cold reboot shut down are not booted, if so.
+    pub pending_trouble: Option<String>,
     /// The wall clock was set forward by so many milliseconds.
     pub clock_corrected_ms: Option<i64>,
 }
@@ -104,8 +115,9 @@ pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<Resume
     let found = host.system.stamp();
     let mut timeline = open_report(host);
     let clock_corrected_ms = timeline.as_ref().and_then(|t| correct_clock(host, t));
-    let pending = Pending::read(&host.layout).unwrap_or_default();
-    let (facts, configs) = facts(host, store.as_ref(), &pending, autostart);
+    let pending = Pending::read(&host.layout);
+    let due = pending.as_ref().map_or(&[][..], |p| &p.vms);
+    let (facts, configs) = facts(host, store.as_ref(), due, autostart);
     let work = Work {
         host,
         store: store.as_ref(),
@@ -117,7 +129,10 @@ pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<Resume
     let mut vms = work.all_at_once(&decisions, fast);
     let slow = work.all_at_once(&decisions, |d| !fast(d));
     vms.extend(slow);
-    settle_pending(host, pending, &vms);
+    let pending_trouble = match pending {
+        Ok(pending) => settle_pending(host, pending, &vms),
+        Err(error) => Some(pending::unreadable(&host.layout, &error)),
+    };
     if store.is_some()
         && let Ok(Some(now)) = host.store.view()
     {
@@ -140,6 +155,7 @@ pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<Resume
         vms: vms.into_iter().map(|(n, (r, _))| (n, r)).collect(),
         store_trouble,
         carry_trouble,
+        pending_trouble,
         clock_corrected_ms,
     })
 }
@@ -166,7 +182,7 @@ fn correct_clock(host: &Host, timeline: &Timeline) -> Option<i64> {
 fn facts(
     host: &Host,
     store: Option<&StoreView>,
-    pending: &Pending,
+    pending: &[VmConfig],
     autostart: bool,
 ) -> (Facts, BTreeMap<VmName, VmConfig>) {
     let mut configs: BTreeMap<VmName, VmConfig> = definitions::all(&host.layout)
@@ -180,7 +196,7 @@ fn facts(
         .collect();
     // What was pending is what ran; a definition changed since then counts
     // from the next start on.
-    for config in &pending.vms {
+    for config in pending {
         configs.insert(config.name.clone(), config.clone());
     }
     let found: Vec<SegmentFact> = store
@@ -224,7 +240,7 @@ fn facts(
     let facts = Facts {
         segments: found,
         saved,
-        pending: pending.names(),
+        pending: pending.iter().map(|c| c.name.clone()).collect(),
         autostart: automatic,
         alive,
         stranded,
@@ -353,15 +369,14 @@ impl Work<'_> {
 }
 
 /// VMs that are up are pending no more; those that failed stay on the list.
-fn settle_pending(host: &Host, mut pending: Pending, vms: &Results) {
-    let before = pending.vms.len();
-    pending.vms.retain(|config| {
-        let result = vms.get(&config.name).map(|(r, _)| r);
-        result.is_none_or(Resumed::is_trouble)
-    });
-    if pending.vms.len() != before {
+/// Gives why others on it are not booted.
+fn settle_pending(host: &Host, mut pending: Pending, vms: &Results) -> Option<String> {
+    let up = vms.iter().filter(|(_, (result, _))| result.is_up());
+    let taken = up.filter(|(name, _)| pending.remove(name)).count();
+    if taken > 0 {
         let _ = pending.write(host);
     }
+    pending.trouble(&host.layout)
 }
 
 fn note_new_kernel(

@@ -27,7 +27,7 @@ use hebe_types::{ByteSize, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
 use crate::files;
-use crate::host::{Host, HostError, Layout};
+use crate::host::{HostError, Layout};
 
 /// What the host must know to restore a saved VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -7,10 +7,12 @@ use std::time::Duration;
 
 use hebe_host::listing::VmState;
 use hebe_host::ops;
+use hebe_host::pending::Pending;
+use hebe_host::preflight::Level;
 use hebe_host::reboot::{RebootEnd, reboot};
 use hebe_host::report::complete_report;
 use hebe_host::resume_all::{Resumed, resume_all};
-use hebe_host::saved::{Pending, SavedPaths};
+use hebe_host::saved::SavedPaths;
 use hebe_host::timeline::{EventKind, Side};
 use hebe_sys::clock::stamp_now;
 use hebe_types::RebootMethod;
@@ -28,6 +30,14 @@ pub const CASES: &[crate::Case] = &[
         saved_and_died,
     ),
     ("a_cold_reboot_boots_what_it_shut_down", cold),
+    (
+        "what_its_owner_decides_since_keeps_a_vm_from_being_booted",
+        decided_since,
+    ),
+    (
+        "a_list_of_vms_to_boot_that_cannot_be_read_is_said",
+        list_unread,
+    ),
     ("a_jump_that_fails_thaws_every_vm", jump_fails),
     (
         "a_vm_that_cannot_freeze_brings_the_others_back",
@@ -186,6 +196,91 @@ fn cold() {
     assert_eq!(world.segments(), 2);
     let pending = Pending::read(&world.host.layout).expect("read");
     assert!(pending.vms.is_empty());
+}
+
+/// A VM that failed to boot is tried again at the next boot, unless its owner
+/// did something about it meanwhile: then the list must not boot it.
+fn decided_since() {
+    let force = ops::StopOptions {
+        timeout: Duration::ZERO,
+        force: true,
+    };
+    let web = name("web");
+    type Decision<'a> = (&'a str, &'a dyn Fn(&World), bool);
+    let decisions: [Decision; 4] = [
+        ("nothing", &|_| {}, true),
+        (
+            "started and stopped",
+            &|world| {
+                ops::start(&world.host, &web).expect("starts");
+                ops::stop(&world.host, &web, force).expect("stops");
+            },
+            false,
+        ),
+        (
+            "run and killed with the host",
+            &|world| {
+                let path = hebe_host::definitions::expected_path(&world.host.layout, &web);
+                let config = hebe_host::definitions::read(&path).expect("own");
+                ops::run(&world.host, &config).expect("runs");
+            },
+            false,
+        ),
+        (
+            "dropped",
+            &|world| ops::drop_vm(&world.host, &web).expect("given up"),
+            false,
+        ),
+    ];
+    for (what, decide, boots) in decisions {
+        let world = World::new();
+        world.start(&["db", "web"]);
+        world.reboot(RebootMethod::Cold);
+        world.tell("web", "fail-start");
+        let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
+        assert!(matches!(all.vms[&web], Resumed::Failed { .. }), "{all:?}");
+        world.tell("web", "");
+        decide(&world);
+        world.next_boot();
+        let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
+        let booted = all.vms.get(&web) == Some(&Resumed::Booted);
+        assert_eq!(booted, boots, "{what}: {all:?}");
+    }
+}
+
+/// Of a list in words of another release, or of none.
+fn list_unread() {
+    let world = World::new();
+    world.start(&["web"]);
+    world.reboot(RebootMethod::Cold);
+    let list = world.host.layout.state.join("pending.json");
+    let text = fs::read_to_string(&list).expect("the list");
+    let check = |id: &str| {
+        let options = world.options(RebootMethod::Warm);
+        let (verdict, _) = hebe_host::preflight::preflight(&world.host, &options, false);
+        verdict.checks.into_iter().find(|c| c.id == id)
+    };
+    fs::write(&list, text.replace("\"web\",", "\"web\", \"unknown\": 1,")).expect("write");
+    let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
+    assert_ne!(all.vms.get(&name("web")), Some(&Resumed::Booted));
+    let trouble = all.pending_trouble.expect("said");
+    for word in ["web", "unknown", "hebe start web"] {
+        assert!(trouble.contains(word), "{trouble}");
+    }
+    assert_eq!(check("pending").expect("said").level, Level::Warn);
+    fs::write(&list, "{").expect("write");
+    let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
+    let trouble = all.pending_trouble.expect("said");
+    assert!(trouble.contains("hebe start NAME"), "{trouble}");
+    let failed = check("pending").expect("said");
+    assert_eq!(failed.level, Level::Fail, "found out while VMs run");
+    world.start(&["web"]);
+    fs::write(&list, &text).expect("the word of another release");
+    let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
+    assert_eq!(all.vms[&name("web")], Resumed::Already);
+    assert_eq!(all.pending_trouble, None);
+    assert!(!list.exists());
+    assert_eq!(check("pending"), None);
 }
 
 fn jump_fails() {

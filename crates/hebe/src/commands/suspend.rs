@@ -79,7 +79,10 @@ fn all(host: &Host, autostart: bool, out: &Output, started: Stamp) -> Outcome {
             "nothing of what the kernel before this one was to hand over could be had: {trouble}"
         )));
     }
-    if result.vms.values().any(Resumed::is_trouble) {
+    if let Some(trouble) = &result.pending_trouble {
+        out.progress(trouble);
+    }
+    if result.pending_trouble.is_some() || result.vms.values().any(Resumed::is_trouble) {
         return Ok(Exit::Attention);
     }
     Ok(Exit::Done)
