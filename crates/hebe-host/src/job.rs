@@ -189,11 +189,15 @@ impl Job {
         }
     }
 
+    /// Boots a VM that was told to power off. One that still runs does so at
+    /// any moment, because its guest cannot be told to stay: it is waited for
+    /// as long as it had to shut down.
     pub(crate) fn boot(&self) -> Result<(), Trouble> {
-        let dir = self.host.layout.vm_dir(&self.vm);
-        if VmLock::is_held(&dir) {
-            // It never went down.
-            return Ok(());
+        if !ops::ended_within(&self.host, &self.vm, self.stop.timeout) {
+            return Err(Trouble::certain(format!(
+                "told to power off, and its guest still runs: when it is down, `hebe start {}` boots it, as the next boot of the host does",
+                self.vm
+            )));
         }
         let booted = crate::definitions::load(&self.host.layout, &self.vm)
             .and_then(|(_, config)| ops::boot(&self.host, &config));

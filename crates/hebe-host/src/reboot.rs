@@ -13,7 +13,7 @@
 //! not repeat it, but in the host it may still lie in the page cache, which
 //! ends with this kernel.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::convert::Infallible;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use hebe_api::VmmState;
 use hebe_flow::life::Life;
-use hebe_flow::reboot::{Effect, Fate, Input, Outcome, Phase, Reboot};
+use hebe_flow::reboot::{Effect, Fate, Input, Outcome, Phase, Reboot, VmPhase};
 use hebe_sys::proc;
 use hebe_types::{RebootMethod, Stamp, VmId, VmName};
 
@@ -91,6 +91,7 @@ pub fn reboot(
         began,
         say,
         carry: None,
+        not_booted: BTreeSet::new(),
     };
     match driver.run(machine) {
         Outcome::Refused(why) => Err(RebootEnd::Refused(why)),
@@ -138,6 +139,9 @@ struct Driver<'a> {
     say: &'a (dyn Fn(&str) + Sync),
     /// What Linux carries; as long as it is here, and no longer.
     carry: Option<Carry>,
+    /// VMs that were told to power off and are not up again, when all that can
+    /// be brought back is.
+    not_booted: BTreeSet<VmName>,
 }
 
 impl Driver<'_> {
@@ -154,6 +158,9 @@ impl Driver<'_> {
                 abort_told = true;
                 Input::Abort("it was stopped by a signal".into())
             } else if let Some(effect) = effects.pop_front() {
+                if effect == Effect::Unprepare {
+                    self.not_booted = not_booted(&machine, &self.verdict);
+                }
                 match self.execute(effect, &sender) {
                     Some(input) => input,
                     None => continue,
@@ -387,7 +394,8 @@ impl Driver<'_> {
         let mut pending = Pending::read(&self.host.layout).map_err(say)?;
         let ours = |name: &VmName| {
             let mut vms = self.verdict.vms.iter();
-            vms.any(|v| v.vm == *name && v.fate == Some(Fate::ShutDown))
+            let shut = vms.any(|v| v.vm == *name && v.fate == Some(Fate::ShutDown));
+            shut && !self.not_booted.contains(name)
         };
         pending.vms.retain(|c| !ours(&c.name));
         pending.write(self.host).map_err(say)
@@ -442,6 +450,16 @@ impl Driver<'_> {
         };
         keep_report(self.host, &self.timeline, place)
     }
+}
+
+/// VMs that were to be booted again, and were not.
+fn not_booted(machine: &Reboot, verdict: &Verdict) -> BTreeSet<VmName> {
+    let shut = verdict
+        .vms
+        .iter()
+        .filter(|v| v.fate == Some(Fate::ShutDown))
+        .filter(|v| matches!(machine.vm(&v.vm), Some(VmPhase::Stranded(_))));
+    shut.map(|v| v.vm.clone()).collect()
 }
 
 /// VMs in whose directory somebody holds the lock.

@@ -205,6 +205,18 @@ impl Fake {
                 Response::Done
             }
             Request::PowerButton if self.told("ignore-button") => Response::Done,
+            Request::PowerButton if self.told("power-off-late") => {
+                let (dir, marked) = (self.dir.clone(), self.segment.take());
+                thread::spawn(move || {
+                    thread::sleep(Duration::from_millis(1300));
+                    if let Some(segment) = marked {
+                        segment.exec().mark_empty().expect("mark");
+                    }
+                    end(&dir, "power-off", "");
+                    process::exit(0)
+                });
+                Response::Done
+            }
             Request::PowerButton => self.leave("power-off"),
             Request::Quit { expected } if expected.is_some_and(|e| e != self.state) => {
                 Response::Failed {

@@ -31,6 +31,10 @@ pub const CASES: &[crate::Case] = &[
     ),
     ("a_cold_reboot_boots_what_it_shut_down", cold),
     (
+        "a_guest_that_powers_off_after_its_reboot_was_undone_is_booted",
+        powers_off_late,
+    ),
+    (
         "what_its_owner_decides_since_keeps_a_vm_from_being_booted",
         decided_since,
     ),
@@ -179,14 +183,35 @@ fn saved_and_died() {
     assert_eq!(world.state("db"), VmState::Running);
 }
 
+/// A guest may need longer to shut down than it has: the reboot is undone, and
+/// what it was told to do is undone, too.
+fn powers_off_late() {
+    let world = World::new();
+    world.start(&["db", "web"]);
+    let before = world.instance("web").expect("instance").vm;
+    world.tell("web", "power-off-late");
+    let (why, stranded, _) = abort(&world, RebootMethod::Cold);
+    assert!(why.contains("did not power off"), "{why}");
+    assert!(stranded.is_empty(), "{stranded:?}");
+    assert_eq!(world.state("web"), VmState::Running);
+    let after = world.instance("web").expect("instance").vm;
+    assert_ne!(before, after, "booted anew");
+    let pending = Pending::read(&world.host.layout).expect("read");
+    assert!(pending.vms.is_empty(), "the next boot is told nothing");
+}
+
 fn cold() {
     let world = World::new();
     world.start(&["db", "web"]);
     world.tell("web", "ignore-button");
     let (why, stranded, _) = abort(&world, RebootMethod::Cold);
     assert!(why.contains("did not power off"), "{why}");
-    assert!(stranded.is_empty());
+    assert_eq!(stranded, ["web"], "it may go down at any time");
+    assert_eq!(world.state("web"), VmState::Running);
     assert_eq!(world.state("db"), VmState::Running, "booted again");
+    let pending = Pending::read(&world.host.layout).expect("read");
+    let names: Vec<_> = pending.vms.iter().map(|c| c.name.clone()).collect();
+    assert_eq!(names, [name("web")], "whoever goes down late is booted");
     world.tell("web", "");
     world.reboot(RebootMethod::Cold);
     let pending = Pending::read(&world.host.layout).expect("read");
