@@ -64,6 +64,11 @@ pub enum ClientError {
     /// The VMM refused or failed.
     #[error("{0}")]
     Refused(String),
+    /// What it says of itself is not what it was started as.
+    #[error(
+        "the VMM says that it is another VM's: its guest may have broken into it; nothing that it says counts, and `hebe stop --force` ends it"
+    )]
+    OtherVm,
     /// An answer of another kind than asked for.
     #[error("the VMM gave an answer of the wrong kind: it may be of another release")]
     Unexpected,
@@ -166,7 +171,7 @@ impl Client {
 
     /// The process that listens on the other side: whom an order to kill
     /// reaches, so the VMM's own word does not count.
-    fn peer(&self) -> Option<u32> {
+    pub fn peer(&self) -> Option<u32> {
         let peer = rustix::net::sockopt::socket_peercred(&self.stream).ok()?;
         u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
     }

@@ -1,14 +1,18 @@
 //! Small files that must be whole or absent, whenever the machine stops.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use hebe_api::plain;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// Longest file that [`read_json`] takes, in bytes.
 const JSON_LEN_MAX: u64 = 16 << 20;
+/// How much of a file's end [`tail`] looks at, in bytes.
+const TAIL_LEN_MAX: u64 = 16 << 10;
 
 /// Writes `bytes` to `path`: first a new file beside it, then, when that is on
 /// disk, the name. After a stop at any instant the old content or the new one
@@ -34,15 +38,24 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
 
 /// Reads JSON; `None` when there is no such file.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
-    match fs::metadata(path) {
+    read_json_within(path, JSON_LEN_MAX)
+}
+
+/// [`read_json`], of a file that somebody untrusted may be writing: not more
+/// than `len_max` bytes of it are read, whatever its size is said to be.
+pub fn read_json_within<T: DeserializeOwned>(path: &Path, len_max: u64) -> io::Result<Option<T>> {
+    let mut options = File::options();
+    // Neither waits for a FIFO's writer nor goes where a link leads.
+    options.custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW);
+    let file = match options.read(true).open(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(e),
-        Ok(meta) if meta.len() > JSON_LEN_MAX => {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "file too long"));
-        }
-        Ok(_) => {}
+        opened => opened?,
+    };
+    let mut bytes = Vec::new();
+    file.take(len_max + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > len_max {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "file too long"));
     }
-    let bytes = fs::read(path)?;
     let value = serde_json::from_slice(&bytes)?;
     Ok(Some(value))
 }
@@ -67,14 +80,23 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
-/// The last lines of a text file, at most `lines` of them.
+/// The last lines of a text file, at most `lines` of them, made plain. Only
+/// its end is read: who writes it may be untrusted.
 pub fn tail(path: &Path, lines: usize) -> Vec<String> {
-    let bytes = fs::read(path).unwrap_or_default();
-    let from = bytes.len().saturating_sub(16 << 10);
-    let text = String::from_utf8_lossy(&bytes[from..]);
+    let bytes = end_of(path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
     let all: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
     let skip = all.len().saturating_sub(lines);
-    all[skip..].iter().map(|&l| l.to_owned()).collect()
+    all[skip..].iter().map(|l| plain(l)).collect()
+}
+
+fn end_of(path: &Path) -> io::Result<Vec<u8>> {
+    let mut file = File::open(path)?;
+    let from = file.metadata()?.len().saturating_sub(TAIL_LEN_MAX);
+    file.seek(SeekFrom::Start(from))?;
+    let mut bytes = Vec::new();
+    file.take(TAIL_LEN_MAX).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use hebe_api::VmStatus;
+use hebe_api::{VmStatus, plain};
 use hebe_store::luo::SegmentFiles;
 use hebe_sys::proc::spawn_detached;
 use hebe_types::{ByteSize, SegmentId, VmConfig, VmId, VmName};
@@ -35,6 +35,9 @@ use crate::vmm;
 /// How long a VMM may take until it answers. Reading a large saved file and
 /// building a VM under emulation both take long.
 pub const LAUNCH_WAIT: Duration = Duration::from_secs(120);
+
+/// Longest `exit.json`, in bytes.
+const EXIT_LEN_MAX: u64 = 1 << 20;
 
 /// How a VMM ended, as it wrote it (`exit.json`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,9 +54,17 @@ pub struct ExitRecord {
 }
 
 impl ExitRecord {
-    /// The record in a VM's directory, if there is a readable one.
+    /// The record in a VM's directory, if there is a readable one. The VMM
+    /// wrote it, whose guest may have taken it over: what it says counts for
+    /// that VM alone, and its words are made plain.
     pub fn read(dir: &Path) -> Option<Self> {
-        files::read_json(&dir.join("exit.json")).ok().flatten()
+        let read = files::read_json_within(&dir.join("exit.json"), EXIT_LEN_MAX);
+        let record: Self = read.ok().flatten()?;
+        Some(Self {
+            reason: plain(&record.reason),
+            message: record.message.as_deref().map(plain),
+            ran: record.ran,
+        })
     }
 
     /// The message, or the reason where there is none.
@@ -392,7 +403,9 @@ fn wait_until_up(
         let left = wait.saturating_sub(began.elapsed());
         if socket.exists() {
             let patience = left.max(Duration::from_millis(1));
-            if let Ok(status) = vmm::status(socket, patience) {
+            let status = vmm::status(socket, patience).ok();
+            let own = |s: &VmStatus| s.name == order.name && s.id == order.vm;
+            if let Some(status) = status.filter(own) {
                 return Ok(status);
             }
         }
@@ -447,12 +460,39 @@ pub(crate) fn killed_by_cage(log: &[String]) -> Option<String> {
     let word = last.get("text")?.as_str()?;
     let hint = "its guest may have broken into it, or this is a fault of Hebe";
     word.starts_with("killed by its cage")
-        .then(|| format!("{word}: {hint}"))
+        .then(|| format!("{}: {hint}", plain(word)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_vmm_leaves_is_bounded_and_plain() {
+        let dir = tempfile::tempdir().expect("dir");
+        let record = dir.path().join("exit.json");
+        let text = r#"{"reason":"error","message":"\u001b[2J\u001b]0;x\u0007gone","ran":true}"#;
+        fs::write(&record, text).expect("write");
+        let words = last_words(dir.path(), None);
+        assert!(words.ends_with("gone"), "{words:?}");
+        assert!(!words.contains(char::is_control), "{words:?}");
+        // Before the end there is nothing, or a part of it.
+        for part in [0, 1, text.len() - 1] {
+            fs::write(&record, &text[..part]).expect("write");
+            assert_eq!(ExitRecord::read(dir.path()), None);
+        }
+        // Longer than any disk, and soon read all the same.
+        let file = fs::File::create(&record).expect("create");
+        file.set_len(1 << 42).expect("sparse");
+        assert_eq!(ExitRecord::read(dir.path()), None);
+        let log = fs::File::create(dir.path().join("log")).expect("create");
+        log.set_len(1 << 42).expect("sparse");
+        std::os::unix::fs::FileExt::write_all_at(&log, b"\n\x1b[31mred\n", (1 << 42) - 10)
+            .expect("its end");
+        let words = last_words(dir.path(), None);
+        assert!(words.contains("red"), "{words:?}");
+        assert!(!words.contains(char::is_control), "{words:?}");
+    }
 
     #[test]
     fn the_last_word_of_a_vmm_that_its_cage_killed_is_its_reason() {

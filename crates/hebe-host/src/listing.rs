@@ -198,7 +198,7 @@ fn row(host: &Host, name: VmName, known: &Known) -> VmRow {
     let dir = host.layout.vm_dir(&name);
     let instance = Instance::read(&dir);
     let up = VmLock::is_held(&dir);
-    let answer = up.then(|| vmm::status(&host.layout.socket(&name), vmm::STATUS_WAIT));
+    let answer = up.then(|| vmm::status_of(host, &name, vmm::STATUS_WAIT));
     let status = answer.as_ref().and_then(|a| a.as_ref().ok()).cloned();
     let own = |s: &&SegmentView| {
         // A segment of another life is not the one that this VM runs in.

@@ -344,10 +344,13 @@ pub fn power_off(host: &Host, row: &VmRow, options: StopOptions) -> Result<(), H
     wait_for_end(host, name, END_WAIT).map(drop)
 }
 
-/// A VMM that does not answer has told no process id: it is found by the
+/// A VMM that does not answer is found by its control socket, or by the
 /// directory on its command line.
 fn kill(host: &Host, row: &VmRow) {
-    let pid = row.pid.or_else(|| vmm_of(&host.layout.vm_dir(&row.name)));
+    let pid = row
+        .pid
+        .or_else(|| vmm::process(&host.layout.socket(&row.name)))
+        .or_else(|| vmm_of(&host.layout.vm_dir(&row.name)));
     let pid = pid.and_then(|pid| i32::try_from(pid).ok());
     if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);

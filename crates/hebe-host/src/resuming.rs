@@ -75,7 +75,7 @@ pub(crate) fn resume_one(
             if let Some(vm) = row.status.as_ref().map(|s| s.id) {
                 notes::forget_here(host, name, vm);
             }
-            let status = vmm::status(&host.layout.socket(name), vmm::STATUS_WAIT);
+            let status = vmm::status_of(host, name, vmm::STATUS_WAIT);
             status.map_err(|source| HostError::Vmm {
                 name: name.clone(),
                 source,

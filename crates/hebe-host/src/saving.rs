@@ -164,7 +164,7 @@ pub fn save_held(
         name: name.clone(),
         source,
     };
-    let status = vmm::status(&socket, vmm::STATUS_WAIT).map_err(ask)?;
+    let status = vmm::status_of(host, name, vmm::STATUS_WAIT).map_err(ask)?;
     let size = instance.as_ref().map(|i| i.memory).or(memory);
     let info = SavedInfo {
         vm: status.id,

@@ -11,6 +11,7 @@ use hebe_api::{
 use hebe_types::VmName;
 
 use crate::host::{Host, HostError};
+use crate::launch::Instance;
 
 /// How long a VMM may take to say how it is. Emulated machines are slow.
 pub const STATUS_WAIT: Duration = Duration::from_secs(10);
@@ -31,6 +32,27 @@ pub fn status(socket: &Path, wait: Duration) -> Result<VmStatus, ClientError> {
     match ask(socket, &Request::Status, wait)? {
         Response::Status(status) => Ok(status),
         _ => Err(ClientError::Unexpected),
+    }
+}
+
+/// The process that listens on a VM's control socket, by the kernel's word.
+pub fn process(socket: &Path) -> Option<u32> {
+    Client::connect(socket).ok()?.peer()
+}
+
+/// [`status`], of the VM `name` and no other: what its VMM says must agree
+/// with what this host noted when it started it.
+///
+/// # Errors
+/// [`ClientError::OtherVm`] where it does not.
+pub fn status_of(host: &Host, name: &VmName, wait: Duration) -> Result<VmStatus, ClientError> {
+    let status = status(&host.layout.socket(name), wait)?;
+    let noted = Instance::read(&host.layout.vm_dir(name));
+    let is_it = status.name == *name && noted.is_none_or(|noted| noted.vm == status.id);
+    if is_it {
+        Ok(status)
+    } else {
+        Err(ClientError::OtherVm)
     }
 }
 

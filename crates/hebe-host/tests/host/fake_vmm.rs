@@ -218,6 +218,7 @@ impl Fake {
                 Response::Done
             }
             Request::PowerButton => self.leave("power-off"),
+            Request::Quit { .. } if self.told("ignore-quit") => failed("not now"),
             Request::Quit { expected } if expected.is_some_and(|e| e != self.state) => {
                 Response::Failed {
                     message: "in another state".into(),
@@ -245,14 +246,27 @@ impl Fake {
 
     fn status(&self) -> VmStatus {
         VmStatus {
-            name: self.name.clone(),
-            id: self.id,
+            name: if self.told("another-name") {
+                "innocent".parse().expect("name")
+            } else {
+                self.name.clone()
+            },
+            id: if self.told("another-id") {
+                VmId([0xee; 16])
+            } else {
+                self.id
+            },
             state: if self.told("failed") {
                 VmmState::Paused
             } else {
                 self.state
             },
-            pid: process::id(),
+            // One that its own VMM must not be able to have killed.
+            pid: if self.told("another-process") {
+                std::os::unix::process::parent_id()
+            } else {
+                process::id()
+            },
             version: "fake".into(),
             resumes: u32::from(self.resume.is_some()),
             failed: self.told("failed").then(|| "KVM gave it up".into()),

@@ -49,6 +49,8 @@ pub const CASES: &[crate::Case] = &[
         silent_with_a_state,
     ),
     ("a_changed_disk_is_accepted_by_order_only", changed_disk),
+    ("a_vmm_that_says_it_is_another_vms_is_not_believed", liar),
+    ("an_order_to_kill_reaches_the_vmm_alone", other_process),
 ];
 
 fn force() -> StopOptions {
@@ -56,6 +58,46 @@ fn force() -> StopOptions {
         timeout: Duration::ZERO,
         force: true,
     }
+}
+
+/// A guest that owns its VMM answers as another VM.
+fn liar() {
+    let world = World::new();
+    world.start(&["innocent", "web"]);
+    for lie in ["another-name", "another-id"] {
+        world.tell("web", lie);
+        assert_eq!(world.state("web"), VmState::Unresponsive, "{lie}");
+        let survey = hebe_host::listing::survey(&world.host);
+        let row = &survey.rows[&name("web")];
+        let detail = row.detail.clone().unwrap_or_default();
+        assert!(detail.contains("another VM's"), "{lie}: {detail}");
+        assert_eq!(survey.rows[&name("innocent")].state, VmState::Running);
+        // Nothing is written in the name that it took.
+        let saved = hebe_host::saving::save_held(&world.host, &name("web"), None);
+        let refused = saved
+            .map_err(|e| hebe_host::listing::with_cause(&e))
+            .expect_err("refused");
+        assert!(refused.contains("another VM's"), "{lie}: {refused}");
+        let dir = world.host.layout.state.join("saved");
+        assert!(!dir.exists(), "{lie}: {dir:?}");
+        assert!(ops::suspend(&world.host, &name("web")).is_err(), "{lie}");
+    }
+    ops::stop(&world.host, &name("web"), force()).expect("by force");
+    assert_eq!(world.state("web"), VmState::Stopped);
+    assert_eq!(world.state("innocent"), VmState::Running);
+}
+
+/// A guest that owns its VMM answers with the process of somebody else, which
+/// ignores the button: here that of this test.
+fn other_process() {
+    let world = World::new();
+    world.start(&["web"]);
+    world.tell("web", "another-process ignore-button ignore-quit");
+    let survey = hebe_host::listing::survey(&world.host);
+    let pid = survey.rows[&name("web")].pid.expect("a process");
+    assert_ne!(pid, std::process::id(), "its own word");
+    ops::stop(&world.host, &name("web"), force()).expect("this test lives");
+    assert_eq!(world.state("web"), VmState::Stopped);
 }
 
 fn lives() {
