@@ -194,6 +194,19 @@ impl PrivateApt {
         debs_in(dir)
     }
 
+    /// Downloads the files of a source package into `dir`; their checksums are
+    /// checked, they are not unpacked.
+    pub fn download_source(&self, package: &str, dir: &Path) -> Result<()> {
+        fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        retry("apt-get source --download-only", || {
+            run(self
+                .command("apt-get")
+                .args(["source", "--download-only", package])
+                .current_dir(dir))
+        })
+        .map(drop)
+    }
+
     /// Downloads `package` and what it needs and the machine lacks.
     pub fn download_with_missing(&self, package: &str) -> Result<Vec<PathBuf>> {
         let archives = self.dir.join("cache/archives");

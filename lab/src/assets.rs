@@ -6,12 +6,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::str::FromStr;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, bail};
 
 use crate::apt::{self, Distribution, PrivateApt, Tool};
 use crate::cache::Cache;
+use crate::emulator;
 use crate::kernel;
+use crate::machine::Accelerator;
 use crate::progress::Progress;
 
 /// The oldest QEMU whose multi-threaded emulation runs nested guests soundly.
@@ -112,6 +115,8 @@ pub struct Qemu {
     pub firmware: Vec<PathBuf>,
     /// Major version.
     pub major: u32,
+    /// Its emulated processor fails now and then ([`emulator`]).
+    pub faulty: bool,
 }
 
 impl Qemu {
@@ -166,6 +171,7 @@ pub struct Assets {
     cache: Cache,
     overrides: Overrides,
     distribution: Distribution,
+    emulator: OnceLock<Qemu>,
 }
 
 impl Assets {
@@ -175,6 +181,7 @@ impl Assets {
             cache: Cache::open()?,
             overrides,
             distribution: Distribution::detect()?,
+            emulator: OnceLock::new(),
         })
     }
 
@@ -212,6 +219,44 @@ impl Assets {
         let own = apt::own_source(&self.distribution)?;
         let dir = self.cache.root().join("apt").join(label);
         PrivateApt::open(dir, &own, suites, with_source, prefer, progress)
+    }
+
+    /// The QEMU that runs the lab's machines: the one named; with hardware
+    /// behind `/dev/kvm` any new one ([`Assets::qemu`]); else one whose
+    /// emulated processor is corrected ([`emulator`]), built at first use.
+    /// Where it cannot be built, the uncorrected one goes on in its place, and
+    /// that is said.
+    pub fn machine_qemu(&self, progress: &dyn Progress) -> Result<Qemu> {
+        if let Some(qemu) = self.emulator.get() {
+            return Ok(qemu.clone());
+        }
+        let qemu = if self.overrides.qemu.is_some() || Accelerator::detect() == Accelerator::Kvm {
+            self.qemu(progress)?
+        } else {
+            self.corrected_qemu(progress)?
+        };
+        Ok(self.emulator.get_or_init(|| qemu).clone())
+    }
+
+    fn corrected_qemu(&self, progress: &dyn Progress) -> Result<Qemu> {
+        let runs = |dir: &Path| emulator::is_of_patch(dir) && unpacked_qemu(dir).probe().is_ok();
+        let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+        let built = self
+            .cache
+            .resumed("emulator", progress, runs, |dir| {
+                emulator::build_in(self, dir, jobs, progress)
+            })
+            .and_then(|dir| unpacked_qemu(&dir).probe())
+            .map(|qemu| Qemu {
+                faulty: false,
+                ..qemu
+            });
+        built.or_else(|error| {
+            progress.note(&format!(
+                "the emulator could not be built, so QEMU as it is runs the lab, whose processor shuts down now and then (docs/lab.md): {error:#}"
+            ));
+            self.qemu(progress)
+        })
     }
 
     /// QEMU 10 or newer: the one named, the machine's own, the cached one, or
@@ -378,6 +423,7 @@ fn system_qemu(program: PathBuf) -> Qemu {
         libraries: None,
         firmware: Vec::new(),
         major: 0,
+        faulty: true,
     }
 }
 
@@ -401,6 +447,7 @@ fn unpacked_qemu(dir: &Path) -> Qemu {
             .filter(|p| p.exists())
             .collect(),
         major: 0,
+        faulty: true,
     }
 }
 

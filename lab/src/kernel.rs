@@ -8,12 +8,12 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use crate::apt::{self, Tool};
 use crate::assets::{self, Assets, Kernel, KernelName};
+use crate::building;
 use crate::progress::Progress;
 
 /// The options that differ from `allnoconfig`.
@@ -67,8 +67,6 @@ const TOOLS: [Tool; 10] = [
 
 /// The variable that names a kernel built elsewhere from this fragment.
 pub const PREBUILT: &str = "HEBE_LAB_KERNEL";
-/// How often a build says how far it is.
-const REPORT_EVERY: Duration = Duration::from_secs(15);
 
 /// The kernel of `lab/kernel.fragment`: the one that [`PREBUILT`] names, the
 /// cached one, or one built now (about 12 minutes on two processors). A changed
@@ -126,7 +124,12 @@ fn build_in(assets: &Assets, dir: &Path, jobs: usize, progress: &dyn Progress) -
     progress.step("building the lab's kernel (about 12 minutes on two processors)");
     let mut command = make();
     command.arg(format!("-j{jobs}")).arg("bzImage");
-    run_logged(&mut command, &work.join("build.log"), progress)?;
+    building::run_logged(
+        &mut command,
+        &work.join("build.log"),
+        "building the lab's kernel",
+        progress,
+    )?;
     let image = dir.join("bzImage");
     fs::copy(source.join("arch/x86/boot/bzImage"), &image).context("cannot keep the image")?;
     fs::write(dir.join("release"), release_of(&image)?)?;
@@ -163,44 +166,6 @@ fn fetch_source(assets: &Assets, work: &Path, progress: &dyn Progress) -> Result
         fs::remove_dir_all(work.join(used)).context("cannot remove unpacked packages")?;
     }
     fs::write(work.join("unpacked"), version).context("cannot note what was unpacked")
-}
-
-/// Runs make with its output in a file, and says from time to time how far it is.
-fn run_logged(command: &mut Command, log: &Path, progress: &dyn Progress) -> Result<()> {
-    let file = File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
-    let copy = file.try_clone().context("cannot share the log")?;
-    let mut child = command
-        .stdout(file)
-        .stderr(copy)
-        .spawn()
-        .context("cannot run make")?;
-    let begin = Instant::now();
-    let mut said = begin;
-    let status = loop {
-        if let Some(status) = child.try_wait().context("cannot wait for make")? {
-            break status;
-        }
-        std::thread::sleep(Duration::from_millis(500));
-        if said.elapsed() >= REPORT_EVERY {
-            said = Instant::now();
-            let steps = fs::read_to_string(log).map_or(0, |text| text.lines().count());
-            progress.step(&format!(
-                "building the lab's kernel: {} s, {steps} files",
-                begin.elapsed().as_secs()
-            ));
-        }
-    };
-    if !status.success() {
-        let text = fs::read(log).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text);
-        let lines: Vec<&str> = text.lines().collect();
-        bail!(
-            "make ended with {status} (all of it in {}): {}",
-            log.display(),
-            lines[lines.len().saturating_sub(20)..].join("\n")
-        );
-    }
-    Ok(())
 }
 
 /// What a bzImage says of itself: the first word of the string that offset

@@ -1,7 +1,7 @@
 //! QEMU as the VMM of a lab host, and its cpr-reboot: the peer that Hebe is
 //! measured beside.
 //!
-//! The QEMU that runs the lab's machine is copied into the host, with its
+//! Debian's QEMU is copied into the host, with its
 //! libraries and firmware, and runs the same guests there: same kernel, same
 //! initramfs, same command line, same kinds of devices, RAM in the same
 //! reserved range. Its VMs are defined by `define` and started by [`start`];

@@ -15,9 +15,7 @@ use lab_guest::status::GuestStatus;
 
 use crate::assets::{Assets, Kernel, KernelName};
 use crate::binaries::{Binaries, HEBE, HEBE_VMM, Program, workspace_root};
-use crate::machine::{
-    Accelerator, EmulatorFailure, GuestPorts, Machine, MachineConfig, host_cmdline,
-};
+use crate::machine::{EmulatorFailure, GuestPorts, Machine, MachineConfig, host_cmdline};
 use crate::progress::Progress;
 use crate::{disk, initramfs, peer, probe, serial};
 
@@ -219,7 +217,7 @@ pub struct Lab {
 impl Lab {
     /// Builds everything and boots the host.
     pub fn boot(assets: &Assets, options: LabOptions, progress: &dyn Progress) -> Result<Self> {
-        let qemu = assets.qemu(progress)?;
+        let qemu = assets.machine_qemu(progress)?;
         let binaries = Binaries::build(&options.product, progress)?;
         let folder = Folder::create(options.keep_files)?;
         let host = assets.kernel(options.host, progress)?;
@@ -245,7 +243,7 @@ impl Lab {
             progress,
         )?;
         if options.peer {
-            peer::place(&qemu, &tree)?;
+            peer::place(&assets.qemu(progress)?, &tree)?;
         }
         disk::make_ext4(&image, options.disk_mib, Some(&tree), progress)?;
         fs::remove_dir_all(&tree).context("cannot remove the disk's source folder")?;
@@ -420,10 +418,8 @@ impl Lab {
         if exit["reason"] != "triple-fault" {
             return Ok(());
         }
-        match self.machine.accelerator {
-            Accelerator::Tcg => Err(EmulatorFailure("a guest").into()),
-            Accelerator::Kvm => bail!("the processor of {} shut down", guest.name),
-        }
+        let error = self.machine.shut_down("a guest");
+        Err(error.context(format!("{}'s VMM", guest.name)))
     }
 
     /// What a guest's kernel printed in trouble, on its serial port.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use lab_guest::proto::HostStatus;
-use lab_guest::status::GuestStatus;
+pub use lab_guest::status::GuestStatus;
 use serde::Serialize;
 
 use crate::assets::KernelName;
@@ -124,6 +124,9 @@ pub struct Trial {
     /// Raw probe samples of each VM, in the same order.
     #[serde(skip)]
     pub raw: Vec<ProbeRecord>,
+    /// What the guests said before it.
+    #[serde(skip)]
+    pub before: Vec<GuestStatus>,
     /// What the guests said after it.
     #[serde(skip)]
     pub after: Vec<GuestStatus>,
@@ -210,6 +213,7 @@ fn watched(
         vms,
         report,
         raw,
+        before,
         after,
     })
 }

@@ -18,7 +18,7 @@ pub struct SetupArgs {
 
 /// Fetches QEMU and kernels and says what is there.
 pub fn run(assets: &Assets, args: &SetupArgs, progress: &Spinner) -> Result<ExitCode> {
-    let qemu = assets.qemu(progress)?;
+    let qemu = assets.machine_qemu(progress)?;
     progress.note(&format!("QEMU {}: {}", qemu.major, qemu.program.display()));
     for name in KernelName::STOCK {
         let generic = matches!(name, KernelName::V6_1Generic | KernelName::V7_3Generic);

@@ -7,17 +7,16 @@ use lab::scenario::{GuestSpec, Lab, LabOptions};
 use lab::trial::{self, Method};
 
 use crate::demo::{self, Carrier};
-use crate::test::Scene;
+use crate::test::{Outcome, Scene};
 
 const GUESTS: u8 = 2;
 
 /// There and back again: what was carried once is carried once more.
-pub fn run(scene: &Scene) -> Result<()> {
+pub fn run(scene: &Scene) -> Result<Outcome> {
     if !scene.full && !kernel::is_ready(scene.assets) {
-        println!(
-            "    skipped: the lab's own kernel is not built; `cargo xtask kernel` builds it, and so does --full"
-        );
-        return Ok(());
+        let why =
+            "the lab's own kernel is not built; `cargo xtask kernel` builds it, and so does --full";
+        return Ok(Outcome::Skipped(why.to_owned()));
     }
     let [from, to] = Carrier::Luo.kernels();
     let guests: Vec<GuestSpec> = (0..GUESTS)
@@ -43,5 +42,6 @@ pub fn run(scene: &Scene) -> Result<()> {
     }
     let (state, why) = super::state(&lab, "vm1")?;
     ensure!(state == "running", "vm1 is {state}: {why}");
-    lab.machine.power_off()
+    lab.machine.power_off()?;
+    Ok(Outcome::Passed)
 }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use lab::assets::KernelName;
 use lab::scenario::{GuestSpec, Lab, LabOptions};
-use lab::trial::{self, Method, Trial};
+use lab::trial::{self, GuestStatus, Method, Trial};
 
 use crate::demo;
 use crate::test::Scene;
@@ -73,17 +73,30 @@ fn check(trial: &Trial, kernel: KernelName) -> Result<()> {
         "the host runs {} after it",
         trial.host.kernel_after
     );
-    for (row, guest) in trial.vms.iter().zip(&trial.after) {
-        if let Some(disk) = &guest.disk {
-            ensure!(
-                disk.errors == 0,
-                "{}: {} disk errors",
-                row.name,
-                disk.errors
-            );
-            ensure!(disk.fsyncs > 0, "{}: the disk writer did nothing", row.name);
+    let pairs = trial.before.iter().zip(&trial.after);
+    for (spec, (before, after)) in guests().iter().zip(pairs) {
+        if spec.disk {
+            let cold = trial.method == Method::Cold;
+            disk(before, after, cold).with_context(|| spec.name.clone())?;
         }
     }
+    Ok(())
+}
+
+/// What the guest's disk writer says: it went on, and read back what it had
+/// written.
+fn disk(before: &GuestStatus, after: &GuestStatus, cold: bool) -> Result<()> {
+    let writer = |status: &GuestStatus| status.disk.clone().context("no disk writer runs");
+    let (before, after) = (writer(before)?, writer(after)?);
+    ensure!(after.errors == 0, "{} disk errors", after.errors);
+    // A guest that booted anew counts anew.
+    let earlier = if cold { 0 } else { before.fsyncs };
+    ensure!(
+        after.fsyncs > earlier,
+        "the disk writer stands still: {} fsyncs, {} before",
+        after.fsyncs,
+        before.fsyncs
+    );
     Ok(())
 }
 

@@ -42,7 +42,7 @@ const BAD: [(&str, Changes, &str); 10] = [
         &[("kernel", "'/no/such/kernel'")],
         "/no/such/kernel",
     ),
-    ("notkernel", &[("kernel", "'/bin/hebe'")], "kernel"),
+    ("notkernel", &[("kernel", "'/bin/hebe'")], "64-bit bzImage"),
     (
         "nodisk",
         &[("disk", "[{ path = '/no/such/disk' }]")],
@@ -140,7 +140,7 @@ fn reboots(lab: &Lab) -> Result<()> {
             "--initrd",
             initrd,
         ],
-        &[],
+        &["/bin/hebe"],
     )?;
     let guest = GuestSpec::numbered(0, KernelName::V6_1Cloud);
     ensure!(lab.ports(&guest).is_ok(), "the lab has ports");
