@@ -6,14 +6,14 @@ use hebe_flow::resume::{SavedFact, given_up};
 use hebe_types::VmName;
 
 use crate::host::{Host, HostError};
-use crate::launch::{LAUNCH_WAIT, Launch, launch};
-use crate::listing;
+use crate::launch::{LAUNCH_WAIT, Launch, LaunchError, launch};
+use crate::listing::{self, Survey, VmRow};
 use crate::luo;
 use crate::notes;
-use crate::ops::{END_WAIT, admit, let_run, lock, wait_for_end};
+use crate::ops::{END_WAIT, admit, let_run, lock, never_ran, wait_for_end};
 use crate::saved::SavedPaths;
 use crate::saving;
-use crate::stores::StoreView;
+use crate::stores::{ExecView, StoreView};
 use crate::vmm;
 
 /// Where a VM that is both frozen and saved is to be resumed from.
@@ -62,24 +62,20 @@ pub(crate) fn resume_one(
         }),
         // What continues in memory makes any file older than its disk.
         Ok(ResumeFrom::Memory) => {
+            let aside = paths.set_aside()?;
+            let accept = options.accept_changed_disk;
+            let resumed = from_memory(host, &survey, row, held, accept);
+            let back = resumed
+                .as_ref()
+                .is_err_and(|e| certainly_not_run(host, name, e));
+            if aside && back {
+                paths.put_back()?;
+            }
+            let status = resumed?;
             if paths.fact().is_some() {
                 paths.withdraw()?;
             }
-            if !held {
-                let store = survey.store.as_ref();
-                let status = continue_with(host, name, store, options.accept_changed_disk)?;
-                notes::forget_here(host, name, status.id);
-                return Ok(status);
-            }
-            let_run(host, name)?;
-            if let Some(vm) = row.status.as_ref().map(|s| s.id) {
-                notes::forget_here(host, name, vm);
-            }
-            let status = vmm::status_of(host, name, vmm::STATUS_WAIT);
-            status.map_err(|source| HostError::Vmm {
-                name: name.clone(),
-                source,
-            })
+            Ok(status)
         }
         Ok(ResumeFrom::File) => {
             if held {
@@ -91,6 +87,47 @@ pub(crate) fn resume_one(
             }
             let meant = options.from == Some(ResumeFrom::File);
             saving::restore_with(host, name, meant, options.accept_changed_disk)
+        }
+    }
+}
+
+/// In the VMM that holds it, or in a new one.
+fn from_memory(
+    host: &Host,
+    survey: &Survey,
+    row: &VmRow,
+    held: bool,
+    accept_changed_disk: bool,
+) -> Result<VmStatus, HostError> {
+    let name = &row.name;
+    if !held {
+        let store = survey.store.as_ref();
+        let status = continue_with(host, name, store, accept_changed_disk)?;
+        notes::forget_here(host, name, status.id);
+        return Ok(status);
+    }
+    let_run(host, name)?;
+    if let Some(vm) = row.status.as_ref().map(|s| s.id) {
+        notes::forget_here(host, name, vm);
+    }
+    let status = vmm::status_of(host, name, vmm::STATUS_WAIT);
+    status.map_err(|source| HostError::Vmm {
+        name: name.clone(),
+        source,
+    })
+}
+
+/// Whether a VM that was to go on in memory did not: its VMM says so, or is gone
+/// and left the state committed, which it withdraws before the guest runs.
+fn certainly_not_run(host: &Host, name: &VmName, error: &HostError) -> bool {
+    match error {
+        HostError::Vmm { source, .. } => vmm::is_refusal(source),
+        HostError::Launch(LaunchError::Unanswered { .. }) => false,
+        _ if never_ran(host, name, error) => true,
+        _ => {
+            let view = host.store.view().ok().flatten();
+            let segment = view.as_ref().and_then(|v| v.segment_of(name));
+            segment.is_some_and(|s| matches!(s.exec, ExecView::Frozen { .. }))
         }
     }
 }

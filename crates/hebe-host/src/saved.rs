@@ -88,6 +88,27 @@ impl SavedPaths {
             .map_err(HostError::file("commit", &self.complete))
     }
 
+    /// A VM may run from now on, from this file or from its memory: what is set
+    /// aside is restored by an order that says so alone. Durable; whether there
+    /// was a complete file.
+    pub fn set_aside(&self) -> Result<bool, HostError> {
+        if !self.complete.exists() {
+            return Ok(false);
+        }
+        files::rename_durably(&self.complete, &self.restoring)
+            .map_err(HostError::file("withdraw", &self.complete))?;
+        Ok(true)
+    }
+
+    /// Undoes [`SavedPaths::set_aside`] of a VM that certainly did not run.
+    pub fn put_back(&self) -> Result<(), HostError> {
+        if !self.restoring.exists() {
+            return Ok(());
+        }
+        files::rename_durably(&self.restoring, &self.complete)
+            .map_err(HostError::file("put back", &self.complete))
+    }
+
     /// Withdraws everything: the VM runs, or is given up. When this returns
     /// without error, nothing on disk can be restored any more.
     pub fn withdraw(&self) -> Result<(), HostError> {

@@ -6,7 +6,6 @@ use hebe_flow::resume::SavedFact;
 use hebe_snapshot::SavedFile;
 use hebe_types::{ByteSize, VmName};
 
-use crate::files;
 use crate::host::{Host, HostError};
 use crate::launch::{Instance, LAUNCH_WAIT, Launch, LaunchError, Memory, Origin, launch};
 use crate::luo;
@@ -72,10 +71,7 @@ fn prepare_restore(
     paths: &SavedPaths,
 ) -> Result<Launch, HostError> {
     let memory = memory_for_restore(host, name, info)?;
-    if paths.complete.exists() {
-        files::rename_durably(&paths.complete, &paths.restoring)
-            .map_err(HostError::file("withdraw", &paths.complete))?;
-    }
+    paths.set_aside()?;
     Ok(Launch {
         name: name.clone(),
         vm: info.vm,
@@ -144,9 +140,8 @@ fn undo_restore(
         }
         Memory::Files { .. } | Memory::Memfd => never_ran(host, name, error),
     };
-    if never_ran && paths.restoring.exists() {
-        files::rename_durably(&paths.restoring, &paths.complete)
-            .map_err(HostError::file("put back", &paths.complete))?;
+    if never_ran {
+        paths.put_back()?;
     }
     Ok(never_ran)
 }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
+use hebe_flow::resume::SavedFact;
 use hebe_host::definitions;
 use hebe_host::listing::{self, VmState};
 use hebe_host::ops::{self, ResumeFrom, ResumeOptions, StopOptions};
@@ -28,6 +29,10 @@ pub const CASES: &[crate::Case] = &[
     ("a_guest_that_powers_itself_off_is_stopped", powers_off),
     ("a_transient_vm_is_remembered_until_it_stops", transient),
     ("two_states_need_a_choice", two_states),
+    (
+        "memory_that_a_vmm_does_not_let_run_costs_no_file",
+        two_states_held,
+    ),
     (
         "a_memfd_vm_runs_without_a_store_and_cannot_be_suspended",
         memfd,
@@ -275,6 +280,34 @@ fn transient() {
     assert!(listing::survey(&world.host).rows.is_empty(), "nothing left");
 }
 
+/// The same where a VMM still holds the memory.
+fn two_states_held() {
+    let world = World::new();
+    world.start(&["web"]);
+    let paths = SavedPaths::new(&world.host.layout, &name("web"));
+    let wait = Duration::from_secs(5);
+    hebe_host::vmm::freeze(&world.host.layout.socket(&name("web")), wait).expect("freezes");
+    let info = hebe_host::saved::SavedInfo {
+        vm: world.instance("web").expect("instance").vm,
+        memory: hebe_types::ByteSize::mib(4),
+        in_store: true,
+        in_files: false,
+    };
+    paths.prepare(&info).expect("prepare");
+    paths.commit().expect("commit");
+    let memory = ResumeOptions {
+        from: Some(ResumeFrom::Memory),
+        ..ResumeOptions::default()
+    };
+    world.tell("web", "refuse-thaw");
+    ops::resume(&world.host, &name("web"), memory).expect_err("a device does not start");
+    assert_eq!(world.state("web"), VmState::Frozen);
+    assert_eq!(paths.fact(), Some(SavedFact::Complete));
+    world.tell("web", "");
+    ops::resume(&world.host, &name("web"), memory).expect("thaws");
+    assert_eq!((world.state("web"), paths.fact()), (VmState::Running, None));
+}
+
 fn two_states() {
     let world = World::new();
     world.start(&["web"]);
@@ -298,6 +331,16 @@ fn two_states() {
     let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
     let left = &all.vms[&name("web")];
     assert!(matches!(left, Resumed::Left { .. }), "{left:?}");
+    // Memory that does not run does not cost the file.
+    let memory = ResumeOptions {
+        from: Some(ResumeFrom::Memory),
+        ..ResumeOptions::default()
+    };
+    world.tell("web", "fail-start");
+    ops::resume(&world.host, &name("web"), memory).expect_err("its VMM says why");
+    world.tell("web", "");
+    assert_eq!(world.state("web"), VmState::Frozen);
+    assert_eq!(paths.fact(), Some(SavedFact::Complete));
     let options = ResumeOptions {
         from: Some(ResumeFrom::File),
         again: false,
