@@ -454,11 +454,14 @@ pub fn last_words(dir: &Path, status: Option<ExitStatus>) -> String {
 }
 
 /// What a VMM said that made a system call which no VMM makes: its guest may
-/// have taken it over.
+/// have taken it over; or that was ended by that signal from elsewhere.
 pub(crate) fn killed_by_cage(log: &[String]) -> Option<String> {
     let last: serde_json::Value = serde_json::from_str(log.last()?).ok()?;
     let word = last.get("text")?.as_str()?;
     let hint = "its guest may have broken into it, or this is a fault of Hebe";
+    if word.starts_with("ended by a SIGSYS") {
+        return Some(plain(word));
+    }
     word.starts_with("killed by its cage")
         .then(|| format!("{}: {hint}", plain(word)))
 }

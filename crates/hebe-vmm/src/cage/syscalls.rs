@@ -1,8 +1,10 @@
 //! Which system calls can be made: seccomp filters.
 //!
 //! Filters lie on top of each other, of which the strictest answer counts.
-//! One lets `clone3` seem absent, because its flags lie in memory where no
-//! filter sees them: the C library then takes `clone`. The second lets no file
+//! One lets two calls seem absent. `clone3`'s flags lie in memory where no
+//! filter sees them: the C library then takes `clone`. `mremap` makes a mapping
+//! longer without looking at its descriptor, which is closed: the next VM's
+//! segment follows this one's; the C library then copies. The second lets no file
 //! be opened. The third holds for the whole process, and one more for vCPU
 //! threads, which the guest keeps busiest.
 
@@ -30,7 +32,6 @@ const COMMON: &[c_long] = &[
     libc::SYS_close,
     libc::SYS_exit,
     libc::SYS_exit_group,
-    libc::SYS_fcntl,
     libc::SYS_futex,
     libc::SYS_getpid,
     libc::SYS_getrandom,
@@ -98,6 +99,21 @@ const VMM: &[c_long] = &[
     libc::SYS_uname,
 ];
 
+/// What a VMM asks of a descriptor. The others name a process that gets a
+/// signal of one's choice (`F_SETOWN`, `F_SETSIG`), for which the kernel asks
+/// for the same user only.
+const FCNTL: &[libc::c_int] = &[
+    libc::F_DUPFD_CLOEXEC,
+    libc::F_GETFD,
+    libc::F_SETFD,
+    libc::F_GETFL,
+    libc::F_SETFL,
+    libc::F_ADD_SEALS,
+    libc::F_GET_SEALS,
+    libc::F_OFD_GETLK,
+    libc::F_OFD_SETLK,
+];
+
 /// <linux/prctl.h>; `libc` lacks it.
 const PR_GET_AUXV: libc::c_int = 0x4155_5856;
 
@@ -121,7 +137,10 @@ const KVM_REQUESTS: u64 = 0xae00;
 pub(super) fn confine() -> Result<String, String> {
     // All programs are compiled before the first is put on: whatever can fail
     // leaves nothing half done.
-    let told_absent = Rules::from([(libc::SYS_clone3, Vec::new())]);
+    let told_absent = Rules::from([
+        (libc::SYS_clone3, Vec::new()),
+        (libc::SYS_mremap, Vec::new()),
+    ]);
     let absent = compile(
         told_absent,
         SeccompAction::Allow,
@@ -212,6 +231,7 @@ fn vcpu_rules() -> Result<Rules, String> {
     rules.extend(looks());
     let no_program = [when(2, Op::MaskedEq(libc::PROT_EXEC as u64), 0)?];
     let own = u64::from(process::id());
+    rules.insert(libc::SYS_fcntl, one_of(1, FCNTL)?);
     rules.insert(libc::SYS_ioctl, vec![kvm()?]);
     rules.insert(libc::SYS_mmap, vec![rule(&no_program)?]);
     rules.insert(libc::SYS_mprotect, vec![rule(&no_program)?]);
@@ -227,15 +247,22 @@ fn kvm() -> Result<SeccompRule, String> {
 /// A thread's name, a name for memory, a narrower filter; and where the
 /// kernel's clock is mapped, which `rustix` asks once.
 fn prctl() -> Result<Vec<SeccompRule>, String> {
-    [
-        libc::PR_SET_NAME,
-        PR_GET_AUXV,
-        libc::PR_SET_VMA,
-        libc::PR_SET_NO_NEW_PRIVS,
-    ]
-    .into_iter()
-    .map(|option| rule(&[when(0, Op::Eq, option as u64)?]))
-    .collect()
+    one_of(
+        0,
+        &[
+            libc::PR_SET_NAME,
+            PR_GET_AUXV,
+            libc::PR_SET_VMA,
+            libc::PR_SET_NO_NEW_PRIVS,
+        ],
+    )
+}
+
+fn one_of(argument: u8, values: &[libc::c_int]) -> Result<Vec<SeccompRule>, String> {
+    values
+        .iter()
+        .map(|&value| rule(&[when(argument, Op::Eq, value as u64)?]))
+        .collect()
 }
 
 /// The kernel looks at 32 bits of each of these arguments.

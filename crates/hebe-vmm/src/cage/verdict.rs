@@ -11,6 +11,9 @@ use std::io;
 /// Its exit status: 128 and the number of SIGSYS, as a shell has it.
 pub const EXIT_STATUS: i32 = 128 + libc::SIGSYS;
 
+/// The code of a SIGSYS that seccomp sends (<asm-generic/siginfo.h>).
+const SYS_SECCOMP: i32 = 1;
+
 /// Lets SIGSYS end this process with a word.
 pub(super) fn install() -> io::Result<()> {
     // SAFETY: an all-zero sigaction is valid; the handler makes only
@@ -30,11 +33,15 @@ pub(super) fn install() -> io::Result<()> {
 
 extern "C" fn end(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: the kernel passes a siginfo_t of 128 bytes. For a SIGSYS of
-    // seccomp it holds the number of the call at byte 24, behind the address
-    // of the call (struct siginfo, _sigsys, <asm-generic/siginfo.h>).
-    let call = unsafe { info.cast::<i32>().add(6).read() };
+    // seccomp, which the code at byte 8 tells, it holds the number of the call
+    // at byte 24, behind the address of the call (struct siginfo, _sigsys,
+    // <asm-generic/siginfo.h>).
+    let (code, call) = unsafe {
+        let info = info.cast::<i32>();
+        (info.add(2).read(), info.add(6).read())
+    };
     let mut line = [0; 160];
-    let len = word(call, &mut line);
+    let len = word((code == SYS_SECCOMP).then_some(call), &mut line);
     // SAFETY: the buffer is live, and both calls are async-signal-safe.
     unsafe {
         libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), len);
@@ -42,8 +49,15 @@ extern "C" fn end(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_vo
     }
 }
 
-/// A line of the log, made without taking memory; returns its length.
-fn word(call: i32, line: &mut [u8; 160]) -> usize {
+/// A line of the log, made without taking memory; returns its length. Without
+/// a call, somebody sent the signal.
+fn word(call: Option<i32>, line: &mut [u8; 160]) -> usize {
+    let Some(call) = call else {
+        let sent = br#"{"level":"error","text":"ended by a SIGSYS that somebody sent"}"#;
+        line[..sent.len()].copy_from_slice(sent);
+        line[sent.len()] = b'\n';
+        return sent.len() + 1;
+    };
     let mut digits = [0; 10];
     let mut rest = call.unsigned_abs();
     let mut at = digits.len();
@@ -76,7 +90,7 @@ mod tests {
     fn the_last_word_is_a_line_of_the_log_that_names_the_call() {
         for call in [0, 59, i32::MAX] {
             let mut line = [0; 160];
-            let len = word(call, &mut line);
+            let len = word(Some(call), &mut line);
             let text = std::str::from_utf8(&line[..len]).expect("text");
             assert!(text.ends_with('\n'));
             let value: serde_json::Value = serde_json::from_str(text).expect("JSON");

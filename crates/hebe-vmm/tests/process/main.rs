@@ -6,5 +6,6 @@ mod ending;
 mod failing;
 mod files;
 mod guest;
+mod listed;
 mod root;
 mod vmm;
