@@ -425,6 +425,7 @@ pub fn suspend(host: &Host, name: &VmName) -> Result<FreezeReport, HostError> {
         let_run(host, name)?;
     }
     if row.store == Some(luo::STORE) {
+        withdraw_stale(host, name)?;
         return luo::suspend(host, row);
     }
     let store = survey.store.as_ref();

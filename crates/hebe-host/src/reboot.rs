@@ -33,7 +33,7 @@ use crate::luo::carry::Carry;
 use crate::notes;
 use crate::ops::{self, StopOptions};
 use crate::pending::Pending;
-use crate::preflight::{RebootOptions, Verdict, preflight};
+use crate::preflight::{RebootOptions, Verdict, VmVerdict, preflight};
 use crate::report::{ReportPlace, keep_report};
 use crate::system::Leave;
 use crate::timeline::{EventKind, KernelInfo, Side, Timeline, rate};
@@ -363,15 +363,16 @@ impl Driver<'_> {
 
     /// For a next kernel that does not have the store.
     fn note_frozen(&self) -> Result<(), HostError> {
+        let kept = |v: &&VmVerdict| v.fate == Some(Fate::Keep);
+        for vm in self.verdict.vms.iter().filter(kept) {
+            ops::withdraw_stale(self.host, &vm.vm)?;
+        }
         let Some(store) = &self.survey.store else {
             return Ok(());
         };
         for vm in &self.verdict.vms {
             let row = self.survey.rows.get(&vm.vm);
             let keep = vm.fate == Some(Fate::Keep);
-            if keep {
-                ops::withdraw_stale(self.host, &vm.vm)?;
-            }
             let frozen = row.is_some_and(|r| matches!(r.life, Life::Frozen | Life::Held));
             let own = row.and_then(|r| r.segment);
             let segment = store.segments.iter().find(|s| Some(s.id.0) == own);

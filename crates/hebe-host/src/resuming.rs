@@ -82,6 +82,9 @@ pub(crate) fn resume_one(
                 // The memory of a VM in store `luo` ends with its VMM, which
                 // takes no order that would have it stay frozen.
                 let files = row.store == Some(luo::STORE);
+                if files {
+                    saving::check_file(host, name)?;
+                }
                 vmm::quit(host, name, (!files).then_some(VmmState::Frozen))?;
                 wait_for_end(host, name, END_WAIT)?;
             }

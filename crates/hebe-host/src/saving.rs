@@ -1,4 +1,19 @@
 //! Writing a VM to its file, and restoring it from there.
+//!
+//! A restore may be killed between any two of its steps. What tells afterwards
+//! whether the VM ran is the segment, as long as it is there; so the file's
+//! name says that it counts before the segment goes that proves it:
+//!
+//! | killed after | segment | file | then |
+//! |---|---|---|---|
+//! | nothing; the old segment dropped | old; none | complete | restored |
+//! | the new segment made | empty | complete | restored |
+//! | the file set aside; RAM loaded, wholly or not | empty | being restored | restored: it never ran |
+//! | the VM marked as running | running | being restored | it runs; without its VMM it is lost, because its disks went on |
+//! | the file removed | running | none | it runs |
+//! | a restore that failed: the file put back; the segment dropped | empty; none | complete | restored |
+//!
+//! In a memfd nothing proves anything once its VMM is gone: a person chooses.
 
 use hebe_api::SaveReport;
 use hebe_api::VmStatus;
@@ -33,13 +48,7 @@ pub(crate) fn restore_with(
 ) -> Result<VmStatus, HostError> {
     let lock = lock(host, name)?;
     let paths = SavedPaths::new(&host.layout, name);
-    let info = paths.read_info().ok_or_else(|| HostError::Refused {
-        name: name.clone(),
-        why: format!(
-            "{} is missing or damaged, so its saved file cannot be used: put it back, or give the file up with `hebe drop --yes`",
-            paths.info.display()
-        ),
-    })?;
+    let info = read_info(name, &paths)?;
     let view = host.store.view().ok().flatten();
     let way = format!("`hebe resume {name} --from file`");
     let marked = notes::give_up_elsewhere(host, name, view.as_ref(), meant, &way)?;
@@ -61,6 +70,25 @@ pub(crate) fn restore_with(
             Err(error)
         }
     }
+}
+
+fn read_info(name: &VmName, paths: &SavedPaths) -> Result<SavedInfo, HostError> {
+    paths.read_info().ok_or_else(|| HostError::Refused {
+        name: name.clone(),
+        why: format!(
+            "{} is missing or damaged, so its saved file cannot be used: put it back, or give the file up with `hebe drop --yes`",
+            paths.info.display()
+        ),
+    })
+}
+
+/// Reads all of the saved file, before memory that it is to replace is given
+/// up: that memory may be the only good state.
+pub(crate) fn check_file(host: &Host, name: &VmName) -> Result<(), HostError> {
+    let paths = SavedPaths::new(&host.layout, name);
+    read_info(name, &paths)?;
+    SavedFile::open(paths.to_restore())?.verify()?;
+    Ok(())
 }
 
 /// Makes the memory; from then on the file is no saved VM any more, see `saved`.
@@ -101,6 +129,10 @@ fn memory_for_restore(host: &Host, name: &VmName, info: &SavedInfo) -> Result<Me
                 ),
             });
         }
+        if old.exec == ExecView::Empty {
+            // It proves that nothing ran since the file was set aside.
+            paths.put_back()?;
+        }
         if matches!(old.exec, ExecView::Frozen { .. } | ExecView::Damaged { .. }) {
             // The file is to replace a state that may be the only good one.
             SavedFile::open(paths.to_restore())?.verify()?;
@@ -132,6 +164,8 @@ fn undo_restore(
             let segment = view.as_ref().and_then(|v| v.segment_of(name));
             match segment {
                 Some(fresh) if fresh.exec == ExecView::Empty => {
+                    // Before its proof goes.
+                    paths.put_back()?;
                     free_segment(host, fresh)?;
                     true
                 }

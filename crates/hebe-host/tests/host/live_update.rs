@@ -8,11 +8,13 @@ use hebe_host::launch::Instance;
 use hebe_host::listing::{self, VmRow, VmState};
 use hebe_host::luo::asking;
 use hebe_host::notes;
-use hebe_host::ops::{self, ResumeOptions};
+use hebe_host::ops::{self, ResumeFrom, ResumeOptions};
 use hebe_host::preflight::{Level, RebootOptions, preflight};
 use hebe_host::reboot::{RebootEnd, reboot};
 use hebe_host::report::complete_report;
 use hebe_host::resume_all::{ResumeAll, Resumed, resume_all};
+use hebe_host::saved::SavedPaths;
+use hebe_snapshot::RamView;
 use hebe_sys::clock::stamp_now;
 use hebe_sys::luo::fake::Fault;
 use hebe_types::{RebootMethod, VmId};
@@ -46,6 +48,14 @@ pub const CASES: &[crate::Case] = &[
     ("a_carried_vm_that_is_dropped_is_gone", dropped),
     ("preflight_refuses_what_would_lose_memory", refused),
     ("a_saved_vm_is_restored_into_carried_memory", restored),
+    (
+        "a_file_that_a_running_vm_left_behind_is_no_second_state_of_carried_memory",
+        stale_file,
+    ),
+    (
+        "memory_that_ends_with_its_vmm_is_not_given_up_for_a_damaged_file",
+        damaged_file,
+    ),
 ];
 
 fn silent(_: &str) {}
@@ -363,6 +373,64 @@ fn refused() {
     };
     assert!(verdict(&saved).passes(), "{}", verdict(&saved).why_not());
     assert!(!world.machine.left.load(Ordering::Relaxed));
+}
+
+/// As after a restore whose manager was killed before it removed the file.
+fn leave_behind(world: &World) -> SavedPaths {
+    let paths = SavedPaths::new(&world.host.layout, &name("web"));
+    let info = hebe_host::saved::SavedInfo {
+        vm: id(world, "web"),
+        memory: hebe_types::ByteSize::mib(4),
+        in_store: false,
+        in_files: true,
+    };
+    paths.prepare(&info).expect("prepare");
+    fs::write(&paths.restoring, "old").expect("write");
+    paths
+}
+
+fn stale_file() {
+    let world = World::live_update();
+    world.start(&["web"]);
+    let paths = leave_behind(&world);
+    world.reboot(RebootMethod::Warm);
+    assert_eq!(resume(&world).vms[&name("web")], Resumed::Resumed);
+    assert_eq!(paths.fact(), None);
+    leave_behind(&world);
+    ops::suspend(&world.host, &name("web")).expect("freezes");
+    let plain = ResumeOptions::default();
+    ops::resume(&world.host, &name("web"), plain).expect("no choice to make");
+    assert_eq!(paths.fact(), None);
+}
+
+/// Memory that ends with its VMM is given up for a file that is good.
+fn damaged_file() {
+    let world = World::live_update();
+    world.start(&["web"]);
+    let before = id(&world, "web");
+    ops::suspend(&world.host, &name("web")).expect("freezes");
+    let paths = leave_behind(&world);
+    fs::rename(&paths.restoring, &paths.complete).expect("a file from somewhere");
+    let file = ResumeOptions {
+        from: Some(ResumeFrom::File),
+        ..ResumeOptions::default()
+    };
+    let refused = ops::resume(&world.host, &name("web"), file);
+    let error = refused.expect_err("it is no saved VM").to_string();
+    assert!(error.contains("web.hebe"), "{error}");
+    assert_eq!(world.state("web"), VmState::Frozen, "its memory is there");
+    let info = fs::read(&paths.info).expect("read");
+    fs::write(&paths.info, "{").expect("damage");
+    assert!(ops::resume(&world.host, &name("web"), file).is_err());
+    assert_eq!(world.state("web"), VmState::Frozen, "its memory is there");
+    fs::write(&paths.info, info).expect("write");
+    let ram = vec![0u8; 4 << 20];
+    let view = RamView::from_slice(hebe_types::Gpa(0), &ram);
+    hebe_snapshot::save(&paths.part, b"web", &[view]).expect("a good one");
+    fs::rename(&paths.part, &paths.complete).expect("rename");
+    ops::resume(&world.host, &name("web"), file).expect("from the file");
+    assert_eq!(world.state("web"), VmState::Running);
+    assert_eq!(id(&world, "web"), before);
 }
 
 fn restored() {
