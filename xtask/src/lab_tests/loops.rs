@@ -2,14 +2,15 @@
 //! suspended and resumed over and over, by the program `suspend-loop`.
 //!
 //! The many loops are done where this computer's `/dev/kvm` runs the guest, and
-//! in the emulated machine otherwise, which always does some, and the fault
-//! checks.
+//! in the emulated machine otherwise. That always does some, because it has
+//! AVX, and the fault checks.
 
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lab::binaries::{Binaries, HEBE, HEBE_VMM, Program};
+use lab::machine::Accelerator;
 use lab::scenario::{Lab, LabOptions};
 
 use crate::test::Scene;
@@ -26,7 +27,9 @@ const LIMIT: Duration = Duration::from_secs(900);
 const LOOPS: &str = "1000";
 const LOOPS_FULL: &str = "10000";
 /// Loops in the emulated machine beside the many on `/dev/kvm`.
-const LOOPS_BESIDE: &str = "100";
+const LOOPS_BESIDE: &str = "300";
+/// What the program prints where the guest's AVX registers were watched.
+const WITH_AVX: &str = "SSE, AVX;";
 /// What the program prints of a triple fault.
 const SHUT_DOWN: &str = "VcpuStopped(Shutdown)";
 
@@ -74,6 +77,7 @@ fn emulated(scene: &Scene, loops: &str) -> Result<()> {
         reserve_mib: 0,
         guest_kernels: Vec::new(),
         disk_mib: 512,
+        avx: true,
         ..LabOptions::default()
     };
     let mut lab = Lab::boot(scene.assets, options, scene.progress)?;
@@ -91,6 +95,10 @@ fn emulated(scene: &Scene, loops: &str) -> Result<()> {
     // What this computer's KVM may lack, the lab's has.
     let skipped = text.lines().find(|line| line.starts_with("skipped"));
     ensure!(skipped.is_none(), "{}", skipped.unwrap_or_default());
+    ensure!(
+        lab.machine.accelerator == Accelerator::Kvm || text.contains(WITH_AVX),
+        "the AVX registers were not watched: {text}"
+    );
     lab.machine.check()?;
     lab.machine.power_off()
 }

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use hebe_block::BlockBackend;
@@ -15,6 +16,8 @@ pub enum End {
     Works,
     /// The file is denied, and the process lives.
     Denied,
+    /// There is no such system call, and the process lives.
+    Absent,
     /// This system call ends the process.
     Killed(c_long),
 }
@@ -23,6 +26,8 @@ pub enum End {
 pub struct Open {
     disk: BlockBackend,
     record: File,
+    /// Where the first page of a store of two is mapped; its file is closed.
+    segment: c_ulong,
 }
 
 impl Open {
@@ -32,6 +37,7 @@ impl Open {
         Ok(Self {
             disk: BlockBackend::open(&path, false).map_err(io::Error::other)?,
             record: File::create(dir.join("own/exit.json"))?,
+            segment: map_segment(&dir.join("own/store"))?,
         })
     }
 }
@@ -180,6 +186,45 @@ pub const ATTEMPTS: &[Attempt] = &[
         let (family, kind) = (libc::AF_UNIX as c_ulong, libc::SOCK_STREAM as c_ulong);
         call(libc::SYS_socket, [family, kind, 0, 0, 0]).map(drop)
     }),
+    attempt(
+        "grow its segment into the next one",
+        End::Absent,
+        |_, open| {
+            let grown = [
+                open.segment,
+                PAGE,
+                2 * PAGE,
+                libc::MREMAP_MAYMOVE as c_ulong,
+                0,
+            ];
+            call(libc::SYS_mremap, grown).map(drop)
+        },
+    ),
+    attempt("grow a large vector", End::Works, |_, _| {
+        let mut large = vec![1_u8; 8 << 20];
+        large.resize(64 << 20, 2);
+        match (large.first(), large.last()) {
+            (Some(1), Some(2)) => Ok(()),
+            other => Err(io::Error::other(format!("{other:?}"))),
+        }
+    }),
+    attempt("lock a part of a file", End::Works, |_, open| {
+        let (file, whole) = (open.record.as_raw_fd() as c_ulong, lock());
+        let at = &raw const whole as c_ulong;
+        let order = libc::F_OFD_SETLK as c_ulong;
+        call(libc::SYS_fcntl, [file, order, at, 0, 0]).map(drop)
+    }),
+    attempt(
+        "have its parent signalled by a descriptor",
+        End::Killed(libc::SYS_fcntl),
+        |_, open| {
+            let (file, order) = (
+                open.record.as_raw_fd() as c_ulong,
+                libc::F_SETOWN as c_ulong,
+            );
+            call(libc::SYS_fcntl, [file, order, parent_id().into(), 0, 0]).map(drop)
+        },
+    ),
     attempt("kill its parent", End::Killed(libc::SYS_kill), |_, _| {
         call(libc::SYS_kill, [parent_id().into(), 0, 0, 0, 0]).map(drop)
     }),
@@ -291,6 +336,31 @@ fn parent_id() -> u32 {
         .ok()
         .and_then(|id| id.parse().ok())
         .expect("its id")
+}
+
+const PAGE: c_ulong = 4096;
+
+fn map_segment(path: &Path) -> io::Result<c_ulong> {
+    let file = File::create_new(path)?;
+    file.set_len(2 * PAGE)?;
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    let prot = (libc::PROT_READ | libc::PROT_WRITE) as c_ulong;
+    let fd = file.as_raw_fd() as c_ulong;
+    call(
+        libc::SYS_mmap,
+        [0, PAGE, prot, libc::MAP_SHARED as c_ulong, fd],
+    )
+}
+
+/// The whole of a file, for writing.
+fn lock() -> libc::flock {
+    libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    }
 }
 
 fn mmap(prot: c_ulong, flags: c_ulong) -> io::Result<c_ulong> {

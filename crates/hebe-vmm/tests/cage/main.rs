@@ -116,6 +116,10 @@ fn no_attempt_works_inside_the_cage_and_what_a_vmm_does_still_does() {
                 assert_eq!(output.status.code(), Some(1), "{name}: {said}");
                 assert!(said.contains("Permission denied"), "{name}: {said}");
             }
+            End::Absent => {
+                assert_eq!(output.status.code(), Some(1), "{name}: {said}");
+                assert!(said.contains("not implemented"), "{name}: {said}");
+            }
             End::Killed(call) => {
                 assert_eq!(output.status.code(), Some(EXIT_STATUS), "{name}: {said}");
                 let word = format!("killed by its cage: it made system call {call},");
