@@ -26,6 +26,14 @@ pub const CASES: &[crate::Case] = &[
     ("a_vmm_killed_while_it_freezes_and_resumes", vmm),
 ];
 
+/// A restore that was interrupted, once more.
+fn again() -> ResumeOptions {
+    ResumeOptions {
+        again: true,
+        ..ResumeOptions::default()
+    }
+}
+
 /// The operator: one order, carried out by a process of its own.
 pub fn operate(arguments: &[String]) -> ExitCode {
     let [order, root] = arguments else {
@@ -44,6 +52,7 @@ pub fn operate(arguments: &[String]) -> ExitCode {
         "suspend" => ops::suspend(&host, &web).map(drop),
         "resume" => ops::resume(&host, &web, ResumeOptions::default()).map(drop),
         "start" => ops::start(&host, &web).map(drop),
+        "again" => ops::resume(&host, &web, again()).map(drop),
         _ => return ExitCode::from(2),
     };
     ExitCode::from(u8::from(done.is_err()))
@@ -69,7 +78,7 @@ fn instants() -> impl Iterator<Item = Duration> {
 }
 
 /// A manager that was killed may leave a VMM that is still starting.
-fn settle(world: &World) {
+pub fn settle(world: &World) {
     for _ in 0..200 {
         if world.state("web") != VmState::Unresponsive {
             return;

@@ -12,6 +12,7 @@ mod live_update;
 mod luo_faults;
 mod races;
 mod reboots;
+mod steps;
 mod verdicts;
 mod world;
 
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
     let groups = [
         life::CASES,
         reboots::CASES,
+        steps::CASES,
         elsewhere::CASES,
         kills::CASES,
         live_update::CASES,
