@@ -1,12 +1,12 @@
 //! Pre-flight of what Linux is to carry.
 
-use std::fs::{self, File};
-use std::io::Read;
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use hebe_types::ByteSize;
 
 use super::carry::{Candidate, candidates, plan};
+use super::image::{self, Formats};
 use crate::host::{Host, LiveUpdateConfig};
 use crate::listing::{Survey, with_cause};
 use crate::preflight::{Check, Level, NextKernel, VmVerdict};
@@ -34,7 +34,9 @@ pub(crate) fn checks(
         return Vec::new();
     }
     let mut checks = vec![running(host), command_line(next)];
-    checks.extend(image(&host.system.release(), &next.kernel));
+    let here = host.system.release();
+    let own = PathBuf::from(format!("/boot/vmlinuz-{here}"));
+    checks.extend(next_image((&here, &own), &next.kernel));
     match host.config() {
         Ok(config) => checks.extend(memory(host, &vms, config.live_update)),
         Err(error) => checks.push(Check::bad(
@@ -78,10 +80,11 @@ fn command_line(next: &NextKernel) -> Check {
     )
 }
 
-/// What the next kernel's image and its package say.
-fn image(here: &str, image: &Path) -> Vec<Check> {
+/// What the next kernel's image and its package say, beside the running one's
+/// release and image.
+fn next_image((here, own): (&str, &Path), next: &Path) -> Vec<Check> {
     let id = "live-update:kernel";
-    let Some(release) = release_of(image) else {
+    let Some(release) = image::release(next) else {
         // Whether the file is a kernel at all is another check's business.
         return Vec::new();
     };
@@ -94,7 +97,7 @@ fn image(here: &str, image: &Path) -> Vec<Check> {
             "the next kernel is Linux {release}, and only 6.19 and newer take memory over"
         ));
     }
-    if let Some(off) = config_of(image).and_then(|text| switched_off(&text)) {
+    if let Some(off) = config_of(next).and_then(|text| switched_off(&text)) {
         return fail(format!(
             "the next kernel, Linux {release}, is built without {off}, and would take nothing over"
         ));
@@ -105,30 +108,63 @@ fn image(here: &str, image: &Path) -> Vec<Check> {
             "the next kernel is of the running one's release",
         )];
     }
-    vec![Check::bad(
-        id,
-        Level::Warn,
-        format!(
-            "the next kernel is Linux {release} and this one {here}: the format in which one hands memory to the other is not promised to be the same"
-        ),
-        "try this pair of kernels with a VM that may be lost, or use --method saved",
-    )]
+    let next = image::formats(next);
+    let lacks = |family: &str| {
+        let prefix = format!("{family}-v");
+        let known = |formats: &Formats| formats.iter().any(|name| name.starts_with(&prefix));
+        next.as_ref().is_some_and(|formats| !known(formats))
+    };
+    if let Some(family) = ["luo", "kho", "memfd"].into_iter().find(|f| lacks(f)) {
+        return fail(format!(
+            "the next kernel, Linux {release}, is built without live update of memfds (its image knows no format {family}), and would take nothing over"
+        ));
+    }
+    // The running kernel's own image, where packages put it.
+    let own = next.as_ref().and_then(|_| {
+        let same = image::release(own).as_deref() == Some(here);
+        same.then(|| image::formats(own)).flatten()
+    });
+    match (own, next) {
+        (Some(own), Some(next)) if own == next => vec![Check::ok(
+            id,
+            format!(
+                "the next kernel, Linux {release}, knows the running one's formats: {}",
+                list(&own)
+            ),
+        )],
+        (Some(own), Some(next)) => fail(format!(
+            "the next kernel, Linux {release}, knows {} and this one, Linux {here}, writes {}: it would take nothing over",
+            list(&next),
+            list(&own)
+        )),
+        (_, next) => vec![unknown(here, &release, next)],
+    }
 }
 
-/// The release that a bzImage says it is (Documentation/arch/x86/boot.rst,
-/// `kernel_version`).
-fn release_of(image: &Path) -> Option<String> {
-    let mut head = Vec::new();
-    let file = File::open(image).ok()?;
-    file.take(0x10000).read_to_end(&mut head).ok()?;
-    if head.get(0x202..0x206)? != b"HdrS" {
-        return None;
-    }
-    let at = u16::from_le_bytes(head.get(0x20e..0x210)?.try_into().ok()?);
-    let text = head.get(usize::from(at) + 0x200..)?;
-    let end = text.iter().position(|&b| b == 0 || b == b' ')?;
-    let release = std::str::from_utf8(&text[..end]).ok()?;
-    (at != 0 && !release.is_empty()).then(|| release.to_owned())
+fn list(formats: &Formats) -> String {
+    let names: Vec<&str> = formats.iter().map(String::as_str).collect();
+    names.join(", ")
+}
+
+/// Judged by the releases alone.
+fn unknown(here: &str, release: &str, next: Option<Formats>) -> Check {
+    let known = next.map_or_else(
+        || "its image cannot be unpacked to see which".to_owned(),
+        |formats| {
+            format!(
+                "it knows {}, and the running one's image is not in /boot",
+                list(&formats)
+            )
+        },
+    );
+    Check::bad(
+        "live-update:kernel",
+        Level::Warn,
+        format!(
+            "the next kernel is Linux {release} and this one {here}: the formats in which one hands memory to the other are not promised to be the same, and {known}"
+        ),
+        "try this pair of kernels with a VM that may be lost, or use --method saved",
+    )
 }
 
 fn version(release: &str) -> Option<(u32, u32)> {
@@ -192,27 +228,63 @@ fn memory(host: &Host, vms: &[Candidate], config: LiveUpdateConfig) -> Vec<Check
 mod tests {
     use super::*;
 
-    fn image_of(release: &str) -> tempfile::NamedTempFile {
-        let mut bytes = vec![0u8; 0x1000];
-        bytes[0x202..0x206].copy_from_slice(b"HdrS");
-        bytes[0x20e..0x210].copy_from_slice(&0x600u16.to_le_bytes());
-        let text = format!("{release} (builder@host) #1 SMP\0");
-        bytes[0x800..0x800 + text.len()].copy_from_slice(text.as_bytes());
+    const FORMATS: &[u8] = b"some text\0kho-v4\0luo-v5\0memfd-v2\0";
+
+    fn image_with(release: &str, text: &[u8]) -> tempfile::NamedTempFile {
+        let bytes = image::tests::bzimage(release, &image::tests::lz4(text));
         let file = tempfile::NamedTempFile::new().expect("file");
         fs::write(file.path(), bytes).expect("write");
         file
     }
 
+    fn image_of(release: &str) -> tempfile::NamedTempFile {
+        image_with(release, FORMATS)
+    }
+
+    fn judged(here: &str, own: Option<&Path>, next: &Path) -> Vec<Check> {
+        next_image((here, own.unwrap_or(Path::new("/no/image"))), next)
+    }
+
     #[test]
     fn an_image_that_is_too_old_or_of_another_release_is_told() {
-        let level = |release: &str| image("7.3.4-lab", image_of(release).path())[0].level;
+        let level = |release: &str| judged("7.3.4-lab", None, image_of(release).path())[0].level;
         assert_eq!(level("7.3.4-lab"), Level::Ok);
         assert_eq!(level("7.4.0"), Level::Warn);
         assert_eq!(level("6.19.1"), Level::Warn);
         assert_eq!(level("6.18.9"), Level::Fail);
         assert_eq!(level("6.1.0-40-amd64"), Level::Fail);
         let nothing = tempfile::NamedTempFile::new().expect("file");
-        assert!(image("7.3.4", nothing.path()).is_empty());
+        assert!(judged("7.3.4", None, nothing.path()).is_empty());
+    }
+
+    #[test]
+    fn formats_are_compared_where_both_images_tell_them() {
+        let own = image_of("7.3.4");
+        let of = |text: &[u8]| {
+            let next = image_with("7.4.1", text);
+            judged("7.3.4", Some(own.path()), next.path()).remove(0)
+        };
+        let same = of(FORMATS);
+        assert_eq!(same.level, Level::Ok, "{same:?}");
+        let newer = of(b"some text\0kho-v4\0luo-v6\0memfd-v2\0");
+        assert_eq!(newer.level, Level::Fail);
+        assert!(newer.sentence.contains("luo-v6"), "{newer:?}");
+        assert!(
+            newer.sentence.contains("writes kho-v4, luo-v5"),
+            "{newer:?}"
+        );
+        let without = of(b"some text that is a kernel without it\0");
+        assert_eq!(without.level, Level::Fail);
+        assert!(
+            without.sentence.contains("without live update"),
+            "{without:?}"
+        );
+        // An image of another kernel than the one that runs says nothing of it.
+        let other = image_of("7.3.3");
+        let next = image_of("7.4.1");
+        let told = judged("7.3.4", Some(other.path()), next.path()).remove(0);
+        assert_eq!(told.level, Level::Warn);
+        assert!(told.sentence.contains("it knows kho-v4"), "{told:?}");
     }
 
     #[test]
@@ -223,10 +295,10 @@ mod tests {
         let config = dir.path().join("config-7.3.4");
         let on: String = OPTIONS.iter().map(|o| format!("{o}=y\n")).collect();
         fs::write(&config, &on).expect("write");
-        assert_eq!(image("7.3.4", &kernel)[0].level, Level::Ok);
+        assert_eq!(judged("7.3.4", None, &kernel)[0].level, Level::Ok);
         let without = on.replace("CONFIG_LIVEUPDATE=y", "# CONFIG_LIVEUPDATE is not set");
         fs::write(&config, without).expect("write");
-        let refused = &image("7.3.4", &kernel)[0];
+        let refused = &judged("7.3.4", None, &kernel)[0];
         assert_eq!(refused.level, Level::Fail);
         assert!(
             refused.sentence.contains("CONFIG_LIVEUPDATE,"),

@@ -15,6 +15,7 @@ pub mod arrivals;
 pub mod asking;
 pub(crate) mod carry;
 pub(crate) mod check;
+mod image;
 pub mod keeper;
 pub mod store;
 
