@@ -11,6 +11,7 @@ use lab::assets::{Assets, KernelName};
 use lab::progress::Progress;
 use lab::scenario::{GuestSpec, Lab, LabOptions};
 use lab::trial::{self, Method, Trial};
+use serde::Serialize;
 
 use crate::ui::Spinner;
 
@@ -43,7 +44,8 @@ pub struct DemoArgs {
 }
 
 /// Stores that outlive the host's kernel.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Carrier {
     /// A reserved range.
     Devdax,
@@ -52,6 +54,14 @@ pub enum Carrier {
 }
 
 impl Carrier {
+    /// As on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Devdax => "devdax",
+            Self::Luo => "luo",
+        }
+    }
+
     /// What a VM's definition says.
     pub fn kind(self) -> StoreKind {
         match self {
