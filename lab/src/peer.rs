@@ -122,7 +122,9 @@ fn vm(guest: &GuestSpec, offset_mib: u64) -> Result<PeerVm> {
     add(&[&format!(
         "memory-backend-file,id=ram,size={mib}M,mem-path=/dev/dax0.0,offset={offset_mib}M,align=2M,share=on"
     )]);
-    add(&["-kernel", &config.kernel.to_string_lossy()]);
+    if let Some(kernel) = &config.kernel {
+        add(&["-kernel", &kernel.to_string_lossy()]);
+    }
     if let Some(initrd) = &config.initrd {
         add(&["-initrd", &initrd.to_string_lossy()]);
     }

@@ -169,7 +169,7 @@ impl GuestSpec {
             vcpus: self.vcpus,
             store: self.store,
             hugepages: false,
-            kernel: format!("{folder}/vmlinuz").into(),
+            kernel: Some(format!("{folder}/vmlinuz").into()),
             initrd: Some(format!("{folder}/initrd.img").into()),
             cmdline: self.cmdline(),
             autostart: self.autostart,

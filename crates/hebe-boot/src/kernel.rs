@@ -108,6 +108,24 @@ impl BootFile {
         Self::open("initrd", path)
     }
 
+    /// A kernel in `file`, of which `path` says where it comes from.
+    pub fn kernel_in(file: File, path: PathBuf) -> Self {
+        let what = "kernel";
+        Self { what, path, file }
+    }
+
+    /// An initial RAM file system in `file`, of which `path` says where it
+    /// comes from.
+    pub fn initrd_in(file: File, path: PathBuf) -> Self {
+        let what = "initrd";
+        Self { what, path, file }
+    }
+
+    /// Where it lies.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
     fn open(what: &'static str, path: &Path) -> Result<Self, BootError> {
         let file = OpenOptions::new()
             .read(true)

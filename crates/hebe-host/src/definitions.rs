@@ -110,7 +110,7 @@ pub fn check_files(config: &VmConfig, path: &Path) -> Result<(), DefinitionError
 /// Checks the kernel and the initrd, which a guest needs when it boots or resets
 /// itself, and not when it is resumed.
 pub fn check_boot_files(config: &VmConfig, path: &Path) -> Result<(), DefinitionError> {
-    let kernel = std::iter::once(("kernel", &config.kernel, false));
+    let kernel = config.kernel.iter().map(|file| ("kernel", file, false));
     let initrd = config.initrd.iter().map(|file| ("initrd", file, false));
     openable(path, kernel.chain(initrd))
 }
@@ -225,6 +225,8 @@ mod tests {
         let unknown = refused("name = \"web\"\nmemory = \"256MiB\"\nkernel = \"/k\"\ncolour = 1\n");
         assert!(unknown.contains("web.toml, line 4"), "{unknown}");
         assert!(unknown.contains("colour"), "{unknown}");
+        let nothing = refused("name = \"web\"\nmemory = \"2MiB\"\n");
+        assert!(nothing.contains("neither a kernel nor a disk"), "{nothing}");
         let missing = refused("name = \"web\"\nkernel = \"/k\"\n");
         assert!(missing.contains("memory"), "{missing}");
         let broken = refused("name = \"web\"\nmemory = \n");

@@ -88,7 +88,7 @@ struct Volume {
 
 struct Volumes {
     volumes: Vec<Volume>,
-    /// Where the last `search --file` looked in vain, to look there once.
+    /// Where the last search for a file was in vain, to look there once.
     absent: RefCell<String>,
 }
 

@@ -80,12 +80,15 @@ pub struct VmConfig {
     /// Use 2 MiB huge pages for a `memfd` store; `auto` then is never `luo`.
     #[serde(default)]
     pub hugepages: bool,
-    /// bzImage, or an ELF kernel with a PVH entry note.
-    pub kernel: PathBuf,
+    /// bzImage, or an ELF kernel with a PVH entry note. Without one the VM boots
+    /// what the boot loader on its first disk would.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
     /// Initial RAM file system.
     #[serde(default)]
     pub initrd: Option<PathBuf>,
-    /// Kernel command line.
+    /// Kernel command line; where the kernel is the disk's, what is put behind
+    /// that of the disk.
     #[serde(default)]
     pub cmdline: String,
     /// Start with the host.
@@ -189,6 +192,12 @@ pub enum ConfigError {
     /// Two disks share a file.
     #[error("disk '{0}' is named twice")]
     DiskTwice(PathBuf),
+    /// Nothing to boot.
+    #[error("it has neither a kernel nor a disk to boot from: give kernel = or a [[disk]]")]
+    NothingToBoot,
+    /// The initrd of a kernel that is not given.
+    #[error("initrd = goes with kernel =: without that, both are taken from the first disk")]
+    InitrdAlone,
     /// Too many devices.
     #[error("{0} disks and NICs are too many: at most {DEVICES_MAX} together")]
     Devices(usize),
@@ -229,6 +238,12 @@ impl VmConfig {
         }
         if self.cmdline.len() > 2047 {
             return Err(ConfigError::Cmdline(self.cmdline.len()));
+        }
+        if self.kernel.is_none() && self.initrd.is_some() {
+            return Err(ConfigError::InitrdAlone);
+        }
+        if self.kernel.is_none() && self.disks.is_empty() {
+            return Err(ConfigError::NothingToBoot);
         }
         let devices = self.disks.len() + self.nets.len();
         if devices > DEVICES_MAX {
@@ -306,7 +321,7 @@ mod tests {
             vcpus: 2,
             store: StoreKind::Auto,
             hugepages: false,
-            kernel: "/k".into(),
+            kernel: Some("/k".into()),
             initrd: None,
             cmdline: String::new(),
             autostart: false,
@@ -347,6 +362,15 @@ mod tests {
         assert!(refused(|c| c.nets.push(c.nets[0].clone())).contains("twice"));
         assert!(refused(|c| c.disks.push(c.disks[0].clone())).contains("twice"));
         assert!(refused(|c| c.cmdline = "x".repeat(3000)).contains("command line"));
+        assert!(refused(|c| (c.kernel, c.disks) = (None, Vec::new())).contains("neither"));
+        assert!(refused(|c| (c.kernel, c.initrd) = (None, Some("i".into()))).contains("initrd"));
+    }
+
+    #[test]
+    fn a_disk_is_enough_to_boot_from() {
+        let mut config = sample();
+        config.kernel = None;
+        assert_eq!(config.validate(), Ok(()));
         assert!(refused(|c| c.restart_limit = Some(3)).contains("restart = "));
         let limited = |limit| {
             let mut config = sample();

@@ -14,11 +14,12 @@ use hebe_sys::tap::Tap;
 use hebe_types::{MacAddr, VmConfig};
 
 use crate::control;
+use crate::image;
 use crate::log;
 use crate::parts;
 use crate::vm::{Identity, VmError};
 
-/// What a reset boots from.
+/// What a reset boots from; room for it where that is on the first disk.
 #[derive(Debug)]
 pub(crate) struct BootFiles {
     pub(crate) kernel: BootFile,
@@ -27,8 +28,11 @@ pub(crate) struct BootFiles {
 
 impl BootFiles {
     fn open(config: &VmConfig) -> Result<Self, BootError> {
+        let Some(kernel) = &config.kernel else {
+            return image::places();
+        };
         Ok(Self {
-            kernel: BootFile::kernel(&config.kernel)?,
+            kernel: BootFile::kernel(kernel)?,
             initrd: config.initrd.as_deref().map(BootFile::initrd).transpose()?,
         })
     }

@@ -25,6 +25,7 @@ pub mod descriptors;
 #[path = "../tests/process/guest.rs"]
 mod guest;
 mod held;
+mod image;
 mod interrupts;
 mod log;
 mod parts;

@@ -16,6 +16,7 @@ use hebe_types::{RamRange, VmConfig, VmId, ram_ranges};
 
 use crate::board::Board;
 use crate::held::Held;
+use crate::image;
 use crate::log;
 use crate::parts::{self, Disks, Parts};
 use crate::vcpus::{Vcpus, VcpusError};
@@ -65,6 +66,12 @@ pub enum VmError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] hebe_block::BlockError),
+    /// The disk that it boots from.
+    #[error("the VM cannot boot from its first disk: {0}")]
+    Image(#[from] hebe_image::ImageError),
+    /// Both command lines together.
+    #[error("the kernel command line has {0} bytes, with what the first disk says: at most 2047")]
+    Cmdline(usize),
     /// A tap.
     #[error(transparent)]
     Tap(#[from] hebe_sys::tap::TapError),
@@ -241,14 +248,16 @@ impl Vm {
         let ranges: Vec<RamRange> = ram_ranges(config.memory);
         let files = held.boot.as_ref();
         let files = files.map_err(|why| VmError::NoKernel(why.clone()))?;
+        let found = image::look(files, &held.disks, config)?;
         let plan = BootPlan {
             kernel: &files.kernel,
-            initrd: files.initrd.as_ref(),
-            cmdline: &config.cmdline,
+            initrd: files.initrd.as_ref().filter(|_| found.has_initrd),
+            cmdline: &found.cmdline,
             rsdp,
             ranges: &ranges,
         };
         let entry = hebe_boot::load(&plan, &ram)?;
+        drop(found);
         let parts = parts::build(&identity, &held, &machine, ram, events)?;
         let mut vcpus = Vec::new();
         for index in 0..config.vcpus {

@@ -51,6 +51,7 @@ pub enum Command {
     #[command(after_help = "\
 Examples:
   hebe run web.toml
+  hebe run --name web --memory 1GiB --disk debian.img
   hebe run --name try --memory 256MiB --kernel /boot/vmlinuz-6.1 --cmdline console=ttyS0")]
     Run(RunArgs),
     /// Boot a defined VM (vms/NAME.toml in the configuration directory).
@@ -173,12 +174,12 @@ Examples:
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// A definition in TOML.
-    #[arg(required_unless_present = "kernel", conflicts_with_all = [
+    #[arg(required_unless_present_any = ["kernel", "disk"], conflicts_with_all = [
         "name", "memory", "vcpus", "kernel", "initrd", "cmdline", "disk", "net", "store",
     ])]
     pub file: Option<PathBuf>,
     /// The VM's name.
-    #[arg(long, requires = "kernel")]
+    #[arg(long)]
     pub name: Option<VmName>,
     /// Its RAM, a multiple of 2MiB.
     #[arg(long, default_value = "256MiB")]
@@ -186,17 +187,18 @@ pub struct RunArgs {
     /// Its processors, 1 to 8.
     #[arg(long, default_value_t = 1)]
     pub vcpus: u8,
-    /// Its kernel: a bzImage, or an ELF image with a PVH note.
+    /// Its kernel: a bzImage, or an ELF image with a PVH note. Without one, what the boot
+    /// loader on the first disk would boot.
     #[arg(long, requires = "name")]
     pub kernel: Option<PathBuf>,
     /// Its initramfs.
-    #[arg(long)]
+    #[arg(long, requires = "kernel")]
     pub initrd: Option<PathBuf>,
-    /// Its kernel's command line.
+    /// Its kernel's command line; without --kernel, what is put behind that of the disk.
     #[arg(long, default_value = "")]
     pub cmdline: String,
     /// A raw disk; may be given again.
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", requires = "name")]
     pub disk: Vec<PathBuf>,
     /// A tap device, or TAP@BRIDGE; may be given again.
     #[arg(long, value_name = "TAP[@BRIDGE]")]
@@ -370,6 +372,7 @@ mod tests {
         for line in [
             "hebe run web.toml",
             "hebe run --name a --kernel /k --net tap0@br0",
+            "hebe run --name a --disk d",
             "hebe resume --all --autostart",
             "hebe resume web --from file",
             "hebe resume web db",
@@ -395,6 +398,9 @@ mod tests {
             "hebe resume web --all",
             "hebe run",
             "hebe run --kernel /k",
+            "hebe run --name a",
+            "hebe run --disk d",
+            "hebe run --name a --disk d --initrd i",
             "hebe run --name a --kernel /k --memory lots",
             "hebe reboot --method lukewarm",
             "hebe reboot --svg x.svg",

@@ -42,3 +42,23 @@ pub fn cannot_run() -> bool {
         }
     }
 }
+
+/// A disk with a FAT file system that holds these files.
+pub fn fat(files: &[(&str, &[u8])]) -> Vec<u8> {
+    use std::io::Write;
+
+    let mut disk = std::io::Cursor::new(vec![0; 1 << 20]);
+    fatfs::format_volume(&mut disk, fatfs::FormatVolumeOptions::new()).expect("format");
+    let fs = fatfs::FileSystem::new(&mut disk, fatfs::FsOptions::new()).expect("open");
+    for (path, contents) in files {
+        let mut dir = fs.root_dir();
+        let (parents, name) = path.rsplit_once('/').unwrap_or(("", path));
+        for parent in parents.split('/').filter(|p| !p.is_empty()) {
+            dir = dir.create_dir(parent).expect("mkdir");
+        }
+        let mut file = dir.create_file(name).expect("create");
+        file.write_all(contents).expect("write");
+    }
+    fs.unmount().expect("unmount");
+    disk.into_inner()
+}

@@ -1,5 +1,6 @@
 //! `hebe-vmm` as a process: what it takes over, what it leaves behind.
 
+mod booting;
 mod caged;
 mod descriptors;
 mod ending;

@@ -65,7 +65,7 @@ fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
             StoreArg::Memfd => StoreKind::Memfd,
         },
         hugepages: false,
-        kernel: args.kernel.ok_or_else(|| missing("kernel"))?,
+        kernel: args.kernel,
         initrd: args.initrd,
         cmdline: args.cmdline,
         autostart: false,
@@ -234,7 +234,9 @@ fn show_text(show: &Show) -> String {
     }
     if let Some(config) = show.definition {
         lines.push(("vCPUs", config.vcpus.to_string()));
-        lines.push(("kernel", config.kernel.display().to_string()));
+        let of_disk = || "as the first disk's boot loader says".to_owned();
+        let kernel = config.kernel.as_ref().map(|k| k.display().to_string());
+        lines.push(("kernel", kernel.unwrap_or_else(of_disk)));
         lines.push(("command line", config.cmdline.clone()));
         for disk in &config.disks {
             lines.push(("disk", disk.path.display().to_string()));
