@@ -192,4 +192,20 @@ pub struct ResumeReport {
     pub running: Stamp,
     /// Guest RAM touched up to `running`.
     pub ram_touched: RamMeter,
+    /// What came between `state_read` and `constructed`, where the VMM says so.
+    #[serde(default)]
+    pub steps: Option<Box<ResumeSteps>>,
+}
+
+/// Where the time goes in which a VM is built around its RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResumeSteps {
+    /// The process was in its cage, with all that it holds open.
+    pub caged: Stamp,
+    /// KVM had made a VM, with its interrupt controllers.
+    pub machine_made: Stamp,
+    /// KVM knew the guest's RAM.
+    pub ram_known: Stamp,
+    /// The vCPUs had their registers.
+    pub vcpus_restored: Stamp,
 }

@@ -5,7 +5,7 @@
 use hebe_sys::clock::stamp_now;
 use hebe_types::Stamp;
 
-use crate::{CageReport, FreezeReport, Response, ResumeReport, SaveReport, VmStatus};
+use crate::{CageReport, FreezeReport, Response, ResumeReport, ResumeSteps, SaveReport, VmStatus};
 
 /// Longest text that is taken over, in characters.
 const TEXT_LEN_MAX: usize = 4096;
@@ -85,8 +85,18 @@ impl ResumeReport {
             constructed,
             running,
             ram_touched: _,
+            ref steps,
         } = *self;
-        let stamps = [process_started, state_read, constructed, running];
+        let mut stamps = vec![process_started, state_read, constructed, running];
+        if let Some(steps) = steps {
+            let ResumeSteps {
+                caged,
+                machine_made,
+                ram_known,
+                vcpus_restored,
+            } = **steps;
+            stamps.extend([caged, machine_made, ram_known, vcpus_restored]);
+        }
         stamps.iter().all(|stamp| is_past(*stamp, now))
     }
 }
@@ -144,8 +154,25 @@ mod tests {
                 constructed: now,
                 running: wrong,
                 ram_touched: crate::RamMeter::default(),
+                steps: None,
             };
             assert!(!resume.is_past(now));
+            let steps = ResumeSteps {
+                caged: now,
+                machine_made: now,
+                ram_known: wrong,
+                vcpus_restored: now,
+            };
+            let good = ResumeReport {
+                running: now,
+                ..resume
+            };
+            assert!(good.is_past(now));
+            let bad = ResumeReport {
+                steps: Some(Box::new(steps)),
+                ..good
+            };
+            assert!(!bad.is_past(now));
         }
     }
 

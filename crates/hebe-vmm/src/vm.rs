@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
-use hebe_api::{CageReport, RamMeter, ResumeReport, VmStatus, VmmState};
+use hebe_api::{CageReport, RamMeter, ResumeReport, ResumeSteps, VmStatus, VmmState};
 use hebe_boot::{AcpiError, BootError, BootPlan, Entry};
 use hebe_devices::{ConsoleHub, DeviceError, VirtioPci};
 use hebe_kvm::{BootRegisters, ClockPlan, Machine, MachineError, Stop, Vcpu, VcpuError};
@@ -161,6 +161,8 @@ pub struct Vm {
     pub(crate) state: VmmState,
     pub(crate) resumes: u32,
     pub(crate) resume_report: Option<ResumeReport>,
+    /// Instants of its construction, if it was resumed.
+    resume_steps: Option<ResumeSteps>,
     /// An order to end was accepted: nothing starts to run any more.
     pub(crate) quitting: bool,
     /// Why it stands still for good.
@@ -309,13 +311,23 @@ impl Vm {
             identity,
             resumes,
         } = found;
+        let caged = stamp_now();
         let machine = Arc::new(Machine::on(&held.kvm)?);
+        let machine_made = stamp_now();
         let ram = parts::map_ram(&machine, &segment)?;
+        let ram_known = stamp_now();
         let vcpus = restore_vcpus(&mut reader, &machine, &identity.config)?;
+        let vcpus_restored = stamp_now();
         let parts = parts::restore(&identity, &held, &machine, ram, &mut reader, disks, events)?;
         reader.finish()?;
         let mut vm = Self::assemble(held, identity, segment, machine, parts, vcpus, events)?;
         vm.resumes = resumes.saturating_add(1);
+        vm.resume_steps = Some(ResumeSteps {
+            caged,
+            machine_made,
+            ram_known,
+            vcpus_restored,
+        });
         Ok(vm)
     }
 
@@ -340,6 +352,7 @@ impl Vm {
             state: VmmState::Paused,
             resumes: 0,
             resume_report: None,
+            resume_steps: None,
             quitting: false,
             failed: None,
             held,
@@ -510,6 +523,7 @@ impl Vm {
             constructed,
             running: stamp_now(),
             ram_touched: self.meter(),
+            steps: self.resume_steps.map(Box::new),
         });
     }
 }

@@ -135,6 +135,7 @@ fn start(
             constructed: now,
             running: now,
             ram_touched: RamMeter::default(),
+            steps: None,
         });
     }
     if fake.told("fail-late") {

@@ -80,6 +80,7 @@ fn killed_before(root: &Path, order: &str, number: usize) -> bool {
             Ok(())
         });
     }
+    #[expect(clippy::zombie_processes, reason = "waited for by its tracer, below")]
     let child = command.spawn().expect("the operator starts");
     let pid = i32::try_from(child.id()).expect("pid");
     assert!(libc::WIFSTOPPED(wait(pid)), "it is traced");
