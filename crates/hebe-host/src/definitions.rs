@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use hebe_types::{ConfigError, VmConfig, VmName};
@@ -204,8 +205,30 @@ pub fn keep_transient(host: &Host, config: &VmConfig) -> Result<PathBuf, HostErr
     Ok(path)
 }
 
-/// Forgets what [`keep_transient`] kept.
+/// Where the disk is kept from which the guest's cloud-init learns what it was
+/// told, of a VM that `hebe run` was given.
+pub fn seed_path(layout: &Layout, name: &VmName) -> PathBuf {
+    layout.state.join("seeds").join(format!("{name}.img"))
+}
+
+/// Keeps such a disk. It may hold secrets: nobody else looks into its directory.
+pub fn keep_seed(host: &Host, name: &VmName, bytes: &[u8]) -> Result<(), HostError> {
+    let path = seed_path(&host.layout, name);
+    let dir = path.parent().unwrap_or(&path);
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .and_then(|()| files::write_durably(&path, bytes))
+        .map_err(HostError::file("write", &path))
+}
+
+/// Forgets what [`keep_transient`] and [`keep_seed`] kept.
 pub fn forget_transient(layout: &Layout, name: &VmName) {
+    let seed = seed_path(layout, name);
+    if seed.exists() {
+        let _ = files::remove_durably(&seed);
+    }
     let _ = files::remove_durably(&transient_path(layout, name));
 }
 

@@ -86,6 +86,17 @@ fn start_as(host: &Host, name: &VmName, order: Order) -> Result<VmStatus, HostEr
 
 /// Boots a VM from a definition that lies anywhere, and keeps that definition.
 pub fn run(host: &Host, config: &VmConfig) -> Result<VmStatus, HostError> {
+    run_with(host, config, None)
+}
+
+/// [`run`], with the bytes of the disk for the guest's cloud-init, which
+/// `config` has at [`definitions::seed_path`]. They are written once it is
+/// certain that no VM of that name uses that disk.
+pub fn run_with(
+    host: &Host,
+    config: &VmConfig,
+    seed: Option<&[u8]>,
+) -> Result<VmStatus, HostError> {
     let _not_all = host.lock_orders()?;
     let name = &config.name;
     config.validate().map_err(|e| HostError::Refused {
@@ -109,10 +120,12 @@ pub fn run(host: &Host, config: &VmConfig) -> Result<VmStatus, HostError> {
         });
     }
     let path = definitions::transient_path(&host.layout, name);
-    definitions::check_files(config, &path)?;
     let known = definitions::find(&host.layout, name).is_some();
-    definitions::keep_transient(host, config)?;
-    let started = boot(host, config);
+    let started = seed
+        .map_or(Ok(()), |bytes| definitions::keep_seed(host, name, bytes))
+        .and_then(|()| Ok(definitions::check_files(config, &path)?))
+        .and_then(|()| definitions::keep_transient(host, config))
+        .and_then(|_| boot(host, config));
     if started.is_err() && !known {
         definitions::forget_transient(&host.layout, name);
     }

@@ -5,6 +5,7 @@ mod check;
 mod fleet;
 mod plan;
 mod reboot;
+mod seed;
 
 use std::path::PathBuf;
 
@@ -15,6 +16,7 @@ pub use age::{AGE_HELP, AgeArgs};
 pub use fleet::{FleetCommand, RollArgs};
 pub use plan::{PLAN_HELP, PlanArgs};
 pub use reboot::{MethodArg, RebootArgs};
+pub use seed::SeedArgs;
 
 const EXIT_CODES: &str = "\
 Exit status:
@@ -51,7 +53,7 @@ pub enum Command {
     #[command(after_help = "\
 Examples:
   hebe run web.toml
-  hebe run --name web --memory 1GiB --disk debian.img
+  hebe run --name web --memory 1GiB --disk debian.img --ssh-key ~/.ssh/id_ed25519.pub
   hebe run --name try --memory 256MiB --kernel /boot/vmlinuz-6.1 --cmdline console=ttyS0")]
     Run(RunArgs),
     /// Boot a defined VM (vms/NAME.toml in the configuration directory).
@@ -176,6 +178,7 @@ pub struct RunArgs {
     /// A definition in TOML.
     #[arg(required_unless_present_any = ["kernel", "disk"], conflicts_with_all = [
         "name", "memory", "vcpus", "kernel", "initrd", "cmdline", "disk", "net", "store",
+        "user_data", "hostname", "ssh_key",
     ])]
     pub file: Option<PathBuf>,
     /// The VM's name.
@@ -206,6 +209,8 @@ pub struct RunArgs {
     /// Where its RAM lives.
     #[arg(long, value_enum, default_value_t = StoreArg::Auto)]
     pub store: StoreArg,
+    #[command(flatten)]
+    pub seed: SeedArgs,
     #[command(flatten)]
     pub cage: CageArgs,
 }
@@ -373,6 +378,7 @@ mod tests {
             "hebe run web.toml",
             "hebe run --name a --kernel /k --net tap0@br0",
             "hebe run --name a --disk d",
+            "hebe run --name a --disk d --hostname h --user-data u --ssh-key k --ssh-key l",
             "hebe resume --all --autostart",
             "hebe resume web --from file",
             "hebe resume web db",
@@ -424,6 +430,9 @@ mod tests {
             "hebe run web.toml --net tap0",
             "hebe run web.toml --store memfd",
             "hebe run web.toml --memory 4MiB",
+            "hebe run web.toml --hostname h",
+            "hebe run web.toml --user-data u",
+            "hebe run web.toml --ssh-key k",
             "hebe stop web --timeout 0",
             "hebe resume web --from memory --again",
             "hebe resume --all --from file",

@@ -7,6 +7,7 @@ mod host;
 mod man;
 mod plan;
 mod reboot;
+mod seed;
 mod store;
 mod suspend;
 mod vm;

@@ -12,6 +12,7 @@ use hebe_types::{
 };
 use serde::Serialize;
 
+use super::seed::seed;
 use crate::cli::{RunArgs, StopArgs, StoreArg};
 use crate::output::{Exit, Failure, Outcome, Output, table};
 
@@ -28,13 +29,27 @@ pub fn done(out: &Output, name: &VmName, result: &'static str) {
 
 /// `hebe run`.
 pub fn run(host: &Host, args: RunArgs, out: &Output) -> Outcome {
-    let config = match &args.file {
-        Some(path) => definitions::read(path).map_err(HostError::from)?,
-        None => from_flags(args)?,
+    let (config, seed) = match &args.file {
+        Some(path) => (definitions::read(path).map_err(HostError::from)?, None),
+        None => of_flags(host, args)?,
     };
-    ops::run(host, &config)?;
+    ops::run_with(host, &config, seed.as_deref())?;
     done(out, &config.name, "running");
     Ok(Exit::Done)
+}
+
+/// The VM, and the disk for its cloud-init.
+fn of_flags(host: &Host, mut args: RunArgs) -> Result<(VmConfig, Option<Vec<u8>>), Failure> {
+    let seed_args = std::mem::take(&mut args.seed);
+    let mut config = from_flags(args)?;
+    let seed = seed(&config.name, &seed_args)?;
+    if seed.is_some() {
+        config.disks.push(DiskConfig {
+            path: definitions::seed_path(&host.layout, &config.name),
+            readonly: true,
+        });
+    }
+    Ok((config, seed))
 }
 
 fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
