@@ -13,6 +13,7 @@
 //! | segment's state | saved file | pending | decision |
 //! |---|---|---|---|
 //! | frozen | – | any | resume |
+//! | frozen, and nothing says whether it was started since | – | any | left: a person must choose |
 //! | frozen | file | any | left frozen: two states, a person must choose |
 //! | running, by a VMM that lives | any | any | already up |
 //! | running, VMM or host gone | complete | any | restore (the VM did not run after the save) |
@@ -102,6 +103,9 @@ pub struct Facts {
     /// VMs that were frozen in a store that is not here; with one sentence that
     /// says so and the ways out.
     pub elsewhere: BTreeMap<VmName, String>,
+    /// Frozen VMs of which no note says whether they were started since; with
+    /// one sentence that says so and the ways out.
+    pub unnoted: BTreeMap<VmName, String>,
 }
 
 /// What to do with one VM.
@@ -196,6 +200,9 @@ fn decide(facts: &Facts, name: &VmName, segments: &[&SegmentFact]) -> Decision {
         },
         (Some(reason), Decision::Restore { .. }) => Decision::Leave {
             reason: format!("it is saved in a file, too, and {reason}"),
+        },
+        (_, Decision::Resume { .. }) if facts.unnoted.contains_key(name) => Decision::Leave {
+            reason: facts.unnoted[name].clone(),
         },
         (_, decision) => decision,
     }
@@ -298,6 +305,29 @@ mod tests {
     }
 
     const STALE: Option<SegmentId> = Some(SegmentId(3));
+
+    #[test]
+    fn a_frozen_vm_that_nothing_tells_of_is_left() {
+        let web: VmName = "web".parse().expect("name");
+        let mut facts = Facts {
+            segments: vec![SegmentFact {
+                id: SegmentId(1),
+                name: Some(web.clone()),
+                exec: ExecFact::Frozen,
+            }],
+            pending: BTreeSet::from([web.clone()]),
+            ..Facts::default()
+        };
+        let resume = Decision::Resume {
+            segment: SegmentId(1),
+        };
+        assert_eq!(plan(&facts)[&web], resume);
+        let reason = "not mounted".to_owned();
+        facts.unnoted.insert(web.clone(), reason.clone());
+        assert_eq!(plan(&facts)[&web], Decision::Leave { reason });
+        facts.alive.insert(web.clone());
+        assert_eq!(plan(&facts)[&web], Decision::Already);
+    }
 
     #[test]
     fn a_frozen_vm_is_resumed_unless_a_file_contradicts() {

@@ -491,7 +491,7 @@ pub(crate) fn state_dir(host: &Host, survey: &Survey, vms: &[VmVerdict]) -> Vec<
         let (level, what) = if needed {
             (Level::Fail, "and ends with this kernel")
         } else {
-            let what = "so a kernel without the store would not know what was frozen there";
+            let what = "so the next kernel does not know what was frozen, and resumes it only with `hebe resume --all --unnoted`";
             (Level::Warn, what)
         };
         checks.push(Check::bad(

@@ -37,6 +37,8 @@ pub struct Layout {
     pub vmm: PathBuf,
     /// It is started without its cage: for debugging.
     pub no_sandbox: bool,
+    /// Frozen VMs that the state directory says nothing of are resumed, too.
+    pub unnoted: bool,
 }
 
 impl Layout {
@@ -56,6 +58,7 @@ impl Layout {
                 .map(PathBuf::from),
             vmm: find_vmm(),
             no_sandbox: false,
+            unnoted: false,
         }
     }
 
@@ -68,6 +71,7 @@ impl Layout {
             store: None,
             vmm: root.join("hebe-vmm"),
             no_sandbox: false,
+            unnoted: false,
         }
     }
 

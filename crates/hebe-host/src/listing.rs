@@ -362,7 +362,11 @@ fn given_up(
     let frozen = |s: &&SegmentView| matches!(s.exec, ExecView::Frozen { .. });
     let segment = segment.filter(frozen)?;
     match (notes::is_given_up(&host.layout, segment), saved) {
-        (Ok(false), _) => None,
+        (Ok(false), Some(_)) => None,
+        (Ok(false), None) => match notes::unnoted(&host.layout, segment) {
+            Ok(Some(text)) => Some((VmState::Frozen, Life::Frozen, Some(text))),
+            _ => None,
+        },
         (Ok(true), None) => {
             let text = hebe_flow::resume::given_up(name, segment.id);
             Some((VmState::Crashed, Life::Crashed, Some(text)))

@@ -1,8 +1,8 @@
 //! What was frozen in which store: notes on the host's disk, for the boot in
 //! which that store is not there.
 //!
-//! A VM that is frozen is resumed from its segment alone; no note is needed for
-//! that. But a kernel that was booted without the reservation finds no store,
+//! A VM that is frozen is resumed from its segment alone; of its note only that
+//! it is there is needed, see below. But a kernel that was booted without the reservation finds no store,
 //! and would take the VM for one that is merely stopped. Its memory may still
 //! be there, so two things must not happen:
 //!
@@ -22,6 +22,10 @@
 //! One file per life of a VM, `frozen/NAME.ID.json`, so that orders for
 //! different VMs never write the same file. A note that outlives its reason is
 //! harmless: it counts only where its store is not the one that is here.
+//!
+//! Because it is written before each freeze, a frozen VM without a note is a
+//! proof that this directory is not the one: not mounted yet, for one. Nothing
+//! here would say that the VM was given up, so it is not resumed unasked.
 
 use std::fs;
 use std::io;
@@ -171,7 +175,7 @@ pub fn read(layout: &Layout, name: &VmName, vm: VmId) -> Result<Option<FrozenNot
     checked.map_err(|error| HostError::Refused {
         name: name.clone(),
         why: format!(
-            "{} cannot be read ({}), so nobody knows whether it was started afresh since it was frozen: remove that file if it was not",
+            "{} cannot be read ({}), so nobody knows whether it was started afresh since it was frozen: if it was not, remove that file, and `hebe resume {name} --unnoted`",
             path.display(),
             with_cause(&error)
         ),
@@ -302,6 +306,21 @@ pub(crate) fn is_given_up(layout: &Layout, segment: &SegmentView) -> Result<bool
         return Ok(false);
     };
     Ok(read(layout, name, vm)?.is_some_and(|note| note.given_up))
+}
+
+/// Why the state in a segment is not continued without an order that says so:
+/// it was frozen under another state directory than this one.
+pub(crate) fn unnoted(layout: &Layout, segment: &SegmentView) -> Result<Option<String>, HostError> {
+    let (Some(name), Some(vm)) = (&segment.name, segment.vm) else {
+        return Ok(None);
+    };
+    if layout.unnoted || read(layout, name, vm)?.is_some() {
+        return Ok(None);
+    }
+    Ok(Some(format!(
+        "nothing in {} says that it was frozen, which is noted there before that is done: the state directory is not mounted, or is another one, and only there stands whether the VM was started afresh since; mount it and `hebe resume {name}`, or say `hebe resume {name} --unnoted` if its disks certainly did not go on without it",
+        dir(layout).display()
+    )))
 }
 
 /// The orders that give up a VM that is frozen elsewhere.

@@ -373,10 +373,16 @@ impl Driver<'_> {
         for vm in &self.verdict.vms {
             let row = self.survey.rows.get(&vm.vm);
             let keep = vm.fate == Some(Fate::Keep);
-            let frozen = row.is_some_and(|r| matches!(r.life, Life::Frozen | Life::Held));
+            let life = row.map(|r| r.life);
             let own = row.and_then(|r| r.segment);
             let segment = store.segments.iter().find(|s| Some(s.id.0) == own);
-            if let Some(segment) = segment.filter(|_| keep || frozen) {
+            let Some(segment) = segment else {
+                continue;
+            };
+            // What is frozen without a note was frozen under another state
+            // directory, which alone knows whether it may go on.
+            let known = notes::unnoted(&self.host.layout, segment)?.is_none();
+            if keep || life == Some(Life::Held) || (life == Some(Life::Frozen) && known) {
                 notes::note(self.host, store, segment)?;
             }
         }

@@ -218,6 +218,12 @@ fn facts(
             },
         })
         .collect();
+    let unnoted = store
+        .iter()
+        .flat_map(|s| &s.segments)
+        .filter(|s| matches!(s.exec, ExecView::Frozen { .. }))
+        .filter_map(|s| Some((s.name.clone()?, notes::unnoted(&host.layout, s).ok()??)))
+        .collect();
     let saved = saved::all(&host.layout);
     let noted = notes::all(&host.layout);
     let elsewhere: BTreeMap<VmName, String> = notes::elsewhere(&noted, store)
@@ -245,6 +251,7 @@ fn facts(
         alive,
         stranded,
         elsewhere,
+        unnoted,
     };
     (facts, configs)
 }
@@ -360,7 +367,18 @@ impl Work<'_> {
     fn clean(&self, name: &VmName) -> Result<Done, HostError> {
         // Under the VM's lock: a VMM that starts this moment holds it.
         let lock = ops::lock(self.host, name)?;
-        if let Some(segment) = self.store.and_then(|s| s.segment_of(name)) {
+        let segment = self.store.and_then(|s| s.segment_of(name));
+        let state = &self.host.layout.state;
+        if segment.is_some_and(|s| s.exec == ExecView::Ended) && !state.exists() {
+            // A file of it may lie there, and the segment alone tells that the
+            // VM ran after that was written.
+            let reason = format!(
+                "its segment is freed when {} is mounted: resume again then",
+                state.display()
+            );
+            return Ok((Resumed::Left { reason }, None));
+        }
+        if let Some(segment) = segment {
             free_segment(self.host, segment)?;
         }
         let _ = lock.remove_dir();

@@ -218,6 +218,9 @@ fn continue_with(
     if notes::is_given_up(&host.layout, segment)? {
         return Err(refused(given_up(name, segment.id)));
     }
+    if let Some(why) = notes::unnoted(&host.layout, segment)? {
+        return Err(refused(why));
+    }
     let status = launch(host, &lock, &order, LAUNCH_WAIT)?;
     if segment.carried {
         luo::taken_over(host, segment);

@@ -273,6 +273,10 @@ pub struct ResumeArgs {
     /// destroys what is on it, unless it holds the very bytes that the old one did.
     #[arg(long, conflicts_with = "all")]
     pub accept_changed_disk: bool,
+    /// Resume also what the state directory says nothing of: where it does not outlive the
+    /// kernel. A VM that was started afresh since it was frozen destroys its disks then.
+    #[arg(long)]
+    pub unnoted: bool,
     #[command(flatten)]
     pub cage: CageArgs,
 }

@@ -35,6 +35,7 @@ fn main() -> ExitCode {
     let out = output::Output::new(cli.json);
     let mut host = Host::here();
     host.layout.no_sandbox = cli.command.no_sandbox();
+    host.layout.unnoted = cli.command.unnoted();
     if host.layout.no_sandbox {
         out.progress(
             "WARNING: --no-sandbox: VMMs that this command starts are not confined, and a guest that breaks out of its VM has all their rights; `hebe show` says so of each",

@@ -23,6 +23,10 @@ pub const CASES: &[crate::Case] = &[
     ),
     ("a_vm_started_afresh_never_meets_its_old_memory", afresh),
     (
+        "a_frozen_vm_that_no_note_tells_of_is_resumed_by_an_order_that_says_so",
+        not_mounted,
+    ),
+    (
         "a_vm_started_afresh_and_saved_is_restored",
         afresh_and_saved,
     ),
@@ -51,6 +55,13 @@ pub const CASES: &[crate::Case] = &[
 fn row(host: &Host) -> VmRow {
     let mut rows = listing::survey(host).rows;
     rows.remove(&name("web")).expect("listed")
+}
+
+/// As with `--unnoted`.
+fn any(host: &Host) -> Host {
+    let mut host = host.clone();
+    host.layout.unnoted = true;
+    host
 }
 
 fn noted(world: &World) -> usize {
@@ -151,6 +162,36 @@ fn afresh() {
     assert_eq!(world.segments(), 1, "nothing is freed without an order");
     ops::start(host, &name("web")).expect("boots");
     assert_eq!((world.segments(), noted(&world)), (1, 0));
+}
+
+/// Early user space resumes before the state directory is mounted, where alone
+/// stands that the VM was started afresh.
+fn not_mounted() {
+    let (world, bare, id) = frozen("");
+    ops::start_afresh(&bare, &name("web")).expect("boots");
+    stop(&bare);
+    world.reserved();
+    let mut early = world.host.clone();
+    early.layout.state = world.root.path().join("not/mounted");
+    let left = resumed(&early, false);
+    let Resumed::Left { reason } = &left else {
+        panic!("old memory would meet a newer disk: {left:?}");
+    };
+    for word in ["not/mounted", "mount it", "--unnoted"] {
+        assert!(reason.contains(word), "{reason}");
+    }
+    let listed = row(&early);
+    assert_eq!(listed.state, VmState::Frozen);
+    assert_eq!(listed.detail.as_ref(), Some(reason));
+    let refused = ops::resume(&early, &name("web"), ResumeOptions::default());
+    assert!(refused.is_err_and(|e| e.to_string().contains("--unnoted")));
+    // A reboot from there does not make it known.
+    let _ = hebe_host::reboot::reboot(&early, &world.options(RebootMethod::Warm), &|_| {});
+    assert!(matches!(resumed(&early, false), Resumed::Left { .. }));
+    // The directory has the last word, as ever.
+    assert!(matches!(resumed(&world.host, false), Resumed::Lost { .. }));
+    assert_eq!(resumed(&any(&early), false), Resumed::Resumed, "by order");
+    assert_eq!(world.instance("web").expect("up").vm, id);
 }
 
 fn afresh_and_saved() {
@@ -272,7 +313,7 @@ fn given_up_elsewhere() {
     let text = text.replace(&note.store, &VmId([9; 16]).to_string());
     let marked = text.replace("\"given_up\": false", "\"given_up\": true");
     fs::remove_file(&path).expect("remove");
-    ops::resume(host, &web, ResumeOptions::default()).expect("resumes");
+    ops::resume(&any(host), &web, ResumeOptions::default()).expect("resumes");
     fs::write(&path, &marked).expect("write");
     let error = ops::suspend(host, &web).expect_err("it would replace the word of that");
     assert!(error.to_string().contains("given up"), "{error}");
@@ -323,6 +364,7 @@ fn unreadable() {
     let text = error.expect_err("nobody knows").to_string();
     assert!(text.contains(&path.display().to_string()), "{text}");
     assert_eq!(world.segments(), 1);
+    assert!(text.contains("--unnoted"), "{text}");
     fs::remove_file(&path).expect("the operator's word");
-    ops::resume(host, &name("web"), ResumeOptions::default()).expect("resumes");
+    ops::resume(&any(host), &name("web"), ResumeOptions::default()).expect("resumes");
 }

@@ -516,7 +516,9 @@ fn held_without_directory() {
         "{left:?}"
     );
     // Whoever tries all the same gets a VMM that refuses.
-    let second = ops::continue_frozen(host, &web, Some(&view)).expect_err("a second VMM");
+    let mut any = host.clone();
+    any.layout.unnoted = true;
+    let second = ops::continue_frozen(&any, &web, Some(&view)).expect_err("a second VMM");
     assert!(second.to_string().contains("two never run"), "{second}");
     let reboot = hebe_host::preflight::preflight(
         host,
@@ -526,7 +528,7 @@ fn held_without_directory() {
     assert!(!reboot.0.passes(), "it would be lost");
     ops::stop(host, &web, force()).expect("ended");
     assert_eq!(world.state("web"), VmState::Frozen, "its state is kept");
-    let back = ops::resume(host, &web, ResumeOptions::default()).expect("resumes");
+    let back = ops::resume(&any, &web, ResumeOptions::default()).expect("resumes");
     assert_eq!(back.id, id);
 }
 

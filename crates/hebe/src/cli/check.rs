@@ -69,6 +69,11 @@ impl Command {
         }
     }
 
+    /// Whether it resumes what no note says was frozen.
+    pub fn unnoted(&self) -> bool {
+        matches!(self, Self::Resume(args) if args.unnoted)
+    }
+
     /// As it is typed.
     fn name(&self) -> &'static str {
         match self {
