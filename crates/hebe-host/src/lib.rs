@@ -1,10 +1,10 @@
 //! The host's life: start VMs, suspend all, reload the layer below them,
 //! resume all.
 //!
-//! No daemon: every order is carried out by the `hebe` process that was given
-//! it, from facts that lie in the run directory, the store and the state
-//! directory. Each VM is one `hebe-vmm` process, which holds the VM's lock as
-//! long as it lives.
+//! Every order is carried out by the process that was given it, `hebe` or
+//! `hebed`, from facts that lie in the run directory, the store and the state
+//! directory; none of them holds any other truth. Each VM is one `hebe-vmm`
+//! process, which holds the VM's lock as long as it lives.
 //!
 //! - [`Host`]: where everything lies, and the seams ([`stores::StoreAccess`],
 //!   [`system::System`]) behind which tests put fakes.

@@ -21,7 +21,7 @@ use hebe_host::preflight::Level;
 use hebe_host::report::complete_report;
 use hebe_host::stores::StoreView;
 use hebe_host::{Host, files, gantt, ops};
-use hebe_policy::ageing::{Look, assess};
+use hebe_policy::ageing::{Look, LookError, assess};
 use hebe_types::{VmId, VmName};
 use serde::{Deserialize, Serialize};
 use tokio_stream::wrappers::BroadcastStream;
@@ -228,7 +228,10 @@ async fn age(
         let samples = read_samples(&path_below(&host.layout.state));
         let samples =
             samples.map_err(|e| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, with_cause(&e)))?;
-        assess(&samples, look).map_err(|e| bad(e.to_string()))
+        assess(&samples, look).map_err(|e| match e {
+            LookError::NoSamples => Problem::new(StatusCode::NOT_FOUND, e.to_string()),
+            _ => bad(e.to_string()),
+        })
     });
     let assessment = assessed.await??;
     let ageing = assessment.soonest().is_some();
