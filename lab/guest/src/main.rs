@@ -49,6 +49,7 @@ fn tool(arguments: &[String]) -> i32 {
         ["dax-fill", device] => dax::pattern(device, true),
         ["dax-check", device] => dax::pattern(device, false),
         ["dax-flip", device, offset] => dax::flip(device, offset),
+        ["kexec-unload"] => sys::kexec_unload().map(|()| 0),
         ["peer", ref more @ ..] => {
             return match cpr::tool(more) {
                 Ok(()) => 0,

@@ -100,6 +100,27 @@ pub fn kexec_load(kernel: &str, initrd: &str, cmdline: &str) -> Result<()> {
     Ok(())
 }
 
+/// Takes the loaded kernel away, so that the jump fails (kexec_file_load(2),
+/// `KEXEC_FILE_UNLOAD`).
+pub fn kexec_unload() -> Result<()> {
+    const KEXEC_FILE_UNLOAD: libc::c_ulong = 1;
+    // SAFETY: with this flag the call takes no descriptor and no text.
+    let rc = unsafe {
+        libc::syscall(
+            libc::SYS_kexec_file_load,
+            -1,
+            -1,
+            0,
+            std::ptr::null::<libc::c_char>(),
+            KEXEC_FILE_UNLOAD,
+        )
+    };
+    if rc != 0 {
+        return Err(io::Error::last_os_error()).context("kexec_file_load failed");
+    }
+    Ok(())
+}
+
 /// What reboot(2) can do.
 pub enum Reboot {
     /// Into the loaded kernel.

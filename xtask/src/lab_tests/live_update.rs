@@ -6,12 +6,14 @@ use lab::kernel;
 use lab::scenario::{GuestSpec, Lab, LabOptions};
 use lab::trial::{self, Method};
 
+use super::live_update_faults;
 use crate::demo::{self, Carrier};
 use crate::test::{Outcome, Scene};
 
 const GUESTS: u8 = 2;
 
-/// There and back again: what was carried once is carried once more.
+/// First what goes wrong, then there and back again: what was carried once is
+/// carried once more.
 pub fn run(scene: &Scene) -> Result<Outcome> {
     if !scene.full && !kernel::is_ready(scene.assets) {
         let why =
@@ -27,11 +29,13 @@ pub fn run(scene: &Scene) -> Result<Outcome> {
         .collect();
     let options = LabOptions {
         host: from,
-        others: vec![to],
+        others: [vec![to], live_update_faults::STOCK.to_vec()].concat(),
+        tools: true,
         ..Carrier::Luo.options(GUESTS)
     };
     let mut lab = Lab::boot(scene.assets, options, scene.progress)?;
     lab.start(&guests)?;
+    live_update_faults::run(&mut lab, &guests, to, scene.progress)?;
     for _ in 0..2 {
         let trial = trial::reboot(&mut lab, &guests, Method::Warm, to, &[], scene.progress)?;
         demo::check(&trial)?;

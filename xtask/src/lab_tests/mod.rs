@@ -3,6 +3,7 @@
 
 pub mod faults;
 pub mod live_update;
+mod live_update_faults;
 pub mod loops;
 pub mod methods;
 pub mod refusals;
