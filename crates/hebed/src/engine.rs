@@ -83,11 +83,17 @@ impl Engine {
         ours || hebe_host::lock::VmLock::is_held(&self.host.layout.run.join("host"))
     }
 
-    /// How everything is, looked at after this was asked.
-    pub async fn survey(&self) -> Result<Arc<Survey>, Ask> {
+    /// Refuses to look at anything while [`Engine::is_quiet`].
+    pub fn unless_quiet(&self) -> Result<(), Ask> {
         if self.is_quiet() {
             return Err(Ask::Quiet(Quiet));
         }
+        Ok(())
+    }
+
+    /// How everything is, looked at after this was asked.
+    pub async fn survey(&self) -> Result<Arc<Survey>, Ask> {
+        self.unless_quiet()?;
         let asked = Instant::now();
         let engine = self.clone();
         // A task of its own: a client that goes away does not end a look that

@@ -45,9 +45,11 @@ pub struct HostFigures {
     sample: Option<Sample>,
 }
 
-/// Reads it.
-pub fn host_figures(host: &Host) -> HostFigures {
-    let report = last_report(host).ok().flatten();
+/// Reads it; the report lies in the store, which is left alone in the midst of
+/// a reboot.
+pub fn host_figures(host: &Host, with_report: bool) -> HostFigures {
+    let report = with_report.then(|| last_report(host).ok().flatten());
+    let report = report.flatten();
     HostFigures {
         downtimes: report.map(|r| r.downtimes()).unwrap_or_default(),
         sample: sample_here().ok(),

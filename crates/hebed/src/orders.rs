@@ -304,9 +304,7 @@ pub async fn preflight(
     Body(body): Body<RebootBody>,
 ) -> Answer<Json<VerdictAnswer>> {
     let options = body.options(peer)?;
-    if app.engine.is_quiet() {
-        return Err(crate::engine::Ask::Quiet(crate::engine::Quiet).into());
-    }
+    app.engine.unless_quiet()?;
     let look = move |host: &Host| preflight::preflight(host, &options, true).0;
     let verdict = app.engine.read(look).await?;
     Ok(Json(VerdictAnswer {

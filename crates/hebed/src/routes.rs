@@ -151,7 +151,11 @@ async fn openapi() -> Response {
 async fn metrics_text(State(app): State<App>) -> Answer<Response> {
     // A reboot is no reason to have no figures at all.
     let survey = app.engine.survey().await.ok();
-    let figures = app.engine.read(metrics::host_figures).await?;
+    let with_report = survey.is_some();
+    let figures = app
+        .engine
+        .read(move |host| metrics::host_figures(host, with_report))
+        .await?;
     let text = metrics::text(&app, survey.as_deref(), &figures);
     let kind = HeaderValue::from_static(metrics::CONTENT_TYPE);
     Ok(([(header::CONTENT_TYPE, kind)], text).into_response())
@@ -180,6 +184,7 @@ async fn host(State(app): State<App>) -> Json<HostAnswer> {
 }
 
 async fn check(State(app): State<App>) -> Answer<Json<CheckAnswer>> {
+    app.engine.unless_quiet()?;
     let checks = app.engine.read(host_check).await?;
     let ready = checks.iter().all(|check| check.level != Level::Fail);
     Ok(Json(CheckAnswer { ready, checks }))
@@ -315,9 +320,7 @@ async fn tail(app: &App, name: Named, query: Lines, file: &'static str) -> Answe
 }
 
 async fn store(State(app): State<App>) -> Answer<Json<StoreView>> {
-    if app.engine.is_quiet() {
-        return Err(crate::engine::Ask::Quiet(crate::engine::Quiet).into());
-    }
+    app.engine.unless_quiet()?;
     let view = app.engine.read(|host: &Host| host.store.view()).await?;
     let view = view.map_err(|e| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, with_cause(&e)))?;
     view.map(Json).ok_or_else(|| {
@@ -327,9 +330,7 @@ async fn store(State(app): State<App>) -> Answer<Json<StoreView>> {
 }
 
 async fn last_report(app: &App) -> Answer<hebe_host::timeline::Timeline> {
-    if app.engine.is_quiet() {
-        return Err(crate::engine::Ask::Quiet(crate::engine::Quiet).into());
-    }
+    app.engine.unless_quiet()?;
     let report = app.engine.read(complete_report).await?;
     let report = report.map_err(|e| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, e))?;
     report.ok_or_else(|| {

@@ -23,6 +23,7 @@ pub const CASES: &[crate::Case] = &[
     ("systemd_hands_a_socket_over_and_hears_how_it_goes", systemd),
     ("one_daemon_at_a_time", alone),
     ("figures_for_prometheus", figures),
+    ("vms_are_left_alone_in_the_midst_of_an_order_for_all", quiet),
 ];
 
 fn description() -> Value {
@@ -420,4 +421,31 @@ fn figures() {
         );
     }
     assert!(text.ends_with("# EOF\n"), "{text}");
+}
+
+/// Somebody else is in the midst of an order for all VMs.
+fn quiet() {
+    let world = World::new();
+    world.define("web", "autostart = true");
+    let all = world.host.lock_all().expect("nobody has it");
+    let daemon = world.daemon();
+    for (path, status) in [
+        ("/v1/vms", 503),
+        ("/v1/vms/web", 503),
+        ("/v1/store", 503),
+        ("/v1/report", 503),
+        ("/v1/host/check", 503),
+        ("/v1/host", 200),
+        ("/v1/jobs", 200),
+        ("/metrics", 200),
+    ] {
+        let reply = daemon.get(path);
+        assert_eq!(reply.status, status, "{path}: {reply:?}");
+        assert_eq!(reply.header("retry-after").is_some(), status == 503);
+        check("get", &path.replace("web", "{name}"), &reply);
+    }
+    assert_eq!(daemon.get("/v1/host").json()["quiet"], json!(true));
+    assert_eq!(world.state("web"), Some(VmState::Stopped));
+    drop(all);
+    world.until("web", VmState::Running);
 }
