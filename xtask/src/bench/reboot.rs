@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use hebe_types::ByteSize;
 use lab::assets::{Assets, KernelName};
 use lab::peer;
 use lab::probe::{ProbeRecord, UDP_INTERVAL, UdpRecord};
@@ -145,7 +146,11 @@ struct Carried {
     late_parts: u64,
 }
 
-const MIB: f64 = (1u32 << 20) as f64;
+/// A size as the report writes it, such as `160MiB`.
+fn mib(size: &Value) -> Option<f64> {
+    let size: ByteSize = size.as_str()?.parse().ok()?;
+    Some(size.bytes() as f64 / f64::from(1u32 << 20))
+}
 
 impl Carried {
     fn of(report: &Value, phases: &Map<String, Value>, vm: &str) -> Option<Self> {
@@ -155,8 +160,8 @@ impl Carried {
         Some(Self {
             preserve_ms: at("preserved")? - at("preserve-began")?,
             retrieve_ms: at("arrived")? - at("retrieving")?,
-            preserved_mib: row["preserved"].as_f64()? / MIB,
-            filled_mib: row["filled"].as_f64()? / MIB,
+            preserved_mib: mib(&row["preserved"])?,
+            filled_mib: mib(&row["filled"])?,
             late_parts: row["late_parts"].as_u64()?,
         })
     }
@@ -649,7 +654,7 @@ mod tests {
     #[test]
     fn what_the_kernel_carried_is_told_per_gib() {
         let report = json!({"carried": [
-            {"vm": "vm1", "memory": 268435456, "preserved": 134217728, "filled": 1048576, "late_parts": 1},
+            {"vm": "vm1", "memory": "256MiB", "preserved": "128MiB", "filled": "1024KiB", "late_parts": 1},
         ]});
         let phases = json!({
             "preserve-began": 100.0, "preserved": 350.0, "retrieving": 5000.0, "arrived": 5125.0,

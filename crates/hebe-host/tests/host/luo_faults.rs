@@ -53,6 +53,10 @@ pub const CASES: &[crate::Case] = &[
         ended_by_its_own_will,
     ),
     ("each_vm_resumes_when_its_own_memory_is_there", one_by_one),
+    (
+        "the_word_that_memory_elsewhere_was_given_up_is_never_replaced",
+        word_is_kept,
+    ),
     ("a_keeper_does_not_obey_sigterm", sigterm),
     ("a_keeper_needs_nobody_who_started_it", starter_gone),
 ];
@@ -260,6 +264,33 @@ fn ended_by_its_own_will() {
     // The next look at all VMs forgets those that run.
     resume(&world);
     assert_eq!((world.state("db"), noted(&world)), (VmState::Running, 0));
+}
+
+/// The same life of the VM was frozen in another store, and given up there: were
+/// that forgotten, it would be resumed with disks that went on without it.
+fn word_is_kept() {
+    let world = World::live_update();
+    world.start(&["web"]);
+    let web = name("web");
+    ops::suspend(&world.host, &web).expect("freezes");
+    vmm::let_run(&world.host.layout.socket(&web)).expect("thaws");
+    let dir = world.host.layout.state.join("frozen");
+    let path = dir.join(format!("web.{}.json", id(&world, "web")));
+    let note = fs::read_to_string(&path).expect("a note");
+    let given_up = note
+        .replace("\"luo\"", "\"another\"")
+        .replace("\"given_up\": false", "\"given_up\": true");
+    assert_ne!(note, given_up);
+    fs::write(&path, &given_up).expect("write");
+    let refused = ops::suspend(&world.host, &web).expect_err("it would be forgotten");
+    assert!(refused.to_string().contains("was given up"), "{refused}");
+    let (why, stranded) = aborted(&world, &silent);
+    assert!(why.contains("was given up"), "{why}");
+    assert!(stranded.is_empty(), "{stranded:?}");
+    assert_eq!(world.state("web"), VmState::Running);
+    resume(&world);
+    let kept = fs::read_to_string(&path).expect("still there");
+    assert_eq!(kept, given_up);
 }
 
 fn one_by_one() {
