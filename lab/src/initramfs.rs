@@ -1,29 +1,34 @@
 //! The initramfs of lab hosts and of their guests.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
+use crate::apt::{self, Tool};
 use crate::assets::Kernel;
 use crate::binaries::Binaries;
 use crate::cpio::Archive;
+use crate::machine::Accelerator;
 use crate::modules::{ModuleIndex, read_module};
+use crate::progress::Progress;
 
-/// KVM: loaded beside [`HOST_EARLY`], with which it shares nothing. `?` marks
-/// what some kernels do not have.
+/// KVM. `?` marks what some kernels do not have.
 const HOST_KVM: [&str; 4] = ["irqbypass?", "kvm", "kvm-amd", "kvm-intel"];
-/// What else a host needs before VMs can be resumed.
+/// What else a host needs before VMs can be resumed. The reserved range comes
+/// first: the kernel probes it beside whatever is loaded after it.
 const HOST_EARLY: [&str; 11] = [
-    "virtio_pci",
-    "virtio_net",
-    "virtio_blk",
     "libnvdimm",
     "nd_btt?",
     "nd_pmem",
     "device_dax",
     "dax_pmem",
     "nd_e820",
+    "virtio_pci",
+    "virtio_net",
+    "virtio_blk",
     "tun",
     "bridge",
 ];
@@ -44,8 +49,15 @@ const GUEST: [&str; 9] = [
     "crc32c_generic?",
 ];
 
-/// Builds a host's initramfs.
-pub fn host(kernel: &Kernel, binaries: &Binaries, tools: Option<&Path>) -> Result<Vec<u8>> {
+/// Builds a host's initramfs. It is compressed: kexec checks the hash of every
+/// byte inside the pause, on one processor, while a kernel unpacks its
+/// initramfs beside the start of its drivers.
+pub fn host(
+    kernel: &Kernel,
+    binaries: &Binaries,
+    tools: Option<&Path>,
+    progress: &dyn Progress,
+) -> Result<Vec<u8>> {
     let mut archive = base(binaries)?;
     for program in &binaries.product {
         let name = program.file_name().context("a program without a name")?;
@@ -64,10 +76,35 @@ pub fn host(kernel: &Kernel, binaries: &Binaries, tools: Option<&Path>) -> Resul
         kernel,
         &[("kvm", &HOST_KVM), ("early", &early), ("late", &HOST_LATE)],
     )?;
-    Ok(archive.finish())
+    compressed(&archive.finish(), progress)
 }
 
-/// Builds a guest's initramfs.
+fn compressed(archive: &[u8], progress: &dyn Progress) -> Result<Vec<u8>> {
+    let tool = Tool {
+        program: "zstd",
+        package: "zstd",
+    };
+    apt::ensure_tools(&[tool], progress)?;
+    let mut file = tempfile::NamedTempFile::new().context("no room for an initramfs")?;
+    file.write_all(archive)
+        .context("no room for an initramfs")?;
+    let output = Command::new("zstd")
+        .args(["-q", "-9", "-c"])
+        .arg(file.path())
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot run zstd")?;
+    if !output.status.success() {
+        bail!(
+            "zstd failed: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(output.stdout)
+}
+
+/// Builds a guest's initramfs, as it is: unpacking costs a guest of an emulated
+/// machine more than the bytes do.
 pub fn guest(kernel: &Kernel, binaries: &Binaries) -> Result<Vec<u8>> {
     let mut archive = base(binaries)?;
     add_modules(&mut archive, kernel, &[("early", &GUEST)])?;
@@ -99,7 +136,17 @@ fn condition(path: &str) -> &'static str {
     }
 }
 
+/// Whether the machine's processor has the feature.
+fn processor_has(feature: &str) -> bool {
+    match Accelerator::detect() {
+        Accelerator::Tcg => feature == "svm",
+        Accelerator::Kvm => fs::read_to_string("/proc/cpuinfo")
+            .is_ok_and(|text| text.split_whitespace().any(|word| word == feature)),
+    }
+}
+
 /// Adds module files and `/lab/modules`, the list that init loads them by.
+/// Those of another processor stay out.
 fn add_modules(archive: &mut Archive, kernel: &Kernel, groups: &[(&str, &[&str])]) -> Result<()> {
     let Some(dir) = &kernel.modules else {
         return Ok(());
@@ -109,16 +156,33 @@ fn add_modules(archive: &mut Archive, kernel: &Kernel, groups: &[(&str, &[&str])
     let mut added = std::collections::HashSet::new();
     for (group, wanted) in groups {
         for path in index.load_order(wanted)? {
+            let condition = condition(&path);
+            if condition != "-" && !processor_has(condition) {
+                continue;
+            }
             let file: PathBuf = dir.join(&path);
             let plain = path.rsplit('/').next().unwrap_or(&path);
             let plain = plain.split(".ko").next().unwrap_or(plain);
             let inside = format!("/lab/ko/{plain}.ko");
             if added.insert(inside.clone()) {
                 archive.file(&inside, 0o644, &read_module(&file)?);
-                list.push_str(&format!("{group} {} {inside}\n", condition(&path)));
+                list.push_str(&format!("{group} {condition} {inside}\n"));
             }
         }
     }
     archive.file("/lab/modules", 0o644, list.as_bytes());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::progress::Silent;
+
+    #[test]
+    fn a_compressed_archive_is_a_small_zstd_frame() {
+        let small = compressed(&[7; 100_000], &Silent).expect("zstd");
+        assert_eq!(small[..4], 0xfd2f_b528_u32.to_le_bytes());
+        assert!(small.len() < 1000, "{}", small.len());
+    }
 }

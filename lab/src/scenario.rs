@@ -229,7 +229,7 @@ impl Lab {
         let initrd = folder.path.join("initrd.img");
         fs::write(
             &initrd,
-            initramfs::host(&host, &binaries, tools.as_deref())?,
+            initramfs::host(&host, &binaries, tools.as_deref(), progress)?,
         )
         .context("cannot write the host's initramfs")?;
         let image = folder.path.join("disk.img");
@@ -492,7 +492,7 @@ fn fill_tree(
         put(
             format!("boot/{name}"),
             &kernel,
-            initramfs::host(&kernel, binaries, tools)?,
+            initramfs::host(&kernel, binaries, tools, progress)?,
         )?;
     }
     for name in &options.guest_kernels {
