@@ -2,21 +2,28 @@
 
 use std::sync::Arc;
 
-use hebe_api::{FreezeReport, SaveReport};
+use std::time::Duration;
+
+use hebe_api::{ClientError, FreezeReport, SaveReport};
 use hebe_flow::life::Life;
 use hebe_flow::reboot::Fate;
 use hebe_store::luo::SegmentFiles;
 use hebe_types::{Stamp, VmName};
 
 use crate::host::{Host, HostError};
+use crate::launch::ExitRecord;
 use crate::listing::{VmRow, with_cause};
 use crate::lock::VmLock;
 use crate::luo;
 use crate::ops::{self, StopOptions};
+use crate::pending;
 use crate::saved::SavedPaths;
 use crate::saving;
 use crate::stores::ExecView;
 use crate::vmm;
+
+/// How long a VMM that takes no request any more may need to be gone.
+const ENDING_WAIT: Duration = Duration::from_secs(1);
 
 /// Instants that a VM's effect found, to be noted in the timeline.
 pub(crate) enum Note {
@@ -27,12 +34,16 @@ pub(crate) enum Note {
         asked: Stamp,
         off: Stamp,
     },
+    /// Its guest powered itself off before it was asked anything.
+    Ended(VmName),
 }
 
 /// Why a VM's effect failed.
 pub(crate) struct Trouble {
     pub(crate) why: String,
     pub(crate) certain: bool,
+    /// Nobody was there to be asked.
+    unasked: bool,
 }
 
 impl Trouble {
@@ -40,6 +51,7 @@ impl Trouble {
         Self {
             why: why.into(),
             certain: true,
+            unasked: false,
         }
     }
 }
@@ -49,14 +61,22 @@ impl From<HostError> for Trouble {
         match &error {
             HostError::Vmm { source, .. } => Self {
                 certain: vmm::is_refusal(source),
+                unasked: is_unasked(source),
                 why: with_cause(source),
             },
             _ => Self {
                 certain: false,
+                unasked: false,
                 why: with_cause(&error),
             },
         }
     }
+}
+
+/// Of a request that got no answer: a power button that was pressed may be what
+/// ended the guest.
+fn is_unasked(error: &ClientError) -> bool {
+    matches!(error, ClientError::Connect { .. })
 }
 
 /// One VM's part, in a thread of its own.
@@ -71,6 +91,9 @@ pub(crate) struct Job {
 
 impl Job {
     pub(crate) fn suspend(&self, fate: Fate) -> (Result<(), Trouble>, Option<Note>) {
+        if self.has_ended(Duration::ZERO) {
+            return self.ended(fate);
+        }
         let result = match fate {
             Fate::Keep => self.freeze(),
             Fate::Save => self.save(),
@@ -78,8 +101,33 @@ impl Job {
         };
         match result {
             Ok(note) => (Ok(()), Some(note)),
+            // Its end is its own, unless a power button was pressed.
+            Err(trouble)
+                if !trouble.certain
+                    && (trouble.unasked || fate != Fate::ShutDown)
+                    && self.has_ended(ENDING_WAIT) =>
+            {
+                self.ended(fate)
+            }
             Err(trouble) => (Err(trouble), None),
         }
+    }
+
+    /// Its guest powered itself off since the reboot began: it is down, and
+    /// stays so.
+    fn ended(&self, fate: Fate) -> (Result<(), Trouble>, Option<Note>) {
+        let settled = match fate {
+            Fate::ShutDown => pending::settle(&self.host, &self.vm),
+            Fate::Keep | Fate::Save => Ok(()),
+        };
+        let done = settled.map_err(|e| Trouble::certain(with_cause(&e)));
+        (done, Some(Note::Ended(self.vm.clone())))
+    }
+
+    fn has_ended(&self, wait: Duration) -> bool {
+        let record = || ExitRecord::read(&self.host.layout.vm_dir(&self.vm));
+        ops::ended_within(&self.host, &self.vm, wait)
+            && record().is_some_and(|record| record.is_clean_end())
     }
 
     fn row(&self) -> Result<&VmRow, Trouble> {
@@ -105,6 +153,7 @@ impl Job {
             Ok(report) => Ok(Note::Freeze(self.vm.clone(), report)),
             Err(error) => Err(Trouble {
                 certain: vmm::is_refusal(&error),
+                unasked: is_unasked(&error),
                 why: with_cause(&error),
             }),
         }

@@ -92,6 +92,7 @@ pub fn reboot(
         say,
         carry: None,
         not_booted: BTreeSet::new(),
+        ended: BTreeSet::new(),
     };
     match driver.run(machine) {
         Outcome::Refused(why) => Err(RebootEnd::Refused(why)),
@@ -142,6 +143,8 @@ struct Driver<'a> {
     /// VMs that were told to power off and are not up again, when all that can
     /// be brought back is.
     not_booted: BTreeSet<VmName>,
+    /// VMs whose guests powered themselves off meanwhile, and which stay so.
+    ended: BTreeSet<VmName>,
 }
 
 impl Driver<'_> {
@@ -192,6 +195,9 @@ impl Driver<'_> {
             match note {
                 Note::Freeze(vm, report) => self.timeline.note_freeze(&vm, &report),
                 Note::Save(vm, report) => self.timeline.note_save(&vm, &report),
+                Note::Ended(vm) => {
+                    self.ended.insert(vm);
+                }
                 Note::Off { vm, asked, off } => {
                     let instants = [
                         (asked, EventKind::SuspendAsked),
@@ -209,6 +215,11 @@ impl Driver<'_> {
     /// Runs one effect. Those of VMs answer later, through `sender`.
     fn execute(&mut self, effect: Effect, sender: &Sender<Answer>) -> Option<Input> {
         let done = match effect {
+            Effect::Suspend(vm, _) | Effect::Thaw(vm, _) | Effect::Boot(vm)
+                if self.ended.contains(&vm) =>
+            {
+                return Some(Input::VmDone(vm));
+            }
             Effect::Suspend(vm, fate) => {
                 self.in_thread(vm, sender, move |job| job.suspend(fate));
                 return None;
@@ -263,7 +274,7 @@ impl Driver<'_> {
             let (result, note) = work(&job);
             let input = match result {
                 Ok(()) => Input::VmDone(vm),
-                Err(Trouble { why, certain }) => Input::VmFailed { vm, why, certain },
+                Err(Trouble { why, certain, .. }) => Input::VmFailed { vm, why, certain },
             };
             // The driver waits for every answer, so it is there to take it.
             let _ = sender.send(Answer {
@@ -333,7 +344,10 @@ impl Driver<'_> {
     /// Everything that can be written while the VMs still run.
     fn prepare(&mut self) -> Result<(), String> {
         let say = |e: HostError| with_cause(&e);
-        ops::reap(self.host).map_err(say)?;
+        let ended = ops::reap(self.host).map_err(say)?;
+        self.ended.extend(ended);
+        // Nothing is done to them any more, and nothing noted of them.
+        self.verdict.vms.retain(|v| !self.ended.contains(&v.vm));
         let mut pending = Pending::read(&self.host.layout).map_err(say)?;
         for vm in &self.verdict.vms {
             let definition = self.survey.definitions.get(&vm.vm);

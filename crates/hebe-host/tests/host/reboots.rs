@@ -42,6 +42,10 @@ pub const CASES: &[crate::Case] = &[
         "a_list_of_vms_to_boot_that_cannot_be_read_is_said",
         list_unread,
     ),
+    (
+        "a_guest_that_powers_itself_off_meanwhile_stays_off_and_stops_nothing",
+        ended_meanwhile,
+    ),
     ("a_jump_that_fails_thaws_every_vm", jump_fails),
     (
         "a_vm_that_cannot_freeze_brings_the_others_back",
@@ -306,6 +310,46 @@ fn list_unread() {
     assert_eq!(all.pending_trouble, None);
     assert!(!list.exists());
     assert_eq!(check("pending"), None);
+}
+
+/// Pre-flight saw it run; loading a kernel and stopping services take minutes.
+fn ended_meanwhile() {
+    let methods = [RebootMethod::Warm, RebootMethod::Saved, RebootMethod::Cold];
+    for method in methods {
+        for late in [false, true] {
+            for leaves in [false, true] {
+                let world = World::new();
+                world.start(&["db", "web"]);
+                let host = world.host.clone();
+                let between = move || {
+                    let db = name("db");
+                    let wait = Duration::from_secs(5);
+                    let button = hebe_api::Request::PowerButton;
+                    let _ = hebe_host::vmm::order(&host.layout.socket(&db), &button, wait);
+                    assert!(ops::ended_within(&host, &db, wait));
+                };
+                let at = if late {
+                    &world.machine.at_sync
+                } else {
+                    &world.machine.at_services
+                };
+                *at.lock().expect("lock") = Some(Box::new(between));
+                let what = format!("{method:?} {late} {leaves}");
+                if leaves {
+                    world.reboot(method);
+                    let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
+                    assert!(!all.vms.values().any(Resumed::is_trouble), "{what} {all:?}");
+                } else {
+                    let (_, stranded, notes) = abort(&world, method);
+                    assert_eq!((stranded, notes), (vec![], vec![]), "{what}");
+                }
+                assert_eq!(world.state("web"), VmState::Running, "{what}");
+                assert_eq!(world.state("db"), VmState::Stopped, "{what}");
+                let noted = hebe_host::notes::all(&world.host.layout).len();
+                assert_eq!(noted, 0, "{what}: as lost where the store is away");
+            }
+        }
+    }
 }
 
 fn jump_fails() {

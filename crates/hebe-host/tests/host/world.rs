@@ -43,6 +43,8 @@ pub struct FakeMachine {
     pub realtime_set: Mutex<Option<u64>>,
     /// What happens to come between, the next time that disks are flushed.
     pub at_sync: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    /// The same, the next time that services are stopped.
+    pub at_services: Mutex<Option<Box<dyn FnOnce() + Send>>>,
     /// Its Live Update Orchestrator, where it has one.
     pub luo: Mutex<Option<FakeKernel>>,
     /// Given back when the machine leaves, as a kernel does with all locks.
@@ -115,6 +117,10 @@ impl System for FakeMachine {
     }
     fn run(&self, command: &str, _: Duration) -> Result<(), SystemError> {
         self.event(&format!("run {command}"));
+        let between = self.at_services.lock().expect("lock").take();
+        if let Some(between) = between {
+            between();
+        }
         if command.starts_with("stop") && self.refuse_services.load(Ordering::Relaxed) {
             return Err(refused(command));
         }
@@ -272,6 +278,7 @@ impl World {
             luo: Mutex::new(None),
             store: Mutex::new(None),
             at_sync: Mutex::new(None),
+            at_services: Mutex::new(None),
         });
         let mut layout = Layout::below(root.path());
         layout.vmm = std::env::current_exe().expect("exe");
