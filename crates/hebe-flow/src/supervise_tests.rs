@@ -132,7 +132,28 @@ fn who_was_up_long_enough_failed_for_the_first_time() {
     assert!(supervisor.memory().restarts.is_empty());
 }
 
-/// What a VM of the model really is.
+#[test]
+fn a_start_that_a_death_broke_off_is_tried_again() {
+    let always = rule(false, RestartPolicy::OnFailure, &[]);
+    let failed = looks(&[("web", &always, Seen::Failed)]);
+    let mut supervisor = Supervisor::default();
+    supervisor.look(0, &failed);
+    assert_eq!(starts(&supervisor.look(1_000, &failed)), ["web"]);
+    // The supervisor dies; what its start had made by then is cleaned away.
+    let nothing = looks(&[("web", &always, Seen::Absent)]);
+    let mut next = Supervisor::with(supervisor.memory().clone());
+    assert!(starts(&next.look(2_000, &nothing)).is_empty());
+    assert_eq!(starts(&next.look(4_000, &nothing)), ["web"]);
+    // It was up: now nothing of it is there because somebody stopped it.
+    next.look(5_000, &looks(&[("web", &always, Seen::Up)]));
+    next.answered(5_000, &name("web"), &always, &Answer::Started);
+    assert_eq!(next.memory().restarts[&name("web")], 2);
+    assert_eq!(next.look(6_000, &nothing), [Effect::Keep]);
+    assert_eq!(next.memory(), &Memory::default());
+    assert!(next.look(99_000, &nothing).is_empty());
+}
+
+/// What may happen to the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Happens {
     Pass {
