@@ -179,10 +179,7 @@ impl GuestSpec {
             console: ConsoleConfig::default(),
             disks: self
                 .disk
-                .then(|| DiskConfig {
-                    path: guest_disk_path(&self.name).into(),
-                    readonly: false,
-                })
+                .then(|| DiskConfig::raw(guest_disk_path(&self.name).into(), false))
                 .into_iter()
                 .collect(),
             nets: vec![NetConfig {

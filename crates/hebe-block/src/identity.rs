@@ -16,7 +16,7 @@ use std::fs::{self, Metadata};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use hebe_state::v2::devices::DiskIdentityV2;
+use hebe_state::v2::devices::{DiskFileV2, DiskIdentityV2};
 
 /// Where sysfs is.
 pub(crate) const SYSFS: &str = "/sys";
@@ -61,8 +61,15 @@ pub enum DiskChange {
 /// How the disk `found` differs from the `saved` one; `None` where nothing
 /// shows that it does.
 pub fn disk_change(saved: &DiskIdentityV2, found: &DiskIdentityV2) -> Option<DiskChange> {
-    use DiskIdentityV2::{Device, File};
+    use DiskIdentityV2::{Chain, Device, File};
     match (saved, found) {
+        (Chain { files }, Chain { files: now }) => {
+            let others = |(a, b): (&DiskFileV2, &DiskFileV2)| a.inode != b.inode;
+            if files.len() != now.len() || files.iter().zip(now).any(others) {
+                return Some(DiskChange::OtherFile);
+            }
+            (files != now).then_some(DiskChange::Written)
+        }
         (File { inode, .. }, File { inode: now, .. }) if inode != now => {
             Some(DiskChange::OtherFile)
         }
@@ -86,12 +93,23 @@ fn kind(identity: &DiskIdentityV2) -> &'static str {
     match identity {
         DiskIdentityV2::File { .. } => "file",
         DiskIdentityV2::Device { .. } => "block device",
+        DiskIdentityV2::Chain { .. } => "qcow2 image",
     }
 }
 
 /// Of a regular file, from what the system says of it now.
 pub(crate) fn of_file(metadata: &Metadata) -> DiskIdentityV2 {
     DiskIdentityV2::File {
+        inode: metadata.ino(),
+        mtime_s: metadata.mtime(),
+        // Always below 10^9.
+        mtime_ns: metadata.mtime_nsec() as u32,
+    }
+}
+
+/// Of a file of a chain.
+pub(crate) fn link(metadata: &Metadata) -> DiskFileV2 {
+    DiskFileV2 {
         inode: metadata.ino(),
         mtime_s: metadata.mtime(),
         // Always below 10^9.

@@ -9,9 +9,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hebe_state::v2::devices::DiskIdentityV2;
+use hebe_types::{DiskConfig, DiskFormat};
 use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags};
 
 use crate::identity;
+use crate::qcow2::{Image, ImageTrouble, Link, needs};
 
 /// Bytes per sector, as virtio counts (virtio 1.2, 5.2.5).
 pub const SECTOR_SIZE: u64 = 512;
@@ -59,6 +61,14 @@ pub enum BlockError {
     /// What would be opened is not what is open.
     #[error("disk '{}' was replaced under its running VM, which uses the one that was there before and could not be resumed with this one: put that back, or shut the VM down instead", .0.display())]
     Replaced(PathBuf),
+    /// An image, or what is behind it.
+    #[error("disk '{}' cannot be used as qcow2: {trouble}", path.display())]
+    Image {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with it.
+        trouble: ImageTrouble,
+    },
     /// Its end was cut off.
     #[error("disk '{}' became smaller under its running VM, which could not be resumed with it: give it its size back, or shut the VM down instead", .0.display())]
     Shrunk(PathBuf),
@@ -88,50 +98,120 @@ pub struct BlockBackend {
     settled_len: AtomicU64,
     bytes_read: AtomicU64,
     bytes_written: AtomicU64,
+    /// The file is a part of a chain, whose length says nothing of the disk.
+    in_chain: bool,
+    /// What is in the file, where the disk is not the file itself.
+    chain: Option<Arc<Chain>>,
+}
+
+/// An image that is open, with what is behind it.
+#[derive(Debug)]
+struct Chain {
+    image: Image,
+    /// Open and locked, to be read alone; the nearest first.
+    behind: Vec<BlockBackend>,
 }
 
 impl BlockBackend {
+    /// Opens and locks the disk of a definition: a raw one as
+    /// [`BlockBackend::open`], or an image and every file behind it that the
+    /// definition names.
+    ///
+    /// # Errors
+    /// As [`BlockBackend::open`]; [`BlockError::Image`].
+    pub fn of(disk: &DiskConfig) -> Result<Self, BlockError> {
+        match disk.format {
+            DiskFormat::Raw => Self::open(&disk.path, disk.readonly),
+            DiskFormat::Qcow2 => Self::open_image(&disk.path, disk.readonly, &disk.backing),
+        }
+    }
+
+    /// An image's file, or a file behind one, for itself.
+    fn open_link(path: &Path, readonly: bool) -> Result<Self, BlockError> {
+        let (file, metadata) = open_file(path, readonly)?;
+        if !metadata.is_file() {
+            return Err(BlockError::Kind(path.to_owned()));
+        }
+        let mut backend = Self::around(file, &metadata, path, readonly, 0);
+        backend.in_chain = true;
+        Ok(backend)
+    }
+
+    fn open_image(path: &Path, readonly: bool, backing: &[PathBuf]) -> Result<Self, BlockError> {
+        let mut top = Self::open_link(path, readonly)?;
+        let behind = backing.iter().map(|file| Self::open_link(file, true));
+        let behind = behind.collect::<Result<Vec<Self>, _>>()?;
+        let mut links = Vec::new();
+        let mut size = 0;
+        let mut raw = false;
+        for (depth, link) in std::iter::once(&top).chain(&behind).enumerate() {
+            let trouble = |trouble| link.trouble(trouble);
+            let wanted = match raw {
+                true => None,
+                false => {
+                    let needs = needs(&link.file).map_err(trouble)?;
+                    size = if depth == 0 { needs.size } else { size };
+                    needs.backing
+                }
+            };
+            let file = link.file.try_clone();
+            links.push(Link {
+                file: file.map_err(|e| trouble(ImageTrouble::Refused(e)))?,
+                path: link.path.clone(),
+                raw,
+            });
+            match (wanted, depth < behind.len()) {
+                (None, false) => {}
+                (None, true) => return Err(trouble(ImageTrouble::NoBacking)),
+                (Some((name, _)), false) => {
+                    return Err(trouble(ImageTrouble::BackingUnnamed(name)));
+                }
+                (Some((_, format)), true) => match format.as_deref() {
+                    Some("raw") => raw = true,
+                    Some("qcow2") => {}
+                    _ => return Err(trouble(ImageTrouble::BackingFormat)),
+                },
+            }
+        }
+        let image = Image::open(links, readonly).map_err(|t| top.trouble(t))?;
+        top.sectors = size / SECTOR_SIZE;
+        top.chain = Some(Arc::new(Chain { image, behind }));
+        Ok(top)
+    }
+
+    fn trouble(&self, trouble: ImageTrouble) -> BlockError {
+        BlockError::Image {
+            path: self.path.clone(),
+            trouble,
+        }
+    }
+
     /// Opens and locks a raw file or block device. The size is taken once,
     /// here; a size that is 0 or no multiple of 512 is refused rather than
     /// rounded, because rounding hides a tail or invents one.
     pub fn open(path: &Path, readonly: bool) -> Result<Self, BlockError> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!readonly)
-            // A FIFO must be refused, not waited for.
-            .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK)
-            .open(path)
-            .map_err(|source| BlockError::Open {
-                path: path.to_owned(),
-                readonly,
-                source,
-            })?;
-        let open_error = |source| BlockError::Open {
-            path: path.to_owned(),
-            readonly,
-            source,
-        };
-        let metadata = file.metadata().map_err(open_error)?;
-        let kind = metadata.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(BlockError::Kind(path.to_owned()));
-        }
-        lock(&file, path, readonly)?;
+        let (file, metadata) = open_file(path, readonly)?;
         let sectors = sectors(&file, path, readonly)?;
-        Ok(Self {
+        Ok(Self::around(file, &metadata, path, readonly, sectors))
+    }
+
+    fn around(file: File, metadata: &Metadata, path: &Path, readonly: bool, sectors: u64) -> Self {
+        Self {
             file,
             path: path.to_owned(),
             place: directory_of(path).map(Arc::new),
             sectors,
             readonly,
-            device: identity::of_device(&metadata, Path::new(identity::SYSFS)),
+            device: identity::of_device(metadata, Path::new(identity::SYSFS)),
             dirty: AtomicBool::new(false),
             unsettled: AtomicBool::new(false),
             flushing: Arc::default(),
             settled_len: AtomicU64::new(0),
             bytes_read: AtomicU64::new(0),
             bytes_written: AtomicU64::new(0),
-        })
+            in_chain: false,
+            chain: None,
+        }
     }
 
     /// The same open disk once more, with the size that it has now: for a VM
@@ -143,8 +223,13 @@ impl BlockBackend {
             source,
         };
         let file = self.file.try_clone().map_err(open_error)?;
-        let sectors = sectors(&file, &self.path, self.readonly)?;
+        let sectors = match self.in_chain {
+            true => self.sectors,
+            false => sectors(&file, &self.path, self.readonly)?,
+        };
         Ok(Self {
+            in_chain: self.in_chain,
+            chain: self.chain.clone(),
             file,
             path: self.path.clone(),
             place: self.place.clone(),
@@ -176,7 +261,9 @@ impl BlockBackend {
     /// [`BlockError::Gone`], [`BlockError::Replaced`], [`BlockError::Shrunk`],
     /// [`BlockError::Size`]; [`BlockError::Open`] if the system says nothing.
     pub fn check_found_again(&self) -> Result<(), BlockError> {
-        if sectors(&self.file, &self.path, self.readonly)? < self.sectors {
+        let behind = self.chain.iter().flat_map(|chain| &chain.behind);
+        behind.into_iter().try_for_each(Self::check_found_again)?;
+        if !self.in_chain && sectors(&self.file, &self.path, self.readonly)? < self.sectors {
             return Err(BlockError::Shrunk(self.path.clone()));
         }
         let open = self.file.metadata().map_err(|source| BlockError::Open {
@@ -249,6 +336,12 @@ impl BlockBackend {
     /// Which disk it is, as it is now. Means something once it is settled and
     /// nobody writes. What a block device is was read when it was opened.
     pub fn identity(&self) -> io::Result<DiskIdentityV2> {
+        if let Some(chain) = &self.chain {
+            let files = std::iter::once(self).chain(&chain.behind);
+            let link = |at: &Self| Ok(identity::link(&at.file.metadata()?));
+            let files = files.map(link).collect::<io::Result<_>>()?;
+            return Ok(DiskIdentityV2::Chain { files });
+        }
         match &self.device {
             Some(device) => Ok(device.clone()),
             None => Ok(identity::of_file(&self.file.metadata()?)),
@@ -259,7 +352,10 @@ impl BlockBackend {
     /// if that reaches beyond the disk.
     pub fn read_at(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
         self.check(data.len(), offset)?;
-        self.file.read_exact_at(data, offset)?;
+        match &self.chain {
+            Some(chain) => chain.image.read_at(data, offset)?,
+            None => self.file.read_exact_at(data, offset)?,
+        }
         self.bytes_read
             .fetch_add(data.len() as u64, Ordering::Relaxed);
         Ok(())
@@ -271,7 +367,10 @@ impl BlockBackend {
     pub fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
         self.check(data.len(), offset)?;
         self.check_writable()?;
-        self.change(|file| file.write_all_at(data, offset))?;
+        self.change(|file| match &self.chain {
+            Some(chain) => chain.image.write_at(data, offset),
+            None => file.write_all_at(data, offset),
+        })?;
         self.bytes_written
             .fetch_add(data.len() as u64, Ordering::Relaxed);
         Ok(())
@@ -312,11 +411,15 @@ impl BlockBackend {
         };
         let unsettled = all && (self.unsettled.swap(false, Ordering::AcqRel) || grown);
         let dirty = self.dirty.swap(false, Ordering::AcqRel);
-        let result = match (unsettled, dirty) {
-            (true, _) => self.file.sync_all(),
-            (false, true) => self.file.sync_data(),
-            (false, false) => return Ok(()),
-        };
+        if !unsettled && !dirty {
+            return Ok(());
+        }
+        // What an image holds back is written first, by which it grows.
+        let written = self.chain.as_ref().map_or(Ok(()), |c| c.image.flush());
+        let result = written.and_then(|()| match unsettled {
+            true => self.file.sync_all(),
+            false => self.file.sync_data(),
+        });
         result.inspect_err(|error| {
             self.dirty.store(true, Ordering::Release);
             self.unsettled.store(true, Ordering::Release);
@@ -328,8 +431,9 @@ impl BlockBackend {
     /// zero afterwards. `Unsupported` where the host cannot.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         let holes = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        self.discard_by(offset, len, |file| {
-            rustix::fs::fallocate(file, holes, offset, len).map_err(io::Error::from)
+        self.discard_by(offset, len, |file| match &self.chain {
+            Some(chain) => chain.image.zero(offset, len),
+            None => rustix::fs::fallocate(file, holes, offset, len).map_err(io::Error::from),
         })
     }
 
@@ -371,6 +475,28 @@ impl BlockBackend {
         }
         Ok(())
     }
+}
+
+fn open_file(path: &Path, readonly: bool) -> Result<(File, Metadata), BlockError> {
+    let open_error = |source| BlockError::Open {
+        path: path.to_owned(),
+        readonly,
+        source,
+    };
+    let file = OpenOptions::new()
+        .read(true)
+        .write(!readonly)
+        // A FIFO must be refused, not waited for.
+        .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK)
+        .open(path)
+        .map_err(open_error)?;
+    let metadata = file.metadata().map_err(open_error)?;
+    let kind = metadata.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(BlockError::Kind(path.to_owned()));
+    }
+    lock(&file, path, readonly)?;
+    Ok((file, metadata))
 }
 
 /// Opens the directory that `path` lies in, to look at names there alone.

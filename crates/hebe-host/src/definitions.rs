@@ -118,8 +118,11 @@ pub fn check_boot_files(config: &VmConfig, path: &Path) -> Result<(), Definition
 
 /// Checks the disks.
 pub fn check_disks(config: &VmConfig, path: &Path) -> Result<(), DefinitionError> {
+    let behind = config.disks.iter().flat_map(|disk| &disk.backing);
+    let behind = behind.map(|file| ("backing file", file, false));
     let disks = config.disks.iter();
-    openable(path, disks.map(|disk| ("disk", &disk.path, !disk.readonly)))
+    let disks = disks.map(|disk| ("disk", &disk.path, !disk.readonly));
+    openable(path, disks.chain(behind))
 }
 
 fn openable<'a>(

@@ -75,7 +75,8 @@ fn other(piece: &Piece) -> Option<&'static str> {
         let mut found = vec![0; magic.len()];
         piece.read_at(&mut found, at).is_ok() && found == magic
     };
-    let known: [(&str, u64, &[u8]); 7] = [
+    let known: [(&str, u64, &[u8]); 8] = [
+        ("a qcow2 image, whose format must be said", 0, b"QFI\xfb"),
         ("xfs", 0, b"XFSB"),
         ("btrfs", 0x1_0040, b"_BHRfS_M"),
         ("LUKS encryption", 0, b"LUKS\xba\xbe"),

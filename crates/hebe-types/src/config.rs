@@ -142,7 +142,22 @@ impl Default for ConsoleConfig {
     }
 }
 
-/// A block device backed by a raw file or a block device of the host.
+/// How a disk lies in its file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskFormat {
+    /// Byte for byte.
+    #[default]
+    Raw,
+    /// In an image of QEMU's format.
+    Qcow2,
+}
+
+fn is_raw(format: &DiskFormat) -> bool {
+    *format == DiskFormat::Raw
+}
+
+/// A block device backed by a file or a block device of the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
@@ -151,6 +166,25 @@ pub struct DiskConfig {
     /// The guest cannot write.
     #[serde(default)]
     pub readonly: bool,
+    /// Never guessed from what is in the file, which is the guest's to write.
+    #[serde(default, skip_serializing_if = "is_raw")]
+    pub format: DiskFormat,
+    /// The files behind a qcow2 image, the nearest first. What an image says of
+    /// such files is not believed: only those named here are opened.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub backing: Vec<PathBuf>,
+}
+
+impl DiskConfig {
+    /// A raw disk.
+    pub fn raw(path: PathBuf, readonly: bool) -> Self {
+        Self {
+            path,
+            readonly,
+            format: DiskFormat::Raw,
+            backing: Vec::new(),
+        }
+    }
 }
 
 /// A NIC backed by a tap device of the host.
@@ -192,6 +226,12 @@ pub enum ConfigError {
     /// Two disks share a file.
     #[error("disk '{0}' is named twice")]
     DiskTwice(PathBuf),
+    /// Only images have files behind them.
+    #[error("disk '{0}' has backing =, which goes with format = \"qcow2\"")]
+    RawWithBacking(PathBuf),
+    /// A chain that no sound disk has.
+    #[error("disk '{0}' has more than 16 backing files")]
+    BackingTooLong(PathBuf),
     /// Nothing to boot.
     #[error("it has neither a kernel nor a disk to boot from: give kernel = or a [[disk]]")]
     NothingToBoot,
@@ -262,6 +302,12 @@ impl VmConfig {
         }
         let mut disks = HashSet::new();
         for disk in &self.disks {
+            if disk.format == DiskFormat::Raw && !disk.backing.is_empty() {
+                return Err(ConfigError::RawWithBacking(disk.path.clone()));
+            }
+            if disk.backing.len() > 16 {
+                return Err(ConfigError::BackingTooLong(disk.path.clone()));
+            }
             if !disks.insert(&disk.path) {
                 return Err(ConfigError::DiskTwice(disk.path.clone()));
             }
@@ -329,10 +375,7 @@ mod tests {
             restart_limit: None,
             after: Vec::new(),
             console: ConsoleConfig::default(),
-            disks: vec![DiskConfig {
-                path: "/d".into(),
-                readonly: false,
-            }],
+            disks: vec![DiskConfig::raw("/d".into(), false)],
             nets: vec![NetConfig {
                 tap: "tap0".into(),
                 bridge: None,
@@ -361,6 +404,7 @@ mod tests {
         assert!(refused(|c| c.nets[0].tap = "a/b".into()).contains("a/b"));
         assert!(refused(|c| c.nets.push(c.nets[0].clone())).contains("twice"));
         assert!(refused(|c| c.disks.push(c.disks[0].clone())).contains("twice"));
+        assert!(refused(|c| c.disks[0].backing.push("/b".into())).contains("backing"));
         assert!(refused(|c| c.cmdline = "x".repeat(3000)).contains("command line"));
         assert!(refused(|c| (c.kernel, c.disks) = (None, Vec::new())).contains("neither"));
         assert!(refused(|c| (c.kernel, c.initrd) = (None, Some("i".into()))).contains("initrd"));

@@ -86,7 +86,7 @@ impl Held {
         })?;
         let mut disks = Vec::new();
         for disk in &config.disks {
-            disks.push(BlockBackend::open(&disk.path, disk.readonly)?);
+            disks.push(BlockBackend::of(disk)?);
         }
         let mut nets = Vec::new();
         for (index, net) in config.nets.iter().enumerate() {

@@ -200,7 +200,7 @@ pub struct RunArgs {
     /// Its kernel's command line; without --kernel, what is put behind that of the disk.
     #[arg(long, default_value = "")]
     pub cmdline: String,
-    /// A raw disk; may be given again.
+    /// A disk: a qcow2 image if its name ends in .qcow2, raw otherwise; may be given again.
     #[arg(long, value_name = "PATH", requires = "name")]
     pub disk: Vec<PathBuf>,
     /// A tap device, or TAP@BRIDGE; may be given again.

@@ -102,6 +102,23 @@ pub enum DiskIdentityV2 {
         /// What its driver tells it from others by, if anything.
         id: Option<String>,
     },
+    /// An image and the files behind it, the image first. Later than the others:
+    /// a release that does not know it refuses the state.
+    Chain {
+        /// Each as [`DiskIdentityV2::File`] has it.
+        files: Vec<DiskFileV2>,
+    },
+}
+
+/// A file of a chain, when everything was on disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskFileV2 {
+    /// Inode number.
+    pub inode: u64,
+    /// Last change of its contents: seconds since 1970.
+    pub mtime_s: i64,
+    /// The rest of it, in nanoseconds.
+    pub mtime_ns: u32,
 }
 
 #[cfg(test)]
@@ -280,6 +297,20 @@ mod tests {
             let mut reader = StateReader::parse(&state).expect("parse");
             assert_eq!(reader.take::<VirtioV2>(1), Err(refused));
         }
+    }
+
+    #[test]
+    fn a_chain_of_files_is_the_third_kind_of_disk() {
+        let file = |inode| DiskFileV2 {
+            inode,
+            mtime_s: -1,
+            mtime_ns: 3,
+        };
+        let files = vec![file(1), file(300)];
+        let chain = DiskIdentityV2::Chain { files };
+        let bytes = postcard::to_stdvec(&chain).expect("encode");
+        assert_eq!(bytes, [2, 2, 1, 1, 3, 0xac, 2, 1, 3]);
+        assert_eq!(postcard::from_bytes(&bytes), Ok(chain));
     }
 
     #[test]

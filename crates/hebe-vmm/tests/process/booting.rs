@@ -88,3 +88,39 @@ fn a_disk_that_does_not_boot_is_refused_before_anything_runs() {
         "{message}"
     );
 }
+
+#[test]
+fn a_qcow2_image_boots_through_the_file_behind_it() {
+    use imago::FormatCreateBuilder;
+    use imago::storage::{Storage, StorageCreateOptions};
+
+    if guest::cannot_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("dir");
+    let (base, image) = (dir.path().join("base.img"), dir.path().join("disk.qcow2"));
+    put(&base, "of the base");
+    let file = imago::file::File::create_open(StorageCreateOptions::new().filename(&image));
+    imago::qcow2::Qcow2::<imago::file::File>::create_builder(file.expect("file"))
+        .size(fs::metadata(&base).expect("metadata").len())
+        .backing("base.img".to_owned(), "raw".to_owned())
+        .create()
+        .expect("image");
+    let config = format!(
+        "name = 'web'\nmemory = '8MiB'\n[[disk]]\npath = '{}'\nformat = 'qcow2'\n",
+        image.display()
+    );
+    let mut refused = Vmm::start(tempfile::tempdir().expect("dir"), &config, |_| Vec::new());
+    let (success, record) = refused.wait();
+    let message = record["message"].to_string();
+    assert!(!success && message.contains("never opened"), "{message}");
+    let config = format!("{config}backing = ['{}']\n", base.display());
+    let vmm = Vmm::start(dir, &config, |_| Vec::new());
+    assert_eq!(vmm.status().state, VmmState::Running);
+    wait_for(&vmm, "boots from its first disk: of the base");
+    type_a_byte(&vmm);
+    wait_for(&vmm, "reset by the guest");
+    assert_eq!(vmm.status().state, VmmState::Running);
+    let frozen = vmm.connect().call(&Request::Pause);
+    assert!(frozen.is_ok(), "{frozen:?}");
+}

@@ -8,7 +8,7 @@ use hebe_host::listing::{self, VmRow};
 use hebe_host::ops::{self, StopOptions};
 use hebe_host::{Host, HostError};
 use hebe_types::{
-    ConsoleConfig, DiskConfig, NetConfig, RestartPolicy, StoreKind, VmConfig, VmName,
+    ConsoleConfig, DiskConfig, DiskFormat, NetConfig, RestartPolicy, StoreKind, VmConfig, VmName,
 };
 use serde::Serialize;
 
@@ -44,19 +44,21 @@ fn of_flags(host: &Host, mut args: RunArgs) -> Result<(VmConfig, Option<Vec<u8>>
     let mut config = from_flags(args)?;
     let seed = seed(&config.name, &seed_args)?;
     if seed.is_some() {
-        config.disks.push(DiskConfig {
-            path: definitions::seed_path(&host.layout, &config.name),
-            readonly: true,
-        });
+        let path = definitions::seed_path(&host.layout, &config.name);
+        config.disks.push(DiskConfig::raw(path, true));
     }
     Ok((config, seed))
 }
 
 fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
     let missing = |flag: &str| Failure(format!("give --{flag}, or a definition file"));
-    let disk = |path| DiskConfig {
-        path,
-        readonly: false,
+    // By its name, which is the operator's; never by what is in it.
+    let disk = |path: std::path::PathBuf| DiskConfig {
+        format: match path.extension().is_some_and(|e| e == "qcow2") {
+            true => DiskFormat::Qcow2,
+            false => DiskFormat::Raw,
+        },
+        ..DiskConfig::raw(path, false)
     };
     let net = |text: String| {
         let (tap, bridge) = match text.split_once('@') {
