@@ -406,8 +406,8 @@ impl Ports {
 }
 
 /// A host's command line: console, reservation, and what else is asked for.
-/// The kernel's tests of its own ciphers are left out: they are an eighth of
-/// what a kernel does from kexec to its first program.
+/// The kernel's tests of its own ciphers are left out: they are a seventh of the
+/// instructions from kexec to the first program.
 pub fn host_cmdline(reserve_mib: u64, extra: &str) -> String {
     let mut line = String::from("console=ttyS0 loglevel=4 panic=0 tsc=reliable cryptomgr.notests");
     if reserve_mib > 0 {
