@@ -246,15 +246,17 @@ pub fn forget_store(layout: &Layout, uuid: [u8; 16]) {
 }
 
 /// Of these notes those whose VM may still be frozen in a store that is not
-/// here.
+/// here, or behind a record of this one that cannot be read.
 pub fn elsewhere<'a>(
     notes: &'a [FrozenNote],
     store: Option<&'a StoreView>,
 ) -> impl Iterator<Item = &'a FrozenNote> {
     let here = store.map(id_of);
+    let unknown = store.is_some_and(|s| s.segments.iter().any(|x| x.vm.is_none()));
     notes.iter().filter(move |note| {
         let listed = || store.is_some_and(|s| s.segments.iter().any(|x| x.vm == Some(note.vm)));
-        !note.given_up && Some(&note.store) != here.as_ref() && !listed()
+        let away = unknown || Some(&note.store) != here.as_ref();
+        !note.given_up && away && !listed()
     })
 }
 
@@ -366,6 +368,12 @@ impl FrozenNote {
         if self.is_carried() {
             return format!(
                 "it was frozen in memory that Linux was to carry into this kernel, and did not arrive, or its VMM ended since (`dmesg | grep -iE 'kho|luo'` may say why): that memory is gone; boot it anew with {way_out}"
+            );
+        }
+        let here = host.store.view().ok().flatten();
+        if here.is_some_and(|here| id_of(&here) == *store) {
+            return format!(
+                "its memory was frozen in this store, and its record may be one of those that cannot be read (`hebe store list` shows them): read it with the release or kernel that wrote it, or give that memory up for good with {way_out}"
             );
         }
         let running = cmdline::reservations(&host.system.cmdline());

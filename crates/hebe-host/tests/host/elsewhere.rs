@@ -27,6 +27,10 @@ pub const CASES: &[crate::Case] = &[
         not_mounted,
     ),
     (
+        "a_frozen_vm_whose_record_names_nobody_is_lost_and_not_stopped",
+        record_damaged,
+    ),
+    (
         "a_vm_started_afresh_and_saved_is_restored",
         afresh_and_saved,
     ),
@@ -192,6 +196,39 @@ fn not_mounted() {
     assert!(matches!(resumed(&world.host, false), Resumed::Lost { .. }));
     assert_eq!(resumed(&any(&early), false), Resumed::Resumed, "by order");
     assert_eq!(world.instance("web").expect("up").vm, id);
+}
+
+/// Nothing in the store names the VM any more, and its memory is there.
+fn record_damaged() {
+    use std::os::unix::fs::FileExt;
+    let world = World::new();
+    // It would boot without the store.
+    world.define("web", "autostart = true");
+    let host = &world.host;
+    ops::start(host, &name("web")).expect("starts");
+    ops::suspend(host, &name("web")).expect("suspends");
+    let store = world.root.path().join("store");
+    let file = fs::OpenOptions::new().read(true).write(true).open(store);
+    let file = file.expect("open");
+    let mut head = vec![0u8; 4 << 20];
+    file.read_exact_at(&mut head, 0).expect("read");
+    let pages = head.chunks(4096).enumerate();
+    let named = pages.filter(|(_, page)| page.windows(4).any(|w| w == b"web\0"));
+    let named: Vec<u64> = named.map(|(number, _)| number as u64 * 4096).collect();
+    assert!(named.len() >= 2, "both copies: {named:?}");
+    for page in named {
+        file.write_all_at(&[0xff; 4096], page).expect("damage");
+    }
+    world.define("web", "autostart = true\nstore = \"memfd\"");
+    let found = row(host);
+    assert_eq!(found.state, VmState::Lost, "not stopped: {found:?}");
+    let why = found.detail.expect("the reason");
+    assert!(why.contains("hebe store list"), "{why}");
+    assert!(matches!(resumed(host, true), Resumed::Lost { reason } if reason == why));
+    assert!(ops::start(host, &name("web")).is_err());
+    assert!(ops::drop_worthless(host, &name("web")).is_err());
+    ops::start_afresh(host, &name("web")).expect("by order");
+    assert_eq!(world.state("web"), VmState::Running);
 }
 
 fn afresh_and_saved() {
