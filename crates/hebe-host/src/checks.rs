@@ -28,7 +28,8 @@ pub(crate) fn kernel(host: &Host, next: &NextKernel, probe: bool) -> Vec<Check> 
             "initrd"
         };
         checks.push(match readable_file(path) {
-            Ok(()) => Check::ok(id, format!("{} can be read", path.display())),
+            Ok(len) if id == "initrd" && len > INITRD_MAX => large_initrd(path, len),
+            Ok(_) => Check::ok(id, format!("{} can be read", path.display())),
             Err(error) => Check::bad(
                 id,
                 Level::Fail,
@@ -37,7 +38,7 @@ pub(crate) fn kernel(host: &Host, next: &NextKernel, probe: bool) -> Vec<Check> 
             ),
         });
     }
-    let readable = checks.iter().all(|c| c.level == Level::Ok);
+    let readable = checks.iter().all(|c| c.level != Level::Fail);
     let loaded = host.system.kernel_loaded();
     checks.push(match loaded {
         Some(_) if host.system.kexec_disabled() == Some(true) => Check::bad(
@@ -64,12 +65,29 @@ pub(crate) fn kernel(host: &Host, next: &NextKernel, probe: bool) -> Vec<Check> 
     checks
 }
 
-fn readable_file(path: &Path) -> io::Result<()> {
+/// The size of a file that can be read.
+fn readable_file(path: &Path) -> io::Result<ByteSize> {
     let meta = File::open(path)?.metadata()?;
     if meta.is_file() {
-        return Ok(());
+        return Ok(ByteSize(meta.len()));
     }
     Err(io::Error::other("it is not a file"))
+}
+
+/// An initramfs of more bytes than this is worth a word.
+const INITRD_MAX: ByteSize = ByteSize::mib(64);
+
+fn large_initrd(path: &Path, len: ByteSize) -> Check {
+    Check::bad(
+        "initrd",
+        Level::Warn,
+        format!(
+            "{} has {} MiB: kexec checks the hash of every byte, and the new kernel unpacks them, while all VMs stand still",
+            path.display(),
+            len.0 >> 20
+        ),
+        "have it made with this machine's modules alone (initramfs-tools: MODULES=dep; dracut: hostonly=yes) and compressed with zstd",
+    )
 }
 
 /// Loading a kernel and leaving this one are for root alone; found out late,
@@ -552,6 +570,33 @@ mod tests {
     use crate::host::Layout;
     use crate::stores::DeviceStore;
     use crate::system::Machine;
+
+    #[test]
+    fn a_large_initramfs_is_a_warning_and_no_failure() {
+        let dir = tempfile::tempdir().expect("dir");
+        let (image, initrd) = (dir.path().join("vmlinuz"), dir.path().join("initrd"));
+        let file = File::create(&initrd).expect("create");
+        File::create(&image).expect("create");
+        let host = Host {
+            layout: Layout::below(dir.path()),
+            store: Arc::new(DeviceStore::new(Some("/no/such/store".into()))),
+            system: Arc::new(Machine),
+        };
+        let next = NextKernel {
+            kernel: image,
+            initrd: Some(initrd),
+            cmdline: String::new(),
+        };
+        let of_initrd = |bytes: u64| {
+            file.set_len(bytes).expect("size");
+            let checks = kernel(&host, &next, false);
+            checks.into_iter().find(|c| c.id == "initrd").expect("one")
+        };
+        assert_eq!(of_initrd(64 << 20).level, Level::Ok);
+        let large = of_initrd((64 << 20) + 1);
+        assert_eq!(large.level, Level::Warn);
+        assert!(large.remedy.expect("a remedy").contains("MODULES=dep"));
+    }
 
     #[test]
     fn a_store_that_gives_no_vm_back_stops_a_reboot_that_would_keep_one() {
