@@ -29,6 +29,7 @@ use serde::{Deserialize, Serialize};
 use crate::files;
 use crate::host::{Cage, Host};
 use crate::lock::VmLock;
+use crate::saved::LifeFile;
 use crate::stores::{ExecView, SegmentView, StoreTrouble};
 use crate::vmm;
 
@@ -275,7 +276,7 @@ pub fn launch(
     wait: Duration,
 ) -> Result<VmStatus, LaunchError> {
     let dir = host.layout.vm_dir(&order.name);
-    prepare_dir(&dir, order)?;
+    prepare_dir(host, &dir, order)?;
     let child = spawn(host, lock, order, &dir)?;
     wait_until_up(&host.layout.socket(&order.name), &dir, order, child, wait)
 }
@@ -287,7 +288,7 @@ fn directory_error(path: &Path) -> impl FnOnce(io::Error) -> LaunchError {
     }
 }
 
-fn prepare_dir(dir: &Path, order: &Launch) -> Result<(), LaunchError> {
+fn prepare_dir(host: &Host, dir: &Path, order: &Launch) -> Result<(), LaunchError> {
     for old in ["vmm.sock", "exit.json"] {
         let path = dir.join(old);
         match fs::remove_file(&path) {
@@ -316,8 +317,10 @@ fn prepare_dir(dir: &Path, order: &Launch) -> Result<(), LaunchError> {
     if let Origin::Boot(config) = &order.origin {
         let path = dir.join("config.toml");
         let text = toml::to_string(&config.for_vmm()).map_err(io::Error::other);
-        text.and_then(|t| fs::write(&path, t))
-            .map_err(directory_error(&path))?;
+        let text = text.map_err(directory_error(&path))?;
+        fs::write(&path, &text).map_err(directory_error(&path))?;
+        // Without it the VM runs as well.
+        let _ = LifeFile::begin(&host.layout, &order.name, order.vm, &text);
     }
     Ok(())
 }
@@ -367,6 +370,11 @@ fn spawn(host: &Host, lock: &VmLock, order: &Launch, dir: &Path) -> Result<Child
         Origin::Frozen => command.arg("--resume"),
         Origin::File(file) => command.arg("--restore").arg(file),
     };
+    if order.origin.is_state()
+        && let Some(known) = LifeFile::new(&host.layout, &order.name, order.vm).existing()
+    {
+        command.arg("--expect").arg(known);
+    }
     if order.accept_changed_disk {
         command.arg("--accept-changed-disk");
     }

@@ -24,7 +24,7 @@ use crate::lock::VmLock;
 use crate::luo;
 use crate::notes;
 use crate::pending;
-use crate::saved::SavedPaths;
+use crate::saved::{self, SavedPaths};
 use crate::segments::{free_segment, refuse_in_use};
 use crate::stores::{ExecView, SegmentView, StoreTrouble};
 use crate::vmm;
@@ -420,6 +420,7 @@ fn free(host: &Host, lock: VmLock, name: &VmName) -> Result<(), HostError> {
         free_segment(host, segment)?;
     }
     if !frozen {
+        saved::forget_lives(&host.layout, name, None);
         definitions::forget_transient(&host.layout, name);
     }
     luo::forget_ended(host, name);
@@ -530,6 +531,7 @@ fn drop_as(host: &Host, name: &VmName, meant: bool) -> Result<(), HostError> {
     pending::settle(host, name)?;
     notes::give_up_elsewhere(host, name, store.as_ref(), true, "")?;
     SavedPaths::new(&host.layout, name).withdraw()?;
+    saved::forget_lives(&host.layout, name, None);
     for segment in own {
         free_segment(host, segment)?;
     }

@@ -18,6 +18,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -165,11 +166,75 @@ pub fn all(layout: &Layout) -> BTreeMap<VmName, SavedFact> {
     found
 }
 
+/// What a VM was booted with, kept as long as its life may go on
+/// (`lives/NAME.ID.toml`). The state that it is frozen or saved with says it,
+/// too, but its VMM wrote that.
+#[derive(Clone, Debug)]
+pub struct LifeFile(PathBuf);
+
+impl LifeFile {
+    /// That of the life `vm` of `name`.
+    pub fn new(layout: &Layout, name: &VmName, vm: VmId) -> Self {
+        Self(lives(layout).join(format!("{name}.{vm}.toml")))
+    }
+
+    /// Writes it, and removes those of the VM's lives before.
+    ///
+    /// # Errors
+    /// The file cannot be written: a state of this life will not be compared.
+    pub fn begin(layout: &Layout, name: &VmName, vm: VmId, text: &str) -> io::Result<()> {
+        let Self(path) = Self::new(layout, name, vm);
+        files::write_durably(&path, text.as_bytes())?;
+        forget_lives(layout, name, Some(&path));
+        Ok(())
+    }
+
+    /// Where it is, if it is.
+    pub fn existing(self) -> Option<PathBuf> {
+        self.0.exists().then_some(self.0)
+    }
+}
+
+fn lives(layout: &Layout) -> PathBuf {
+    layout.state.join("lives")
+}
+
+/// Forgets what the VM's lives were booted with, but for the one at `but`. A
+/// file that stays is harmless: no other life has its id.
+pub(crate) fn forget_lives(layout: &Layout, name: &VmName, but: Option<&Path>) {
+    let entries = fs::read_dir(lives(layout)).into_iter().flatten().flatten();
+    for entry in entries {
+        let file = entry.file_name();
+        let of = file.to_str().and_then(|f| f.split_once('.'));
+        let own = of.is_some_and(|(first, _)| first == name.as_str());
+        if own && Some(entry.path().as_path()) != but {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;
 
     use super::*;
+
+    #[test]
+    fn a_life_is_known_until_the_next_one_begins() {
+        let root = tempfile::tempdir().expect("dir");
+        let layout = Layout::below(root.path());
+        let name = |text: &str| text.parse::<VmName>().expect("name");
+        let (web, other) = (name("web"), name("web-2"));
+        let (first, second) = (VmId([1; 16]), VmId([2; 16]));
+        let known = |name, vm| LifeFile::new(&layout, name, vm).existing().is_some();
+        LifeFile::begin(&layout, &other, first, "b").expect("write");
+        LifeFile::begin(&layout, &web, first, "a").expect("write");
+        assert!(known(&web, first) && !known(&web, second));
+        LifeFile::begin(&layout, &web, second, "a").expect("write");
+        assert!(known(&web, second) && !known(&web, first));
+        forget_lives(&layout, &web, None);
+        assert!(!known(&web, second) && known(&other, first));
+    }
 
     #[test]
     fn a_file_is_saved_exactly_between_its_two_renames() {

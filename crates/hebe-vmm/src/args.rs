@@ -25,6 +25,10 @@ pub struct Args {
     /// An inherited descriptor of the VM's definition, instead of --config.
     #[arg(long, value_name = "FD", conflicts_with = "config")]
     pub config_fd: Option<RawFd>,
+    /// With --resume or --restore: the definition that the VM was booted with. A state that
+    /// holds another one is refused.
+    #[arg(long, value_name = "FILE")]
+    pub expect: Option<PathBuf>,
     /// Directory for the control socket, the console log and exit.json.
     #[arg(long, value_name = "DIR")]
     pub run_dir: PathBuf,

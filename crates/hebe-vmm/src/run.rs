@@ -226,6 +226,9 @@ impl Start<'_> {
             Disks::Same
         };
         let found = Found::read(args.vm_id, run_dir, &segment, &state)?;
+        if let Some(expected) = &args.expect {
+            refuse_another(&found.identity.config, expected)?;
+        }
         let held = Arc::new(Held::open_to_resume(&found.identity)?);
         // For whoever checks what the VM needs. It runs without that, too.
         if let Err(error) = write_config(&args.run_dir, &found.identity.config) {
@@ -318,6 +321,29 @@ fn map_segment(args: &Args, config: &VmConfig) -> anyhow::Result<Segment> {
         )?);
     }
     map_given_segment(args)
+}
+
+/// Refuses a state whose definition is not the `expected` one: its VMM wrote
+/// it, whose guest may have taken it over, and here files are opened by what it
+/// says. An expected one that cannot be read refuses nothing: a VM's life comes
+/// first.
+fn refuse_another(config: &VmConfig, expected: &Path) -> anyhow::Result<()> {
+    let read = fs::read_to_string(expected).map_err(anyhow::Error::from);
+    let parsed = read.and_then(|text| Ok(toml::from_str::<VmConfig>(&text)?));
+    match parsed {
+        Ok(expected) if expected == *config => Ok(()),
+        Ok(_) => bail!(
+            "its state names another definition than the VM was booted with, so its guest may have broken into its VMM: compare {} with `hebe store show`, and remove that file only to trust the state; `hebe drop --yes` gives it up",
+            expected.display()
+        ),
+        Err(error) => {
+            log::log_error(&format!(
+                "the definition in the state is not compared: {} cannot be read: {error:#}",
+                expected.display()
+            ));
+            Ok(())
+        }
+    }
 }
 
 fn read_config(args: &Args) -> anyhow::Result<VmConfig> {

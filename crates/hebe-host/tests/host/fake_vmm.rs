@@ -105,6 +105,14 @@ fn start(
     if fake.told("fail-start") {
         return Err("the tap is taken".into());
     }
+    if let Some(known) = options.get("--expect") {
+        let text = fs::read_to_string(known).expect("what it was booted with");
+        let booted = format!("name = \"{}\"", fake.name);
+        assert!(text.contains(&booted), "{text}");
+        if fake.told("say-expects") {
+            fake.event("expects");
+        }
+    }
     let continues = ["--resume", "--restore"]
         .iter()
         .any(|f| options.contains_key(f));

@@ -54,6 +54,10 @@ pub const CASES: &[crate::Case] = &[
         silent_with_a_state,
     ),
     ("a_changed_disk_is_accepted_by_order_only", changed_disk),
+    (
+        "a_state_is_compared_with_what_its_vm_was_booted_with",
+        expected,
+    ),
     ("a_vmm_that_says_it_is_another_vms_is_not_believed", liar),
     ("an_order_to_kill_reaches_the_vmm_alone", other_process),
 ];
@@ -63,6 +67,31 @@ fn force() -> StopOptions {
         timeout: Duration::ZERO,
         force: true,
     }
+}
+
+/// What a VM was booted with is kept for the VMM that continues its state.
+fn expected() {
+    let world = World::new();
+    world.start(&["web"]);
+    let web = name("web");
+    world.tell("web", "say-expects");
+    ops::suspend(&world.host, &web).expect("freezes");
+    world.next_boot();
+    world.forget_events();
+    ops::resume(&world.host, &web, ResumeOptions::default()).expect("resumes");
+    assert!(world.at("web expects") < world.at("web runs"));
+    // A state directory that is not there keeps no VM from coming back.
+    ops::suspend(&world.host, &web).expect("freezes");
+    fs::remove_dir_all(world.host.layout.state.join("lives")).expect("away");
+    world.forget_events();
+    ops::resume(&world.host, &web, ResumeOptions::default()).expect("resumes");
+    assert!(!world.events().contains(&"web expects".to_owned()));
+    ops::stop(&world.host, &web, force()).expect("stops");
+    world.start(&["web"]);
+    let lives = world.host.layout.state.join("lives");
+    assert_eq!(fs::read_dir(&lives).expect("dir").count(), 1);
+    ops::stop(&world.host, &web, force()).expect("stops");
+    assert_eq!(fs::read_dir(&lives).expect("dir").count(), 0);
 }
 
 /// A guest that owns its VMM answers as another VM.

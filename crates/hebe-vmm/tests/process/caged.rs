@@ -156,6 +156,41 @@ fn a_vm_that_is_restored_leaves_word_of_what_it_uses() {
     assert!(text.contains(&disk.display().to_string()), "{text}");
 }
 
+/// A guest that owns its VMM writes a state that names another disk.
+#[test]
+fn a_state_that_names_another_definition_is_refused_before_anything_is_opened() {
+    if guest::cannot_run() {
+        return;
+    }
+    let mut vmm = start("on");
+    let path = vmm.dir.path().join("web.part");
+    save(&vmm, &path);
+    let ended = vmm.ask(&Request::Quit { expected: None });
+    assert!(matches!(ended, Ok(Response::Done)), "{ended:?}");
+    vmm.wait();
+    let own = fs::read_to_string(vmm.dir.path().join("config.toml")).expect("config");
+    let booted_with = own.replace(DISK, "innocent.img");
+    for (text, refused) in [(own.as_str(), false), ("?", false), (&booted_with, true)] {
+        let known = vmm.dir.path().join("web.toml");
+        fs::write(&known, text).expect("what it was booted with");
+        let dir = tempfile::tempdir().expect("dir");
+        let mut restored = Vmm::start(dir, "", |command| {
+            command.arg("--restore").arg(&path);
+            command.arg("--expect").arg(&known);
+            Vec::new()
+        });
+        if !refused {
+            assert_eq!(restored.status().state, VmmState::Running);
+            continue;
+        }
+        let (success, record) = restored.wait();
+        assert!(!success);
+        assert_eq!(record["ran"], false);
+        let message = record["message"].to_string();
+        assert!(message.contains("another definition"), "{message}");
+    }
+}
+
 #[test]
 fn a_vmm_without_a_cage_says_so_loudly() {
     if guest::cannot_run() {
