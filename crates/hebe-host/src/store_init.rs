@@ -55,6 +55,8 @@ pub fn init(host: &Host, options: &InitOptions) -> Result<Initialised, HostError
             Err(error) => return Err(StoreTrouble::from(error).into()),
         }
     }
+    // A VM that is just starting maps memory that this would hand out anew.
+    let _only_one = host.lock_all()?;
     refuse_while_in_use(host)?;
     let force = options.force;
     let old = Store::open(&path, Access::Read).and_then(|store| store.info());

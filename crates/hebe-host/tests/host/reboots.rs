@@ -13,6 +13,7 @@ use hebe_host::reboot::{RebootEnd, reboot};
 use hebe_host::report::complete_report;
 use hebe_host::resume_all::{Resumed, resume_all};
 use hebe_host::saved::SavedPaths;
+use hebe_host::store_init::{InitOptions, init};
 use hebe_host::timeline::{EventKind, Side};
 use hebe_sys::clock::stamp_now;
 use hebe_types::RebootMethod;
@@ -659,12 +660,17 @@ fn orders_wait() {
         timeout: Duration::ZERO,
         force: true,
     };
+    let anew = InitOptions {
+        force: true,
+        ..InitOptions::default()
+    };
     let refused = [
         ops::start(&world.host, &db).map(drop),
         ops::stop(&world.host, &web, force),
         ops::suspend(&world.host, &web).map(drop),
         ops::resume(&world.host, &web, ops::ResumeOptions::default()).map(drop),
         ops::drop_vm(&world.host, &web),
+        init(&world.host, &anew).map(drop),
     ];
     for result in refused {
         let error = result.expect_err("refused").to_string();
