@@ -64,7 +64,10 @@ pub(crate) fn restore_with(
         Err(error @ LaunchError::Unanswered { .. }) => Err(error.into()),
         Err(error) => {
             let error = HostError::from(error);
-            if undo_restore(host, name, &paths, &order.memory, &error)? {
+            // Where it cannot be undone, the restore is listed as interrupted;
+            // why it failed is what there is to say.
+            let undone = undo_restore(host, name, &paths, &order.memory, &error);
+            if undone.is_ok_and(|never_ran| never_ran) {
                 notes::take_back(host, &marked);
             }
             Err(error)
