@@ -9,7 +9,7 @@ use lab::assets::KernelName;
 use lab::probe;
 use lab::scenario::{GuestSpec, Lab, LabOptions};
 
-use super::{json, state, states};
+use super::{json, refused, state, states};
 use crate::test::Scene;
 
 const KERNEL: KernelName = KernelName::V6_1Cloud;
@@ -282,6 +282,22 @@ fn no_reservation(lab: &mut Lab, guests: &[GuestSpec]) -> Result<()> {
     ensure!(
         now == "lost" && !why.is_empty(),
         "vm1 is {now} without its memory ({why})"
+    );
+    // What brings it back, and what gives it up; nothing else brings it to life.
+    for word in [
+        "memmap=",
+        "!4G",
+        "hebe start vm1 --afresh",
+        "hebe drop vm1 --yes",
+    ] {
+        ensure!(why.contains(word), "'{word}' is not said of vm1: {why}");
+    }
+    for order in ["start", "resume", "drop"] {
+        refused(lab, &["hebe", order, "vm1"], &["vm1", "lost"])?;
+    }
+    ensure!(
+        state(lab, "vm1")?.0 == "lost",
+        "vm1 is not lost any more after refused orders"
     );
     // Back on a kernel with the reservation: what was overwritten is noticed.
     lab.machine.agent.kexec(image, initrd, &good, true)?;
