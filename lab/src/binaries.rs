@@ -5,6 +5,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
+use crate::apt;
 use crate::progress::Progress;
 
 /// The target, named so that proc macros are built without its flags.
@@ -48,18 +49,7 @@ impl Binaries {
     /// Builds `lab-init` and the product's programs in `product`.
     pub fn build(product: &[Program], progress: &dyn Progress) -> Result<Self> {
         progress.step("building the programs for the lab's machines");
-        let root = workspace_root();
-        let target_dir = root.join("target/lab");
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let mut command = Command::new(cargo);
-        command
-            .current_dir(&root)
-            .args(["build", "--quiet", "--profile", "lab", "--target", TARGET])
-            .arg("--target-dir")
-            .arg(&target_dir)
-            .env("RUSTFLAGS", "-C target-feature=+crt-static")
-            .env_remove("CARGO_ENCODED_RUSTFLAGS")
-            .stdin(Stdio::null());
+        let mut command = cargo("build");
         for program in std::iter::once(&LAB_INIT).chain(product) {
             command.args(["--package", program.package]);
         }
@@ -67,7 +57,7 @@ impl Binaries {
         if !status.success() {
             bail!("the programs for the lab's machines do not build");
         }
-        let folder = target_dir.join(TARGET).join("lab");
+        let folder = folder();
         let find = |program: &Program| {
             let path = folder.join(program.name);
             match path.is_file() {
@@ -82,6 +72,62 @@ impl Binaries {
         Ok(Self {
             init: find(&LAB_INIT)?,
             product: product.iter().map(find).collect::<Result<_>>()?,
+        })
+    }
+}
+
+/// Where the programs are built.
+fn folder() -> PathBuf {
+    workspace_root().join("target/lab").join(TARGET).join("lab")
+}
+
+/// A command of cargo that builds for the lab's machines.
+fn cargo(order: &str) -> Command {
+    let root = workspace_root();
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command
+        .current_dir(&root)
+        .args([order, "--quiet", "--profile", "lab", "--target", TARGET])
+        .arg("--target-dir")
+        .arg(root.join("target/lab"))
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .stdin(Stdio::null());
+    command
+}
+
+/// The test programs of packages, and where those look for `program`.
+#[derive(Clone, Debug)]
+pub struct Tests {
+    /// Each one's executable.
+    pub executables: Vec<PathBuf>,
+    /// The path of `program` that cargo built into them.
+    pub program: PathBuf,
+}
+
+impl Tests {
+    /// Builds the tests of `packages`, which start `program`.
+    pub fn build(packages: &[&str], program: Program, progress: &dyn Progress) -> Result<Self> {
+        progress.step("building tests for the lab's machines");
+        let mut command = cargo("test");
+        command.args(["--no-run", "--lib", "--tests", "--message-format=json"]);
+        for package in packages {
+            command.args(["--package", package]);
+        }
+        let messages = apt::run(&mut command)?;
+        let executables: Vec<PathBuf> = messages
+            .lines()
+            .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+            .filter(|message| message["profile"]["test"] == true)
+            .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
+            .collect();
+        if executables.is_empty() {
+            bail!("{} have no tests", packages.join(", "));
+        }
+        Ok(Self {
+            executables,
+            program: folder().join(program.name),
         })
     }
 }

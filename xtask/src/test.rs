@@ -55,7 +55,7 @@ pub struct Scene<'a> {
 /// How often a check is repeated because the emulated processor failed.
 const EMULATOR_FAILURES: u32 = 2;
 
-const CHECKS: [Check; 10] = [
+const CHECKS: [Check; 11] = [
     Check {
         name: "format",
         run: |_| cargo(&["fmt", "--all", "--check"], &[]),
@@ -111,6 +111,10 @@ const CHECKS: [Check; 10] = [
     Check {
         name: "lab: live update, twice",
         run: lab_tests::live_update::run,
+    },
+    Check {
+        name: "lab: tests that run guests",
+        run: |scene| passed(lab_tests::kvm_tests::run(scene)),
     },
     Check {
         name: "lab: suspend and resume loops",

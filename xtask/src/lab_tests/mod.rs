@@ -2,6 +2,7 @@
 //! processor has nested virtualization whatever this one has.
 
 pub mod faults;
+pub mod kvm_tests;
 pub mod live_update;
 mod live_update_faults;
 pub mod loops;
