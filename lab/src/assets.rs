@@ -115,8 +115,6 @@ pub struct Qemu {
     pub firmware: Vec<PathBuf>,
     /// Major version.
     pub major: u32,
-    /// Its emulated processor fails now and then ([`emulator`]).
-    pub faulty: bool,
 }
 
 impl Qemu {
@@ -246,11 +244,7 @@ impl Assets {
             .resumed("emulator", progress, runs, |dir| {
                 emulator::build_in(self, dir, jobs, progress)
             })
-            .and_then(|dir| unpacked_qemu(&dir).probe())
-            .map(|qemu| Qemu {
-                faulty: false,
-                ..qemu
-            });
+            .and_then(|dir| unpacked_qemu(&dir).probe());
         built.or_else(|error| {
             progress.note(&format!(
                 "the emulator could not be built, so QEMU as it is runs the lab, whose processor shuts down now and then (docs/lab.md): {error:#}"
@@ -423,7 +417,6 @@ fn system_qemu(program: PathBuf) -> Qemu {
         libraries: None,
         firmware: Vec::new(),
         major: 0,
-        faulty: true,
     }
 }
 
@@ -447,7 +440,6 @@ fn unpacked_qemu(dir: &Path) -> Qemu {
             .filter(|p| p.exists())
             .collect(),
         major: 0,
-        faulty: true,
     }
 }
 

@@ -14,7 +14,7 @@ mod building;
 pub mod cache;
 pub mod cpio;
 pub mod disk;
-mod emulator;
+pub mod emulator;
 pub mod initramfs;
 pub mod kernel;
 pub mod machine;

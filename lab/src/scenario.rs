@@ -23,6 +23,9 @@ use crate::{disk, initramfs, peer, probe, serial};
 pub const BOOT_LIMIT: Duration = Duration::from_secs(180);
 /// Longest time a guest may take to answer.
 pub const GUEST_LIMIT: Duration = Duration::from_secs(240);
+/// Longest wait for guests that were just started, and the part of each.
+const FIRST_BOOT_LIMIT: Duration = Duration::from_secs(60);
+const FIRST_BOOT_LIMIT_EACH: Duration = Duration::from_secs(30);
 /// How much of a guest's console an error shows.
 const CONSOLE_LINES: usize = 80;
 /// The last address byte of the first guest.
@@ -358,12 +361,22 @@ impl Lab {
     }
 
     /// Defines and starts guests.
-    pub fn start(&self, guests: &[GuestSpec]) -> Result<()> {
+    ///
+    /// # Errors
+    /// An [`EmulatorFailure`] where a guest of the emulated machine does not
+    /// come to its user space: nothing was done to it yet but to start it.
+    pub fn start(&mut self, guests: &[GuestSpec]) -> Result<()> {
         for guest in guests {
             self.define(guest)?;
             self.machine.exec_ok(&["hebe", "start", &guest.name])?;
         }
-        Ok(())
+        let limit = FIRST_BOOT_LIMIT + FIRST_BOOT_LIMIT_EACH * guests.len() as u32;
+        let up = self.wait_within(guests, limit);
+        up.map(drop).map_err(|error| {
+            self.machine
+                .shut_down("a guest")
+                .context(format!("{error:#}"))
+        })
     }
 
     /// The ports of a guest.
@@ -374,10 +387,14 @@ impl Lab {
 
     /// Waits until every guest's HTTP server answers.
     pub fn wait_for_guests(&mut self, guests: &[GuestSpec]) -> Result<Vec<GuestStatus>> {
+        self.wait_within(guests, GUEST_LIMIT)
+    }
+
+    fn wait_within(&mut self, guests: &[GuestSpec], limit: Duration) -> Result<Vec<GuestStatus>> {
         let mut all = Vec::new();
         for guest in guests {
             let ports = self.ports(guest)?;
-            let status = probe::wait_for_guest(&ports, GUEST_LIMIT, || {
+            let status = probe::wait_for_guest(&ports, limit, || {
                 self.machine.check()?;
                 self.check_exit(guest)?;
                 match self.guest_alarms(guest).first() {

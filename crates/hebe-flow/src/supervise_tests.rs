@@ -27,11 +27,13 @@ fn looks(vms: &[(&str, &Rule, Seen)]) -> BTreeMap<VmName, Look> {
 }
 
 fn starts(effects: &[Effect]) -> Vec<&str> {
-    let start = |effect| match effect {
-        &Effect::Start(ref vm) => Some(vm.as_str()),
-        _ => None,
-    };
-    effects.iter().filter_map(start).collect()
+    let mut started = Vec::new();
+    for effect in effects {
+        if let Effect::Start(vm) = effect {
+            started.push(vm.as_str());
+        }
+    }
+    started
 }
 
 #[test]

@@ -33,7 +33,7 @@ pub enum SeedError {
         "'{0}' is no public SSH key: give the file whose name ends in .pub, with one key on each line"
     )]
     Key(String),
-    /// [`USER_DATA_MAX`], [`KEYS_MAX`].
+    /// [`USER_DATA_MAX`], `KEYS_MAX`.
     #[error("the data for cloud-init is too large: at most 1 MiB of user data, and 64 keys")]
     TooLarge,
     /// It cannot be put together.

@@ -98,7 +98,7 @@ pub struct VmConfig {
     /// nothing of it.
     #[serde(default, skip_serializing_if = "is_default")]
     pub restart: RestartPolicy,
-    /// How often in a row it is booted again, 1 to [`RESTART_LIMIT_MAX`].
+    /// How often in a row it is booted again, 1 to `RESTART_LIMIT_MAX`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restart_limit: Option<u32>,
     /// VMs that are started before this one when the host starts.
@@ -384,6 +384,12 @@ mod tests {
         }
     }
 
+    fn refused(change: fn(&mut VmConfig)) -> String {
+        let mut config = sample();
+        change(&mut config);
+        config.validate().expect_err("must be refused").to_string()
+    }
+
     #[test]
     fn a_sane_definition_is_accepted() {
         assert_eq!(sample().validate(), Ok(()));
@@ -391,11 +397,6 @@ mod tests {
 
     #[test]
     fn each_bad_field_is_refused_by_name() {
-        let refused = |change: fn(&mut VmConfig)| {
-            let mut config = sample();
-            change(&mut config);
-            config.validate().expect_err("must be refused").to_string()
-        };
         assert!(refused(|c| c.memory = ByteSize(0)).contains("memory"));
         assert!(refused(|c| c.memory = ByteSize((256 << 20) + 4096)).contains("memory"));
         assert!(refused(|c| (c.store, c.hugepages) = (StoreKind::Luo, true)).contains("hugepages"));
@@ -415,6 +416,10 @@ mod tests {
         let mut config = sample();
         config.kernel = None;
         assert_eq!(config.validate(), Ok(()));
+    }
+
+    #[test]
+    fn a_bad_order_of_supervision_is_refused() {
         assert!(refused(|c| c.restart_limit = Some(3)).contains("restart = "));
         let limited = |limit| {
             let mut config = sample();

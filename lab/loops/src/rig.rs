@@ -135,7 +135,7 @@ impl Rig {
             vcpus: plan.vcpus,
             store: StoreKind::Memfd,
             hugepages: false,
-            kernel,
+            kernel: Some(kernel),
             initrd: None,
             cmdline: plan.cmdline(),
             autostart: false,

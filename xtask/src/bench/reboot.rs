@@ -318,7 +318,7 @@ impl Host {
             },
             ..LabOptions::default()
         };
-        let lab = Lab::boot(assets, options, progress)?;
+        let mut lab = Lab::boot(assets, options, progress)?;
         let vmm = if peer { "QEMU" } else { "hebe-vmm" };
         progress.step(&format!("booting {n} VMs of {vmm}"));
         match peer {

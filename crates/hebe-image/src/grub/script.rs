@@ -16,7 +16,7 @@ pub enum ScriptError {
     /// A block that does not end, or ends twice.
     #[error("line {0}: a block is not closed, or was not open")]
     Block(usize),
-    /// [`DEPTH_MAX`] or [`TOKENS_MAX`].
+    /// `DEPTH_MAX` or `TOKENS_MAX`.
     #[error("line {0}: it is too long, or nested too deep")]
     TooMuch(usize),
 }
