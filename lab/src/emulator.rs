@@ -6,8 +6,8 @@
 //! asked to leave its loop before the guest's next exit or exception, the loop
 //! takes the left vector for an exception that still has to be delivered, and
 //! delivers it again, whatever the interrupt flag says. A guest, and sometimes
-//! the host, then ends by triple fault. 10.0, 10.2 and their Debian versions
-//! have it; `suspend-loop` in an emulated host showed it after 7 s and, with the
+//! the host, then ends by triple fault. 10.0.2 and 10.0.13 have it;
+//! `suspend-loop` in an emulated host showed it after 7 s and, with the
 //! correction, not in 180 s.
 
 use std::fs;
