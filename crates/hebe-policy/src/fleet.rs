@@ -23,7 +23,6 @@
 //!    that is lost under way, for then somebody else may count wrongly.
 
 use std::collections::BTreeSet;
-use std::convert::Infallible;
 
 use serde::Serialize;
 
@@ -31,30 +30,6 @@ use crate::span::Span;
 
 /// How long after a denied lock it is asked for again, in seconds.
 const ASK_AGAIN_S: u64 = 10;
-
-/// Who counts the hosts under way, for all who roll: a semaphore of k places
-/// per group that outlives both kernels of a host.
-///
-/// What an implementation over a network owes: a place belongs to a host, not
-/// to a process or a connection, so that the new kernel can release what the
-/// old one acquired; acquiring again by the same host changes nothing; an error
-/// means that nothing is known, and whoever gets one acts as if denied.
-pub trait FleetLock {
-    /// What can go wrong.
-    type Error: std::error::Error;
-
-    /// Asks for a place for `host` in `group`.
-    ///
-    /// # Errors
-    /// When it is not known whether there is one.
-    fn acquire(&mut self, group: &str, host: &str) -> Result<Grant, Self::Error>;
-
-    /// Gives the place of `host` back; nothing if it has none.
-    ///
-    /// # Errors
-    /// When it is not known whether it was given back.
-    fn release(&mut self, group: &str, host: &str) -> Result<(), Self::Error>;
-}
 
 /// Whether there was a place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,42 +40,37 @@ pub enum Grant {
     Full,
 }
 
-/// Places within one process: for a simulation.
+/// The places of one group within one process, for a forecast. Real ones are
+/// [`slots`], taken and given back by a [`holder`].
 #[derive(Clone, Debug, Default)]
 pub struct Places {
     at_most: usize,
-    held: BTreeSet<(String, String)>,
+    held: BTreeSet<String>,
 }
 
 impl Places {
-    /// `at_most` places per group.
+    /// `at_most` places.
     pub fn new(at_most: usize) -> Self {
         Self {
             at_most,
             held: BTreeSet::new(),
         }
     }
-}
 
-impl FleetLock for Places {
-    type Error = Infallible;
-
-    fn acquire(&mut self, group: &str, host: &str) -> Result<Grant, Infallible> {
-        let place = (group.to_owned(), host.to_owned());
-        let taken = self.held.iter().filter(|(g, _)| g == group).count();
-        if self.held.contains(&place) {
-            return Ok(Grant::Held);
+    /// Asks for a place for `host`; asking again changes nothing.
+    pub fn acquire(&mut self, host: &str) -> Grant {
+        if !self.held.contains(host) {
+            if self.held.len() >= self.at_most {
+                return Grant::Full;
+            }
+            self.held.insert(host.to_owned());
         }
-        if taken >= self.at_most {
-            return Ok(Grant::Full);
-        }
-        self.held.insert(place);
-        Ok(Grant::Held)
+        Grant::Held
     }
 
-    fn release(&mut self, group: &str, host: &str) -> Result<(), Infallible> {
-        self.held.remove(&(group.to_owned(), host.to_owned()));
-        Ok(())
+    /// Gives the place of `host` back; nothing if it has none.
+    pub fn release(&mut self, host: &str) {
+        self.held.remove(host);
     }
 }
 
@@ -331,6 +301,8 @@ impl Roll {
 }
 
 pub mod forecast;
+pub mod holder;
+pub mod slots;
 
 #[cfg(test)]
 mod tests;

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Effect, Event, FleetLock, Grant, Places, Roll};
+use super::{Effect, Event, Grant, Places, Roll};
 use crate::span::Span;
 
 /// Most hosts of an inventory.
@@ -207,10 +207,9 @@ impl Inventory {
                     match effect {
                         Effect::AskLock(turn) => {
                             let name = &self.hosts[order[turn]].name;
-                            queue.push_back(match lock.acquire(&self.group, name) {
-                                Ok(Grant::Held) => Event::Granted(turn),
-                                Ok(Grant::Full) => Event::Denied(turn),
-                                Err(never) => match never {},
+                            queue.push_back(match lock.acquire(name) {
+                                Grant::Held => Event::Granted(turn),
+                                Grant::Full => Event::Denied(turn),
                             });
                         }
                         Effect::Reboot(turn) => {
@@ -224,7 +223,7 @@ impl Inventory {
                         }
                         Effect::Release(turn) => {
                             let name = &self.hosts[order[turn]].name;
-                            let Ok(()) = lock.release(&self.group, name);
+                            lock.release(name);
                         }
                     }
                 }
