@@ -180,6 +180,7 @@ impl GuestSpec {
             restart_limit: None,
             after: Vec::new(),
             console: ConsoleConfig::default(),
+            vsock: None,
             disks: self
                 .disk
                 .then(|| DiskConfig::raw(guest_disk_path(&self.name).into(), false))

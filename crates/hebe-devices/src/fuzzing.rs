@@ -4,9 +4,11 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use hebe_block::BlockBackend;
 use hebe_state::v1::devices::QueueV1;
@@ -20,7 +22,8 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::msix::Msix;
 use crate::virtio::fuzzed::{Config, Device, Meter, MeteredRam, Queues, Shared, VirtQueue};
 use crate::{
-    ConsoleHub, DeviceKind, Doorbells, MsiMessage, MsiVector, MsixBackend, Platform, Ram, VirtioPci,
+    ConsoleHub, DeviceKind, Doorbells, MsiMessage, MsiVector, MsixBackend, Platform, Ram,
+    VirtioPci, VsockHost,
 };
 
 const RAM_LEN: usize = 256 << 10;
@@ -171,6 +174,7 @@ fn number_of(state: &DeviceV2) -> u8 {
         DeviceV2::Net(_) => 1,
         DeviceV2::Console(_) => 2,
         DeviceV2::Rng(_) => 3,
+        DeviceV2::Vsock(_) => 4,
     }
 }
 
@@ -180,7 +184,7 @@ fn new_ram() -> Ram {
 
 /// A device on a back end of its own; the other end of a NIC's wire is kept.
 fn kind(number: u8) -> (DeviceKind, Option<OwnedFd>) {
-    match number % 4 {
+    match number % 5 {
         0 => (DeviceKind::Block(disk()), None),
         1 => {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -198,8 +202,21 @@ fn kind(number: u8) -> (DeviceKind, Option<OwnedFd>) {
             };
             (kind, None)
         }
-        _ => (DeviceKind::Rng, None),
+        3 => (DeviceKind::Rng, None),
+        _ => {
+            let host = VsockHost::new(listener()).expect("host's side");
+            (DeviceKind::Vsock { host, cid: 3 }, None)
+        }
     }
+}
+
+/// A socket that nobody knows.
+fn listener() -> UnixListener {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let name = format!("hebe-fuzzed-{}-{count}", std::process::id());
+    let address = SocketAddr::from_abstract_name(name).expect("name");
+    UnixListener::bind_addr(&address).expect("listener")
 }
 
 fn disk() -> BlockBackend {

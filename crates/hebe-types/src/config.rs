@@ -107,6 +107,9 @@ pub struct VmConfig {
     /// Serial port and virtio console.
     #[serde(default)]
     pub console: ConsoleConfig,
+    /// Sockets between host and guest; none unless asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
     /// Block devices, in order.
     #[serde(default, rename = "disk")]
     pub disks: Vec<DiskConfig>,
@@ -139,6 +142,22 @@ impl Default for ConsoleConfig {
             serial: true,
             virtio: true,
         }
+    }
+}
+
+/// Sockets between host and guest, without a network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VsockConfig {
+    /// The guest's context id, by which it knows itself; not seen outside, so
+    /// that VMs may have the same. 3 to 4,294,967,294: 0 to 2 are the
+    /// standard's own (virtio 1.2, 5.10.4).
+    pub cid: u32,
+}
+
+impl Default for VsockConfig {
+    fn default() -> Self {
+        Self { cid: 3 }
     }
 }
 
@@ -252,6 +271,9 @@ pub enum ConfigError {
         "restart_limit says nothing without restarts: say restart = \"on-failure\" or \"always\" too, or leave it out"
     )]
     RestartLimitAlone,
+    /// A context id that is not the guest's to have.
+    #[error("vsock.cid = {0} is not possible: it must be from 3 to 4294967294")]
+    Cid(u32),
     /// A VM cannot wait for itself.
     #[error("after = [\"{0}\"] names the VM itself: leave it out")]
     AfterItself(VmName),
@@ -288,6 +310,11 @@ impl VmConfig {
         let devices = self.disks.len() + self.nets.len();
         if devices > DEVICES_MAX {
             return Err(ConfigError::Devices(devices));
+        }
+        if let Some(VsockConfig { cid }) = self.vsock
+            && !(3..u32::MAX).contains(&cid)
+        {
+            return Err(ConfigError::Cid(cid));
         }
         let mut taps = HashSet::new();
         for net in &self.nets {
@@ -375,6 +402,7 @@ mod tests {
             restart_limit: None,
             after: Vec::new(),
             console: ConsoleConfig::default(),
+            vsock: None,
             disks: vec![DiskConfig::raw("/d".into(), false)],
             nets: vec![NetConfig {
                 tap: "tap0".into(),
@@ -401,6 +429,11 @@ mod tests {
         assert!(refused(|c| c.memory = ByteSize((256 << 20) + 4096)).contains("memory"));
         assert!(refused(|c| (c.store, c.hugepages) = (StoreKind::Luo, true)).contains("hugepages"));
         assert!(refused(|c| c.vcpus = 9).contains("vcpus = 9"));
+        for cid in [0, 2, u32::MAX] {
+            let mut config = sample();
+            config.vsock = Some(VsockConfig { cid });
+            assert_eq!(config.validate(), Err(ConfigError::Cid(cid)));
+        }
         assert!(refused(|c| c.vcpus = 0).contains("vcpus = 0"));
         assert!(refused(|c| c.nets[0].tap = "a/b".into()).contains("a/b"));
         assert!(refused(|c| c.nets.push(c.nets[0].clone())).contains("twice"));
@@ -409,6 +442,18 @@ mod tests {
         assert!(refused(|c| c.cmdline = "x".repeat(3000)).contains("command line"));
         assert!(refused(|c| (c.kernel, c.disks) = (None, Vec::new())).contains("neither"));
         assert!(refused(|c| (c.kernel, c.initrd) = (None, Some("i".into()))).contains("initrd"));
+    }
+
+    #[test]
+    fn sockets_are_off_unless_asked_for_and_leave_no_trace_then() {
+        let off = toml::to_string(&sample()).expect("text");
+        assert!(!off.contains("vsock"), "{off}");
+        let on = format!("{off}\n[vsock]\n");
+        let config: VmConfig = toml::from_str(&on).expect("definition");
+        assert_eq!(config.vsock, Some(VsockConfig { cid: 3 }));
+        assert_eq!(config.for_vmm().vsock, config.vsock, "the VMM needs it");
+        let text = toml::to_string(&config).expect("text");
+        assert_eq!(toml::from_str::<VmConfig>(&text).as_ref(), Ok(&config));
     }
 
     #[test]

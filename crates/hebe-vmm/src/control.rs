@@ -35,7 +35,7 @@ pub(crate) fn listen(path: &Path) -> Result<UnixListener, VmError> {
         _ => UnixListener::bind(path),
     }
     .map_err(|source| VmError::Io {
-        what: "the control socket cannot be made: check the rights of the run directory",
+        what: "a socket cannot be made: check the rights and the space of the run directory",
         source,
     })
 }

@@ -5,6 +5,7 @@
 //! is empty once the host's own took over (`switch_root(8)`).
 
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 
 use hebe_block::BlockBackend;
 use hebe_boot::{BootError, BootFile};
@@ -39,7 +40,7 @@ impl BootFiles {
 }
 
 /// KVM, the console's log, open disks and taps, in the order of the
-/// definition, and boot files.
+/// definition, the socket for vsock, and boot files.
 #[derive(Debug)]
 pub(crate) struct Held {
     pub(crate) kvm: KvmDevice,
@@ -48,6 +49,8 @@ pub(crate) struct Held {
     pub(crate) boot: Result<BootFiles, String>,
     pub(crate) disks: Vec<BlockBackend>,
     pub(crate) nets: Vec<(OwnedFd, MacAddr)>,
+    /// If the VM has vsock.
+    pub(crate) vsock: Option<UnixListener>,
 }
 
 impl Held {
@@ -100,12 +103,16 @@ impl Held {
                 .unwrap_or_else(|| MacAddr::derived(*id, index as u8));
             nets.push((tap.into(), mac));
         }
+        let vsock = config.vsock.as_ref();
+        let vsock = vsock.map(|_| control::listen(&run_dir.join("vsock.sock")));
+        let vsock = vsock.transpose()?;
         Ok(Self {
             kvm,
             console,
             boot,
             disks,
             nets,
+            vsock,
         })
     }
 }

@@ -1,19 +1,22 @@
 //! Builds a VM's RAM map, board and devices, fresh or from a state.
 //!
 //! PCI slots follow from the definition alone, so that a resume finds every
-//! device where it was: console in 1, entropy in 2, then disks, then NICs.
+//! device where it was: console in 1, entropy in 2, then disks, then NICs;
+//! sockets in 28.
 
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock};
 
 use hebe_boot::layout;
-use hebe_devices::{ConsoleHub, DeviceKind, PciRoot, Platform, Ram, SerialPort, VirtioPci};
+use hebe_devices::{
+    ConsoleHub, DeviceKind, PciRoot, Platform, Ram, SerialPort, VirtioPci, VsockHost,
+};
 use hebe_kvm::Machine;
 use hebe_state::v1::devices::{PciRootV1, SerialV1};
 use hebe_state::v2::devices::VirtioV2;
 use hebe_state::{SectionKind, StateReader};
 use hebe_store::Segment;
-use hebe_types::VmConfig;
+use hebe_types::{DEVICES_MAX, VmConfig};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestRegionMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -28,6 +31,9 @@ use crate::vm::{Event, Identity, VmError};
 const SLOT_CONSOLE: u8 = 1;
 const SLOT_ENTROPY: u8 = 2;
 const SLOT_FIRST_DISK: u8 = 3;
+/// Behind the last that disks and NICs can have.
+const SLOT_VSOCK: u8 = 28;
+const _: () = assert!(SLOT_FIRST_DISK as usize + DEVICES_MAX <= SLOT_VSOCK as usize);
 /// Distance of two devices' BARs in the PCI window.
 const BAR_STRIDE: u64 = 0x1_0000;
 
@@ -216,6 +222,15 @@ fn kinds(
         })?;
         kinds.push((slot, DeviceKind::Net { tap, mac: *mac }));
         slot += 1;
+    }
+    if let (Some(vsock), Some(listener)) = (&config.vsock, &held.vsock) {
+        let host = listener.try_clone().and_then(VsockHost::new);
+        let host = host.map_err(|source| VmError::Io {
+            what: "the socket for vsock cannot be used once more",
+            source,
+        })?;
+        let cid = u64::from(vsock.cid);
+        kinds.push((SLOT_VSOCK, DeviceKind::Vsock { host, cid }));
     }
     Ok(kinds)
 }

@@ -259,10 +259,12 @@ fn difference(after: RamMeter, before: RamMeter) -> RamMeter {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::os::unix::net::UnixStream;
     use std::sync::mpsc;
     use std::time::Duration;
 
     use hebe_devices::DeviceError;
+    use hebe_state::{SectionKind, StateReader};
     use hebe_store::ExecStatus;
 
     use super::*;
@@ -350,6 +352,32 @@ mod tests {
             "{refused}"
         );
         assert_eq!(vm.state(), VmmState::Running);
+    }
+
+    #[test]
+    fn a_vm_has_sockets_only_if_asked_and_they_are_there_again_after_a_resume() {
+        if guest::cannot_run() {
+            return;
+        }
+        for (more, slots) in [("", vec![1, 2]), ("[vsock]\n", vec![1, 2, 28])] {
+            let dir = tempfile::tempdir().expect("dir");
+            let socket = dir.path().join("vsock.sock");
+            let (events, _inbox) = mpsc::channel();
+            let (mut vm, segment) = running(dir.path(), more, &events).expect("vm");
+            let reached = |socket: &Path| UnixStream::connect(socket).is_ok();
+            assert_eq!(reached(&socket), slots.len() == 3);
+            vm.freeze().expect("freeze");
+            let id = vm.status().id;
+            drop(vm);
+            assert!(!reached(&socket), "its VMM ended");
+            let state = segment.exec().load().expect("state");
+            let reader = StateReader::parse(&state).expect("parse");
+            assert_eq!(reader.instances(SectionKind::Virtio), slots);
+            let run_dir = dir.path().to_owned();
+            let mut vm = Vm::resume(id, run_dir, segment, &state, &events).expect("resumed");
+            vm.start().expect("it runs");
+            assert_eq!(reached(&socket), slots.len() == 3);
+        }
     }
 
     #[test]

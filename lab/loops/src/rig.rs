@@ -143,6 +143,7 @@ impl Rig {
             restart_limit: None,
             after: Vec::new(),
             console: ConsoleConfig::default(),
+            vsock: None,
             disks: Vec::new(),
             nets: Vec::new(),
         };

@@ -13,6 +13,7 @@ use super::device::Device;
 use super::error::DeviceError;
 use super::net::Net;
 use super::rng::Rng;
+use super::vsock::{Vsock, VsockHost};
 use crate::ConsoleHub;
 
 /// A kind of device and what it stands on.
@@ -37,6 +38,13 @@ pub enum DeviceKind {
     },
     /// An entropy source on the host's random number generator.
     Rng,
+    /// Sockets between host and guest.
+    Vsock {
+        /// The host's side.
+        host: VsockHost,
+        /// The guest's context id, 3 or more.
+        cid: u64,
+    },
 }
 
 /// Identity of a kind: virtio device id, PCI class, name in reports.
@@ -53,6 +61,7 @@ impl DeviceKind {
             Self::Block(_) => (2, [0x01, 0x80, 0x00], "block"),
             Self::Console { .. } => (3, [0x07, 0x80, 0x00], "console"),
             Self::Rng => (4, [0xff, 0x00, 0x00], "rng"),
+            Self::Vsock { .. } => (19, [0x07, 0x80, 0x00], "vsock"),
         };
         KindInfo { id, class, name }
     }
@@ -64,6 +73,7 @@ impl DeviceKind {
             Self::Net { tap, mac } => Box::new(Net::new(tap, mac)),
             Self::Console { hub, takes_input } => Box::new(Console::new(hub, takes_input)),
             Self::Rng => Box::new(Rng::default()),
+            Self::Vsock { host, cid } => Box::new(Vsock::new(host, cid)),
         }
     }
 
@@ -83,6 +93,9 @@ impl DeviceKind {
                 Box::new(Console::restore(saved, hub, takes_input))
             }
             (Self::Rng, DeviceV2::Rng(_)) => Box::new(Rng::default()),
+            (Self::Vsock { host, .. }, DeviceV2::Vsock(saved)) => {
+                Box::new(Vsock::restore(saved, host))
+            }
             (_, saved) => {
                 return Err(DeviceError::Kind {
                     slot,
@@ -101,5 +114,6 @@ fn state_name(state: &DeviceV2) -> &'static str {
         DeviceV2::Net(_) => "net",
         DeviceV2::Console(_) => "console",
         DeviceV2::Rng(_) => "rng",
+        DeviceV2::Vsock(_) => "vsock",
     }
 }

@@ -22,6 +22,7 @@ mod registers;
 pub(crate) mod rng;
 mod shared;
 mod transport;
+pub(crate) mod vsock;
 mod worker;
 
 pub use device::Counters;
@@ -29,6 +30,7 @@ pub use error::DeviceError;
 pub use function::BAR_SIZE;
 pub use kind::DeviceKind;
 pub use transport::VirtioPci;
+pub use vsock::VsockHost;
 
 /// Parts that [`crate::fuzzing`] drives one by one.
 pub(crate) mod fuzzed {

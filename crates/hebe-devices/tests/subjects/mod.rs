@@ -4,11 +4,13 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::cell::RefCell;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 
 use hebe_block::BlockBackend;
-use hebe_devices::{ConsoleHub, DeviceKind, Ram};
+use hebe_devices::{ConsoleHub, DeviceKind, Ram, VsockHost};
 use hebe_types::MacAddr;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use vm_memory::{Bytes, GuestAddress};
@@ -225,5 +227,87 @@ impl Subject for RngSubject {
         all.sort();
         all.dedup();
         assert_eq!(all.len(), count as usize, "no two alike");
+    }
+}
+
+/// A packet's header: guest's port, host's port, operation, length.
+pub fn vsock_header(guest: u32, host: u32, op: u16, len: u32) -> Vec<u8> {
+    let mut header = VSOCK_CID.to_le_bytes().to_vec();
+    header.extend(2u64.to_le_bytes());
+    header.extend([guest, host, len].map(u32::to_le_bytes).concat());
+    header.extend([1, op].map(u16::to_le_bytes).concat());
+    // Flags, room, bytes taken.
+    header.extend([0, 64 << 10, 0].map(u32::to_le_bytes).concat());
+    header
+}
+
+pub const VSOCK_CID: u64 = 5;
+const VSOCK_PORT: u32 = 1024;
+
+/// Request `n` connects from the guest's port `n` to a program that waits for
+/// it on the host; each of these sees one connection at most.
+pub struct VsockSubject {
+    folder: tempfile::TempDir,
+    listener: UnixListener,
+    waiting: RefCell<Vec<UnixStream>>,
+    seen: RefCell<Vec<u32>>,
+}
+
+impl VsockSubject {
+    pub fn program(&self, line: &str) -> UnixStream {
+        let mut program = UnixStream::connect(self.folder.path().join("s")).expect("connect");
+        program.write_all(line.as_bytes()).expect("say");
+        program
+    }
+}
+
+/// The number of an `OK` line, if it has come.
+fn granted(program: &mut UnixStream) -> Option<u32> {
+    program.set_nonblocking(true).expect("non-blocking");
+    let mut line = [0; 32];
+    let len = program.read(&mut line).ok().filter(|len| *len > 0)?;
+    let line = std::str::from_utf8(&line[..len]).expect("text");
+    let number = line.strip_prefix("OK ").and_then(|l| l.strip_suffix('\n'));
+    Some(number.expect("an OK line").parse().expect("a port"))
+}
+
+impl Subject for VsockSubject {
+    const QUEUE: u16 = 1;
+
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("folder");
+        let listener = UnixListener::bind(folder.path().join("s")).expect("listen");
+        Self {
+            folder,
+            listener,
+            waiting: RefCell::default(),
+            seen: RefCell::default(),
+        }
+    }
+
+    /// With programs that wait: those of a former VMM are gone.
+    fn kind(&self) -> DeviceKind {
+        let host = self.listener.try_clone().and_then(VsockHost::new);
+        let host = host.expect("host's side");
+        let mut waiting = self.waiting.borrow_mut();
+        waiting.extend((0..20).map(|_| self.program(&format!("LISTEN {VSOCK_PORT}\n"))));
+        DeviceKind::Vsock {
+            host,
+            cid: VSOCK_CID,
+        }
+    }
+
+    fn prepare(&self, ram: &Ram, n: u32) -> Vec<Buffer> {
+        put(ram, area(n), &vsock_header(n, VSOCK_PORT, 1, 0));
+        vec![(area(n), 16, false), (area(n) + 16, 28, false)]
+    }
+
+    fn check(&self, _ram: &Ram, count: u32) {
+        let mut seen = self.seen.borrow_mut();
+        let mut waiting = self.waiting.borrow_mut();
+        // Kept when they were seen: a program that hangs up ends its connection.
+        seen.extend(waiting.iter_mut().filter_map(granted));
+        seen.sort_unstable();
+        assert_eq!(*seen, (0..count).collect::<Vec<_>>());
     }
 }

@@ -1,11 +1,13 @@
 //! Ways out, and what must go on working.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
 use hebe_block::BlockBackend;
+use hebe_devices::VsockHost;
 use hebe_vmm::cage::narrow_vcpu;
 use libc::{c_long, c_ulong};
 
@@ -26,6 +28,9 @@ pub enum End {
 pub struct Open {
     disk: BlockBackend,
     record: File,
+    vsock: UnixListener,
+    /// A program of the host that has said what it wants.
+    program: UnixStream,
     /// Where the first page of a store of two is mapped; its file is closed.
     segment: c_ulong,
 }
@@ -34,7 +39,13 @@ impl Open {
     pub fn before_the_cage(dir: &Path) -> io::Result<Self> {
         let path = dir.join("own/disk.img");
         File::create(&path)?.set_len(1 << 20)?;
+        let socket = dir.join("own/vsock.sock");
+        let vsock = UnixListener::bind(&socket)?;
+        let mut program = UnixStream::connect(&socket)?;
+        program.write_all(b"CONNECT 7\n")?;
         Ok(Self {
+            vsock,
+            program,
             disk: BlockBackend::open(&path, false).map_err(io::Error::other)?,
             record: File::create(dir.join("own/exit.json"))?,
             segment: map_segment(&dir.join("own/store"))?,
@@ -93,6 +104,22 @@ pub const ATTEMPTS: &[Attempt] = &[
         disk.check_found_again().map_err(io::Error::other)?;
         disk.identity().map(drop)
     }),
+    attempt("serve sockets of the guest", End::Works, |_, open| {
+        let (mut accepted, _) = open.vsock.accept()?;
+        accepted.set_nonblocking(true)?;
+        accepted.read_exact(&mut [0; 10])?;
+        accepted.write_all(b"OK 7\n")?;
+        accepted.shutdown(std::net::Shutdown::Write)?;
+        drop(accepted);
+        (&open.program).read_exact(&mut [0; 5])?;
+        // As for a VM that resets itself.
+        VsockHost::new(open.vsock.try_clone()?).map(drop)
+    }),
+    attempt(
+        "reach a socket by its name",
+        End::Killed(libc::SYS_socket),
+        |dir, _| UnixStream::connect(dir.join("own/vsock.sock")).map(drop),
+    ),
     attempt("change its run directory's files", End::Denied, |dir, _| {
         fs::write(dir.join("own/instance.json"), "{}")
     }),

@@ -90,6 +90,7 @@ fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
         restart_limit: None,
         after: Vec::new(),
         console: ConsoleConfig::default(),
+        vsock: None,
         disks: args.disk.into_iter().map(disk).collect(),
         nets: args.net.into_iter().map(net).collect(),
     })
