@@ -29,7 +29,7 @@ const LICENCES: [&str; 14] = [
     "NCSA",
 ];
 /// Layer of each member; a member depends on lower layers or its own only.
-const LAYERS: [(&str, u32); 22] = [
+const LAYERS: [(&str, u32); 23] = [
     ("hebe-types", 0),
     ("hebe-state", 0),
     ("hebe-flow", 0),
@@ -43,6 +43,7 @@ const LAYERS: [(&str, u32); 22] = [
     ("hebe-devices", 2),
     ("hebe-snapshot", 2),
     ("hebe-api", 2),
+    ("hebe-fleet", 2),
     ("hebe-vmm", 3),
     ("hebe-migrate", 3),
     ("hebe-host", 3),

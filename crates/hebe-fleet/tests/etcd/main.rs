@@ -1,0 +1,314 @@
+//! Slots in a real etcd. `cargo xtask test --only fleet` fetches one; else see
+//! [`server::program`].
+
+mod faults;
+mod server;
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use hebe_fleet::config::{EtcdConfig, FleetConfig};
+use hebe_fleet::etcd::{Change, Condition, Etcd};
+use hebe_fleet::order::{Order, give_up, new_slot, own, release_after_boot};
+use hebe_fleet::slots::{Slots, Taken};
+use hebe_policy::fleet::holder::{Stop, Times};
+use hebe_policy::fleet::slots::{FleetName, Found, Full, Phase, Slot};
+use hebe_policy::span::Span;
+
+use server::Server;
+
+/// Lease of the tests, in seconds; etcd gives none much shorter.
+const LEASE_S: u64 = 5;
+
+fn name(text: &str) -> FleetName {
+    text.parse().expect("name")
+}
+
+fn config(endpoints: &[String], at_most: u32) -> FleetConfig {
+    FleetConfig {
+        group: name("rack1"),
+        host: None,
+        at_most,
+        give_up_after: Span::minutes(2),
+        lease: Span::seconds(LEASE_S),
+        patience: Span::minutes(1),
+        request_timeout: Span::seconds(1),
+        always: false,
+        etcd: Some(EtcdConfig {
+            endpoints: endpoints.to_vec(),
+        }),
+        fleetlock: None,
+    }
+}
+
+fn times(config: &FleetConfig, patience_s: u64) -> Times {
+    Times {
+        ask_every_ms: 50,
+        ..config.times(Span::seconds(patience_s))
+    }
+}
+
+fn slots(config: &FleetConfig, host: &str) -> Slots {
+    Slots::open(config, &name(host), "/nonexistent/note".into())
+}
+
+fn slot(config: &FleetConfig, host: &str, boot_id: &str) -> Slot {
+    new_slot(config, &name(host), boot_id).expect("slot")
+}
+
+fn quiet(_: &str) {}
+
+fn there(slots: &Slots, host: &str) -> Option<Slot> {
+    match slots.own(&name(host)).expect("answer")? {
+        Found::Slot(slot) => Some(slot),
+        Found::Unreadable { why, .. } => panic!("{why}"),
+    }
+}
+
+fn vms(names: &[&str]) -> BTreeSet<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
+/// Takes a slot for good, as the old kernel does, and forgets about it.
+fn pinned(slots: &Slots, config: &FleetConfig, host: &str, give_up_s: u64) {
+    let slot = slot(config, host, "boot-1");
+    let mut order = Order::take(slots, slot, times(config, 5), &quiet).expect("slot");
+    order.pin(vms(&["web", "db"]), give_up_s).expect("pinned");
+}
+
+#[test]
+fn of_many_hosts_at_most_k_are_under_way() {
+    let Some(server) = Server::start(1) else {
+        return;
+    };
+    let config = config(&server.endpoints, 2);
+    let (away, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for host in ["a", "b", "c", "d", "e", "f"] {
+            let (config, away, most) = (&config, &away, &most);
+            scope.spawn(move || {
+                let slots = slots(config, host);
+                let slot = slot(config, host, "boot-1");
+                let times = times(config, 60);
+                let mut order = Order::take(&slots, slot, times, &quiet).expect("a slot in time");
+                most.fetch_max(away.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                order
+                    .while_held(|| thread::sleep(Duration::from_millis(50)))
+                    .expect("held");
+                order.pin(vms(&[]), 60).expect("pinned");
+                thread::sleep(Duration::from_millis(100));
+                away.fetch_sub(1, Ordering::SeqCst);
+                let mine = there(&slots, host).expect("it is there");
+                give_up(&slots, mine, times, &quiet).expect("released");
+            });
+        }
+    });
+    assert_eq!(most.load(Ordering::SeqCst), 2, "k at once, and no more");
+    assert_eq!(slots(&config, "a").all().expect("answer"), []);
+}
+
+#[test]
+fn a_slot_outlives_the_time_between_two_kernels() {
+    let Some(server) = Server::start(1) else {
+        return;
+    };
+    let config = config(&server.endpoints, 1);
+    let (a, b) = (slots(&config, "a"), slots(&config, "b"));
+    pinned(&a, &config, "a", 120);
+    thread::sleep(Duration::from_secs(LEASE_S + 3));
+    let mine = there(&a, "a").expect("it is still there");
+    assert_eq!(
+        (mine.phase, mine.boot_id.as_str()),
+        (Phase::Rebooting, "boot-1")
+    );
+    assert!(mine.deadline_s > mine.since_s);
+    let taken = b
+        .take(&slot(&config, "b", "x"), mine.since_s)
+        .expect("answer");
+    assert!(matches!(taken, Taken::Not(Full::Taken { .. })), "{taken:?}");
+    // The new kernel.
+    let found = own(&a, &name("a"), times(&config, 5), &quiet).expect("answer");
+    let Some(Found::Slot(found)) = found else {
+        panic!("{found:?}");
+    };
+    let mut looks = 0;
+    let mut look = |all: &BTreeSet<String>| {
+        assert_eq!(*all, vms(&["db", "web"]));
+        assert_eq!(
+            there(&a, "a").map(|slot| slot.phase),
+            Some(Phase::Verifying)
+        );
+        looks += 1;
+        if looks < 3 {
+            return Err("VM 'db' is frozen".to_owned());
+        }
+        Ok(())
+    };
+    release_after_boot(&a, found, times(&config, 5), 20, &mut look, &quiet).expect("released");
+    assert_eq!((looks, there(&a, "a")), (3, None));
+    let taken = b
+        .take(&slot(&config, "b", "x"), mine.since_s)
+        .expect("answer");
+    assert_eq!(taken, Taken::Leased);
+}
+
+#[test]
+fn a_vm_that_does_not_answer_keeps_the_slot() {
+    let Some(server) = Server::start(1) else {
+        return;
+    };
+    let config = config(&server.endpoints, 1);
+    let a = slots(&config, "a");
+    pinned(&a, &config, "a", 120);
+    let mine = there(&a, "a").expect("slot");
+    let mut never = |_: &BTreeSet<String>| Err("VM 'db' is frozen".to_owned());
+    let stop = release_after_boot(&a, mine, times(&config, 5), 1, &mut never, &quiet);
+    let text = stop.expect_err("kept").to_string();
+    assert!(
+        text.contains("VM 'db' is frozen") && text.contains("kept"),
+        "{text}"
+    );
+    assert!(there(&a, "a").is_some());
+}
+
+#[test]
+fn a_holder_that_dies_before_its_reboot_blocks_nobody() {
+    let Some(server) = Server::start(1) else {
+        return;
+    };
+    let config = config(&server.endpoints, 1);
+    let (a, b) = (slots(&config, "a"), slots(&config, "b"));
+    let order = Order::take(&a, slot(&config, "a", "boot-1"), times(&config, 5), &quiet);
+    drop(order.expect("slot"));
+    let order = Order::take(&b, slot(&config, "b", "boot-1"), times(&config, 30), &quiet);
+    order.expect("when the lease is over");
+}
+
+#[test]
+fn a_host_that_does_not_come_back_stops_all_until_it_is_unlocked() {
+    let Some(server) = Server::start(1) else {
+        return;
+    };
+    let config = config(&server.endpoints, 3);
+    let (a, b) = (slots(&config, "a"), slots(&config, "b"));
+    pinned(&a, &config, "a", 0);
+    thread::sleep(Duration::from_millis(1_100));
+    let wants = || Order::take(&b, slot(&config, "b", "x"), times(&config, 30), &quiet);
+    let Err(Stop::NoSlot(why)) = wants() else {
+        panic!("two slots are free, and still nobody may begin");
+    };
+    assert!(why.contains("hebe fleet unlock a --yes"), "{why}");
+    assert_eq!(a.unlock(&name("a")).expect("answer"), Some(true));
+    assert_eq!(a.unlock(&name("a")).expect("answer"), Some(false));
+    wants().expect("all go on");
+}
+
+#[test]
+fn an_order_takes_over_what_was_locked_by_hand_and_leaves_it_if_undone() {
+    let Some(server) = Server::start(1) else {
+        return;
+    };
+    let config = config(&server.endpoints, 1);
+    let a = slots(&config, "a");
+    pinned(&a, &config, "a", 120);
+    let wants = || Order::take(&a, slot(&config, "a", "boot-1"), times(&config, 5), &quiet);
+    let mut order = wants().expect("its own");
+    assert!(order.keeps());
+    order.pin(vms(&["web"]), 60).expect("pinned");
+    assert_eq!(
+        order.undo("it was undone"),
+        Stop::NotReady("it was undone".into())
+    );
+    assert_eq!(there(&a, "a").map(|slot| slot.vms), Some(vms(&["web"])));
+    // Under another kernel it has to be released first.
+    let later = Order::take(&a, slot(&config, "a", "boot-2"), times(&config, 5), &quiet);
+    let text = later.err().expect("refused").to_string();
+    assert!(text.contains("hebe fleet release"), "{text}");
+}
+
+#[test]
+fn an_order_that_is_undone_gives_back_what_it_took() {
+    let Some(server) = Server::start(1) else {
+        return;
+    };
+    let config = config(&server.endpoints, 1);
+    let a = slots(&config, "a");
+    for pin in [false, true] {
+        let slot = slot(&config, "a", "boot-1");
+        let mut order = Order::take(&a, slot, times(&config, 5), &quiet).expect("slot");
+        if pin {
+            order.pin(vms(&[]), 60).expect("pinned");
+        }
+        assert_eq!(order.undo("x"), Stop::NotReady("x".into()));
+        assert_eq!(there(&a, "a"), None);
+    }
+}
+
+#[test]
+fn what_cannot_be_read_counts_and_is_told() {
+    let Some(server) = Server::start(1) else {
+        return;
+    };
+    let config = config(&server.endpoints, 1);
+    let a = slots(&config, "a");
+    let etcd = server.client();
+    let always = Condition::QuietSince("/other".into(), 0);
+    for value in ["{", "{\"version\": 2}", "{\"version\": 1}"] {
+        let put = Change::Put("/hebe/fleet/1/rack1/b".into(), value.into(), 0);
+        assert!(etcd.change(&always, &put).expect("answer"));
+        let all = a.all().expect("answer");
+        assert!(
+            matches!(&all[..], [Found::Unreadable { host, .. }] if host == "b"),
+            "{all:?}"
+        );
+        let taken = a.take(&slot(&config, "a", "x"), 0).expect("answer");
+        assert!(matches!(taken, Taken::Not(Full::Taken { .. })), "{taken:?}");
+    }
+}
+
+#[test]
+fn a_request_that_comes_late_changes_nothing() {
+    let Some(server) = Server::start(1) else {
+        return;
+    };
+    let etcd = server.client();
+    let put = |key: &str, value: &str| Change::Put(key.into(), value.into(), 0);
+    let seen = |etcd: &Etcd| etcd.range("/g/").expect("answer").revision;
+    let quiet_since = |revision| Condition::QuietSince("/g/".into(), revision);
+    let before = seen(&etcd);
+    assert!(
+        etcd.change(&quiet_since(before), &put("/g/a", "1"))
+            .expect("answer")
+    );
+    // Twice, or after somebody else's.
+    assert!(
+        !etcd
+            .change(&quiet_since(before), &put("/g/a", "1"))
+            .expect("answer")
+    );
+    assert!(
+        !etcd
+            .change(&quiet_since(before), &put("/g/b", "1"))
+            .expect("answer")
+    );
+    // Other groups do not disturb, nor does what goes.
+    let now = seen(&etcd);
+    assert!(
+        etcd.change(&quiet_since(now), &put("/h/a", "1"))
+            .expect("answer")
+    );
+    let entry = etcd.range("/g/").expect("answer").entries.remove(0);
+    let written = Condition::WrittenAt("/g/a".into(), entry.mod_revision);
+    let delete = Change::Delete("/g/a".into());
+    assert!(etcd.change(&written, &delete).expect("answer"));
+    assert!(
+        !etcd.change(&written, &delete).expect("answer"),
+        "it is gone"
+    );
+    assert!(
+        etcd.change(&quiet_since(now), &put("/g/b", "1"))
+            .expect("answer")
+    );
+}

@@ -1,0 +1,164 @@
+//! A real etcd on loopback, in a folder of its own.
+
+use std::fs::File;
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use hebe_fleet::etcd::Etcd;
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+/// How long etcd may take to answer for the first time.
+const START_MAX: Duration = Duration::from_secs(40);
+
+/// The program: `HEBE_ETCD`, or `etcd` in `PATH`. Without one the tests say so
+/// and do nothing, unless `HEBE_REQUIRE_ETCD` is set.
+pub fn program() -> Option<PathBuf> {
+    let named = std::env::var_os("HEBE_ETCD").map(PathBuf::from);
+    let in_path = || {
+        let path = std::env::var_os("PATH")?;
+        let mut places = std::env::split_paths(&path).map(|dir| dir.join("etcd"));
+        places.find(|program| program.is_file())
+    };
+    let found = named.or_else(in_path);
+    if found.is_none() {
+        assert!(
+            std::env::var_os("HEBE_REQUIRE_ETCD").is_none(),
+            "there is no etcd: install Debian's etcd-server, or name the program in HEBE_ETCD"
+        );
+        eprintln!("nothing was tested: there is no etcd (HEBE_ETCD, PATH)");
+    }
+    found
+}
+
+struct Member {
+    program: PathBuf,
+    arguments: Vec<String>,
+    log: PathBuf,
+    child: Option<Child>,
+}
+
+impl Member {
+    fn start(&mut self) {
+        let log = File::options().create(true).append(true).open(&self.log);
+        let log = log.expect("log");
+        let child = Command::new(&self.program)
+            .args(&self.arguments)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("log"))
+            .stderr(log)
+            .spawn();
+        self.child = Some(child.expect("etcd starts"));
+    }
+
+    fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// A cluster of one or more members.
+pub struct Server {
+    members: Vec<Member>,
+    /// Where clients reach each member.
+    pub endpoints: Vec<String>,
+    _dir: TempDir,
+}
+
+fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("port");
+    listener.local_addr().expect("address").port()
+}
+
+impl Server {
+    /// Starts a cluster and waits until it answers; none without etcd.
+    pub fn start(size: usize) -> Option<Self> {
+        let program = program()?;
+        let dir = tempfile::tempdir().expect("folder");
+        let urls = |_| format!("http://127.0.0.1:{}", free_port());
+        let endpoints: Vec<String> = (0..size).map(urls).collect();
+        let peers: Vec<String> = (0..size).map(urls).collect();
+        let cluster: Vec<String> = (0..size).map(|i| format!("m{i}={}", peers[i])).collect();
+        let member = |i: usize| Member {
+            program: program.clone(),
+            arguments: [
+                ("name", format!("m{i}")),
+                (
+                    "data-dir",
+                    dir.path().join(format!("m{i}")).display().to_string(),
+                ),
+                ("listen-client-urls", endpoints[i].clone()),
+                ("advertise-client-urls", endpoints[i].clone()),
+                ("listen-peer-urls", peers[i].clone()),
+                ("initial-advertise-peer-urls", peers[i].clone()),
+                ("initial-cluster", cluster.join(",")),
+            ]
+            .into_iter()
+            .map(|(key, value)| format!("--{key}={value}"))
+            .collect(),
+            log: dir.path().join(format!("m{i}.log")),
+            child: None,
+        };
+        let mut server = Self {
+            members: (0..size).map(member).collect(),
+            endpoints,
+            _dir: dir,
+        };
+        server.members.iter_mut().for_each(Member::start);
+        server.wait();
+        Some(server)
+    }
+
+    /// A client of all members.
+    pub fn client(&self) -> Etcd {
+        Etcd::new(&self.endpoints, Duration::from_secs(1))
+    }
+
+    /// Waits until a majority answers.
+    pub fn wait(&self) {
+        let begun = Instant::now();
+        while self.client().range("/").is_err() {
+            let log = std::fs::read_to_string(&self.members[0].log).unwrap_or_default();
+            let tail = log.lines().rev().take(5).collect::<Vec<_>>().join("\n");
+            assert!(begun.elapsed() < START_MAX, "etcd does not answer:\n{tail}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn signal(&self, member: usize, signal: Signal) {
+        let child = self.members[member].child.as_ref().expect("it runs");
+        kill_process(Pid::from_child(child), signal).expect("signal");
+    }
+
+    /// Stops a member in its tracks: connections are accepted, nothing is
+    /// answered, as behind a cut network.
+    pub fn cut(&self, member: usize) {
+        self.signal(member, Signal::STOP);
+    }
+
+    /// Lets it go on.
+    pub fn mend(&self, member: usize) {
+        self.signal(member, Signal::CONT);
+    }
+
+    /// Kills a member.
+    pub fn kill(&mut self, member: usize) {
+        self.members[member].kill();
+    }
+
+    /// Starts it again, with what it has on disk.
+    pub fn restart(&mut self, member: usize) {
+        self.members[member].start();
+        self.wait();
+    }
+}
