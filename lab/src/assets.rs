@@ -319,6 +319,29 @@ impl Assets {
         Ok(places.into_iter().find(|p| p.is_file()))
     }
 
+    /// etcd, for tests: the machine's own, the cached one, or one fetched from
+    /// Debian.
+    pub fn etcd(&self, progress: &dyn Progress) -> Result<PathBuf> {
+        if let Some(program) = apt::find_program("etcd") {
+            return Ok(program);
+        }
+        if !self.distribution.is_debian() {
+            bail!(
+                "this is '{}', not Debian: install etcd, so that it is in PATH",
+                self.distribution.id
+            );
+        }
+        let runs = |dir: &Path| apt::run(Command::new(unpacked_etcd(dir)).arg("--version")).is_ok();
+        let dir = self.cache.filled("etcd", progress, runs, |dir| {
+            let codename = self.distribution.codename.as_str();
+            let apt = self.apt(codename, &[codename], false, None, progress)?;
+            progress.step("downloading etcd");
+            let debs = apt.download(&["etcd-server".to_owned()], &dir.join("debs"))?;
+            apt::unpack(&debs, dir)
+        })?;
+        Ok(unpacked_etcd(&dir))
+    }
+
     /// A kernel: the one named on the command line, the cached one, or one
     /// fetched from Debian.
     pub fn kernel(&self, name: KernelName, progress: &dyn Progress) -> Result<Kernel> {
@@ -418,6 +441,10 @@ fn system_qemu(program: PathBuf) -> Qemu {
         firmware: Vec::new(),
         major: 0,
     }
+}
+
+fn unpacked_etcd(dir: &Path) -> PathBuf {
+    dir.join("usr/bin/etcd")
 }
 
 fn unpacked_qemu(dir: &Path) -> Qemu {

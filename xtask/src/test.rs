@@ -55,7 +55,7 @@ pub struct Scene<'a> {
 /// How often a check is repeated because the emulated processor failed.
 const EMULATOR_FAILURES: u32 = 2;
 
-const CHECKS: [Check; 11] = [
+const CHECKS: [Check; 12] = [
     Check {
         name: "format",
         run: |_| cargo(&["fmt", "--all", "--check"], &[]),
@@ -95,6 +95,10 @@ const CHECKS: [Check; 11] = [
     Check {
         name: "unit, property and contract tests",
         run: |_| cargo(&["test", "--workspace", "--locked", "--quiet"], &[]),
+    },
+    Check {
+        name: "fleet: real etcd",
+        run: fleet,
     },
     Check {
         name: "lab: orders that are refused",
@@ -204,6 +208,20 @@ fn run_one(check: &Check, scene: &Scene) -> Result<Outcome> {
 
 fn passed(result: Result<()>) -> Result<Outcome> {
     result.map(|()| Outcome::Passed)
+}
+
+/// The tests of slots, which do nothing where there is no etcd, with one.
+fn fleet(scene: &Scene) -> Result<Outcome> {
+    let etcd = scene.assets.etcd(scene.progress)?;
+    let etcd = etcd.to_str().context("etcd's path is no text")?;
+    let environment = [("HEBE_ETCD", etcd), ("HEBE_REQUIRE_ETCD", "1")];
+    for (package, test) in [("hebe-fleet", "etcd"), ("hebe", "slots")] {
+        cargo(
+            &["test", "--locked", "--quiet", "-p", package, "--test", test],
+            &environment,
+        )?;
+    }
+    Ok(Outcome::Passed)
 }
 
 fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> Result<Outcome> {

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use hebe_policy::fleet::slots::FleetName;
+use hebe_policy::span::Span;
 
 /// What `fleet roll` says at its end.
 pub const ROLL_HELP: &str = "\
@@ -20,9 +22,66 @@ An inventory:
 Example:
   hebe fleet roll --dry-run fleet.toml";
 
+/// What `fleet status` says at its end.
+const STATUS_HELP: &str = "\
+Exit status 3: a host did not come back, and no host of the group begins.
+
+fleet.toml in the configuration directory says who keeps the slots:
+  group = \"rack1\"
+  at_most = 1                  # hosts under way at once          [1]
+  host = \"node7\"               # this one                         [the machine's name]
+  give_up_after = \"15min\"      # then it counts as not back       [15min]
+  patience = \"1h\"              # how long a slot is waited for    [1h]
+  always = false               # `hebe reboot` without --fleet, too
+  [etcd]
+  endpoints = [\"http://10.0.0.1:2379\"]
+  # or
+  [fleetlock]
+  url = \"http://10.0.0.1:3333\"
+
+Examples:
+  hebe fleet status
+  hebe fleet status --json";
+
 /// What to do with a group of hosts.
 #[derive(Debug, Subcommand)]
 pub enum FleetCommand {
+    /// Who of the group is under way, and whether somebody did not come back.
+    #[command(after_help = STATUS_HELP)]
+    Status,
+    /// Take a slot for this host and keep it, for something else than `hebe reboot`.
+    #[command(after_help = "\
+The slot stays, also over a reboot, until `hebe fleet release`.
+
+Examples:
+  hebe fleet lock
+  hebe fleet lock --wait 10min")]
+    Lock {
+        /// How long to wait for one [default: `patience` in fleet.toml].
+        #[arg(long, value_name = "TIME")]
+        wait: Option<Span>,
+    },
+    /// Give this host's slot back, once every VM answers if it was rebooted.
+    #[command(after_help = "\
+Exit status 5: a VM does not answer, and the slot is kept.
+
+Examples:
+  hebe fleet release
+  hebe fleet release --wait 10min")]
+    Release {
+        /// How long to wait for VMs [default: until the host counts as not back].
+        #[arg(long, value_name = "TIME")]
+        wait: Option<Span>,
+    },
+    /// Free the slot of a host that cannot do so itself.
+    #[command(after_help = "Example:\n  hebe fleet unlock node7 --yes")]
+    Unlock {
+        /// The host.
+        host: FleetName,
+        /// Yes: it is known how that host is, and the others may go on.
+        #[arg(long)]
+        yes: bool,
+    },
     /// What a roll through the hosts would be; the roll itself is not there yet.
     #[command(after_help = ROLL_HELP)]
     Roll(RollArgs),

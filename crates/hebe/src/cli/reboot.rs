@@ -40,9 +40,17 @@ pub struct RebootArgs {
     /// With cold: power off guests that do not shut down in time.
     #[arg(long)]
     pub force: bool,
+    /// Take one of the group's slots first; the new kernel's `hebe fleet release`
+    /// gives it back [default: `always` in fleet.toml].
+    #[arg(long)]
+    pub fleet: bool,
+    /// Take none, whatever fleet.toml says.
+    #[arg(long, conflicts_with = "fleet")]
+    pub no_fleet: bool,
     /// Print the timeline of the last reboot instead of rebooting.
     #[arg(long, conflicts_with_all = [
         "method", "kernel", "initrd", "append", "cmdline", "hard", "kexec", "dry_run", "timeout", "force",
+        "fleet", "no_fleet",
     ])]
     pub report: bool,
     /// With --report: draw it as a Gantt chart into this file.

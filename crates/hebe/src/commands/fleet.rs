@@ -1,16 +1,28 @@
-//! `fleet`: rolling through a group of hosts, so far as a forecast.
+//! `fleet`: slots of a group of hosts, and rolling through it, so far as a
+//! forecast.
 
 use std::fs;
 
+use hebe_host::Host;
 use hebe_host::listing::with_cause;
 use hebe_policy::fleet::forecast::{Forecast, Inventory};
 
+use super::slots;
 use crate::cli::{FleetCommand, RollArgs};
 use crate::output::{Exit, Failure, Outcome, Output, table};
 
 /// `hebe fleet`.
-pub fn fleet(command: &FleetCommand, out: &Output) -> Outcome {
-    let FleetCommand::Roll(args) = command;
+pub fn fleet(host: &Host, command: &FleetCommand, out: &Output) -> Outcome {
+    match command {
+        FleetCommand::Status => slots::status(host, out),
+        FleetCommand::Lock { wait } => slots::lock(host, *wait, out),
+        FleetCommand::Release { wait } => slots::release(host, *wait, out),
+        FleetCommand::Unlock { host: name, yes } => slots::unlock(host, name, *yes, out),
+        FleetCommand::Roll(args) => roll(args, out),
+    }
+}
+
+fn roll(args: &RollArgs, out: &Output) -> Outcome {
     let forecast = forecast(args)?;
     out.answer(&forecast, || text(&forecast));
     Ok(Exit::Done)

@@ -8,6 +8,7 @@ mod man;
 mod plan;
 mod reboot;
 mod seed;
+mod slots;
 mod store;
 mod suspend;
 mod vm;
@@ -33,7 +34,7 @@ pub fn run(host: &Host, command: Command, out: &Output, started: Stamp) -> Outco
         Command::Reboot(args) => reboot::reboot(host, &args, out),
         Command::Store(command) => store::store(host, command, out),
         Command::Host(command) => host::host(host, &command, out),
-        Command::Fleet(command) => fleet::fleet(&command, out),
+        Command::Fleet(command) => fleet::fleet(host, &command, out),
         Command::Plan(args) => plan::plan(&args, out),
         Command::Man { dir } => man::man(dir.as_deref(), out),
         Command::Keeper => host::keeper(host),

@@ -2,16 +2,19 @@
 
 use std::fs;
 
+use hebe_fleet::order::Order;
 use hebe_flow::reboot::Fate;
 use hebe_host::Host;
-use hebe_host::preflight::{Check, Level, Verdict, preflight};
+use hebe_host::preflight::{Check, Level, RebootOptions, Verdict, preflight};
 use hebe_host::reboot::{RebootEnd, reboot as run_reboot};
 use hebe_host::report::complete_report;
 use hebe_host::timeline::{self, Downtime, Row, Timeline};
 use hebe_host::{gantt, listing};
+use hebe_policy::fleet::holder::Stop;
 use hebe_types::VmName;
 use serde::Serialize;
 
+use super::slots::{self, Fleet};
 use crate::cli::RebootArgs;
 use crate::output::{Exit, Failure, Outcome, Output, table};
 
@@ -21,20 +24,76 @@ pub fn reboot(host: &Host, args: &RebootArgs, out: &Output) -> Outcome {
         return report(host, args, out);
     }
     let options = args.options();
+    let fleet = Fleet::for_reboot(host, args.fleet, args.no_fleet)?;
     let (verdict, _) = preflight(host, &options, args.dry_run);
     if args.dry_run || !verdict.passes() {
         show_verdict(&verdict, args.dry_run, out);
-        return Ok(if verdict.passes() {
-            Exit::Done
-        } else {
-            Exit::CheckFailed
-        });
+        if !verdict.passes() {
+            return Ok(Exit::CheckFailed);
+        }
+        return Ok(fleet.map_or(Exit::Done, |fleet| dry_slot(&fleet, out)));
     }
     out.progress(&verdict_text(&verdict));
+    match fleet {
+        Some(fleet) => in_turn(host, &fleet, &options, out),
+        None => Ok(ended(&run(host, &options, out), out)),
+    }
+}
+
+/// Reboots; comes back only if that did not happen.
+fn run(host: &Host, options: &RebootOptions, out: &Output) -> RebootEnd {
     let say = |text: &str| out.progress(text);
-    match run_reboot(host, &options, &say) {
+    match run_reboot(host, options, &say) {
         Ok(never) => match never {},
-        Err(end) => Ok(ended(&end, out)),
+        Err(end) => end,
+    }
+}
+
+fn dry_slot(fleet: &Fleet, out: &Output) -> Exit {
+    match fleet.would_have() {
+        Ok(()) => Exit::Done,
+        Err(why) => {
+            out.progress(&format!("there would be no slot just now: {why}"));
+            Exit::CheckFailed
+        }
+    }
+}
+
+/// Reboots under a slot of the group. While it is leased, everything is
+/// checked again, for waiting may have taken long; then it is taken for good.
+fn in_turn(host: &Host, fleet: &Fleet, options: &RebootOptions, out: &Output) -> Outcome {
+    let _only_one = slots::only_one(host)?;
+    let say = |text: &str| out.progress(text);
+    let refused = |stop: Stop| Ok(ended(&RebootEnd::Refused(stop.to_string()), out));
+    let mut order = match fleet.take(None, &say)? {
+        Ok(order) => order,
+        Err(stop) => return refused(stop),
+    };
+    let (verdict, survey) = match order.while_held(|| preflight(host, options, false)) {
+        Ok(looked) => looked,
+        Err(stop) => return refused(stop),
+    };
+    if !verdict.passes() {
+        show_verdict(&verdict, false, out);
+        give_back(order, &verdict.why_not(), out);
+        return Ok(Exit::CheckFailed);
+    }
+    if let Err(stop) = fleet.pin(&mut order, &survey) {
+        return refused(stop);
+    }
+    let end = run(host, options, out);
+    let exit = ended(&end, out);
+    let (RebootEnd::Refused(why) | RebootEnd::Aborted { why, .. }) = &end;
+    give_back(order, why, out);
+    Ok(exit)
+}
+
+fn give_back(order: Order<'_>, why: &str, out: &Output) {
+    if order.keeps() {
+        out.progress("this host keeps the slot that it had before: `hebe fleet release`");
+    }
+    if let stop @ Stop::Unreleased(_) = order.undo(why) {
+        out.progress(&stop.to_string());
     }
 }
 

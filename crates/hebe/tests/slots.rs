@@ -1,0 +1,186 @@
+//! `hebe fleet status`, `lock`, `release` and `unlock` against a real etcd,
+//! where there is one (`HEBE_ETCD`, or `PATH`).
+
+#[allow(
+    dead_code,
+    reason = "shared with the tests of hebe-fleet, which use all of it"
+)]
+#[path = "../../hebe-fleet/tests/etcd/server.rs"]
+mod server;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use hebe_fleet::etcd::{Change, Condition};
+use serde_json::{Value, json};
+use server::Server;
+
+/// A host: `hebe` with folders of its own.
+struct Host<'a> {
+    dir: &'a Path,
+}
+
+impl Host<'_> {
+    fn hebe(&self, line: &str) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_hebe"))
+            .args(line.split_whitespace())
+            .env("HEBE_CONFIG_DIR", self.dir.join("etc"))
+            .env("HEBE_STATE_DIR", self.dir.join("state"))
+            .env("HEBE_RUN_DIR", self.dir.join("run"))
+            .env("HEBE_STORE", self.dir.join("no-store"))
+            .output()
+            .expect("hebe runs")
+    }
+
+    fn says(&self, line: &str, exit: i32, word: &str) {
+        let output = self.hebe(line);
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8(text).expect("text");
+        assert_eq!(output.status.code(), Some(exit), "{line}: {text}");
+        assert!(text.contains(word), "{line} does not say '{word}': {text}");
+    }
+
+    fn json(&self, line: &str) -> Value {
+        let output = self.hebe(&format!("--json {line}"));
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    }
+
+    fn configure(&self, text: &str) {
+        fs::create_dir_all(self.dir.join("etc")).expect("folder");
+        fs::write(self.dir.join("etc/fleet.toml"), text).expect("write");
+    }
+}
+
+fn config(server: &Server, host: &str) -> String {
+    format!(
+        "group = \"rack1\"\nhost = \"{host}\"\nlease = \"6s\"\nrequest_timeout = \"1s\"\n[etcd]\nendpoints = {:?}\n",
+        server.endpoints
+    )
+}
+
+/// What the old kernel of `host` wrote down.
+fn put(server: &Server, host: &str, deadline_s: u64, vms: &[&str]) {
+    let slot = json!({
+        "version": 1, "host": host, "phase": "rebooting", "claim": "c", "boot_id": "before",
+        "since_s": 1_000, "deadline_s": deadline_s, "at_most": 1, "vms": vms,
+    });
+    let put = Change::Put(
+        format!("/hebe/fleet/1/rack1/{host}"),
+        slot.to_string().into_bytes(),
+        0,
+    );
+    let always = Condition::QuietSince("/nothing/".into(), 0);
+    assert!(server.client().change(&always, &put).expect("answer"));
+}
+
+#[test]
+fn two_hosts_take_turns() {
+    let Some(server) = Server::start(1) else {
+        return;
+    };
+    let dirs = [(); 2].map(|()| tempfile::tempdir().expect("folder"));
+    let [a, b] = [0, 1].map(|i| Host {
+        dir: dirs[i].path(),
+    });
+    a.configure(&config(&server, "a"));
+    b.configure(&config(&server, "b"));
+    a.says(
+        "fleet status",
+        0,
+        "0 under way, at most 1 at once; this is 'a'",
+    );
+    a.says("fleet release", 0, "has no slot to release");
+    let locked = a.json("fleet lock");
+    assert_eq!(
+        (&locked["result"], &locked["slot"]["phase"]),
+        (&json!("locked"), &json!("rebooting"))
+    );
+    a.says("fleet lock", 0, "'a' has a slot of 'rack1'");
+    b.says(
+        "fleet lock --wait 0s",
+        3,
+        "1 of at most 1 hosts are under way: a",
+    );
+    let status = b.json("fleet status");
+    assert_eq!(status["slots"][0]["host"], "a");
+    assert_eq!(status["slots"][0]["overdue"], false);
+    assert_eq!(status["stopped"], Value::Null);
+    b.says("fleet unlock a", 1, "hebe fleet unlock a --yes");
+    a.says("fleet release", 0, "gave its slot of 'rack1' back");
+    b.says("fleet lock --wait 0s", 0, "'b' has a slot");
+    a.says("fleet unlock b --yes", 0, "the slot of 'b' is free");
+    assert_eq!(a.json("fleet unlock b --yes")["result"], "none");
+}
+
+#[test]
+fn the_new_kernel_gives_the_slot_back_when_every_vm_answers() {
+    let Some(server) = Server::start(1) else {
+        return;
+    };
+    let dir = tempfile::tempdir().expect("folder");
+    let a = Host { dir: dir.path() };
+    a.configure(&config(&server, "a"));
+    let later = 4_000_000_000;
+    put(&server, "a", later, &["web"]);
+    a.says("fleet release --wait 0s", 5, "VM 'web' is not there");
+    assert_eq!(a.json("fleet status")["slots"][0]["phase"], "verifying");
+    a.says("fleet lock", 3, "hebe fleet release");
+    put(&server, "a", later, &[]);
+    a.says("fleet release", 0, "gave its slot");
+    // It came back late: its slot is released all the same.
+    put(&server, "a", 2_000, &[]);
+    a.says("fleet status", 3, "NOT BACK");
+    a.says("fleet release", 0, "gave its slot");
+    // Another one does not come back.
+    put(&server, "b", 2_000, &[]);
+    a.says("fleet lock", 3, "hebe fleet unlock b --yes");
+    let status = a.json("fleet status");
+    let stopped = status["stopped"].as_str().expect("a sentence");
+    assert!(stopped.contains("'b' did not come back"), "{stopped}");
+}
+
+#[test]
+fn without_etcd_one_sentence_says_so() {
+    let Some(mut server) = Server::start(1) else {
+        return;
+    };
+    let dir = tempfile::tempdir().expect("folder");
+    let a = Host { dir: dir.path() };
+    a.configure(&config(&server, "a"));
+    server.kill(0);
+    for line in ["fleet status", "fleet unlock b --yes"] {
+        a.says(line, 1, "nobody keeps the slots of this group just now");
+    }
+    a.says("fleet lock --wait 0s", 3, "nobody keeps the slots");
+    a.says("fleet release", 1, "the slot is not released");
+    let error = a.json("fleet status");
+    assert!(error["error"].is_string(), "{error}");
+}
+
+#[test]
+fn a_host_without_a_sound_group_is_told_what_to_write() {
+    let dir = tempfile::tempdir().expect("folder");
+    let a = Host { dir: dir.path() };
+    for line in [
+        "fleet status",
+        "fleet lock",
+        "fleet release",
+        "fleet unlock b --yes",
+        "reboot --fleet --dry-run",
+    ] {
+        a.says(line, 1, "this host belongs to no group: there is no");
+    }
+    let good = "group = \"g\"\n[etcd]\nendpoints = [\"http://127.0.0.1:1\"]\n";
+    for (text, word) in [
+        ("", "fleet.toml"),
+        ("group = \"g\"\n", "either [etcd] or [fleetlock]"),
+        ("group = \"a/b\"\n", "no name of a host or group"),
+        (&format!("at_most = 0\n{good}"), "at_most = 0"),
+        (&format!("most = 0\n{good}"), "most"),
+        (&good.replace("http:", "https:"), "plain HTTP"),
+    ] {
+        a.configure(text);
+        a.says("fleet status", 1, word);
+    }
+}
