@@ -29,7 +29,7 @@ const LICENCES: [&str; 14] = [
     "NCSA",
 ];
 /// Layer of each member; a member depends on lower layers or its own only.
-const LAYERS: [(&str, u32); 23] = [
+const LAYERS: [(&str, u32); 24] = [
     ("hebe-types", 0),
     ("hebe-state", 0),
     ("hebe-flow", 0),
@@ -42,6 +42,7 @@ const LAYERS: [(&str, u32); 23] = [
     ("hebe-image", 2),
     ("hebe-devices", 2),
     ("hebe-snapshot", 2),
+    ("hebe-agent", 2),
     ("hebe-api", 2),
     ("hebe-fleet", 2),
     ("hebe-vmm", 3),

@@ -1,6 +1,7 @@
 //! The command line: every flag is defined here, once.
 
 mod age;
+mod agent;
 mod check;
 mod fleet;
 mod plan;
@@ -13,6 +14,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use hebe_types::{ByteSize, VmName};
 
 pub use age::{AGE_HELP, AgeArgs};
+pub use agent::{AgentArgs, AgentOrder};
 pub use fleet::{FleetCommand, RollArgs};
 pub use plan::{PLAN_HELP, PlanArgs};
 pub use reboot::{MethodArg, RebootArgs};
@@ -97,6 +99,13 @@ Examples:
         /// The VM.
         name: VmName,
     },
+    /// Speak with the agent in a VM.
+    #[command(after_help = "\
+Examples:
+  hebe agent web ping
+  hebe agent web time                  # set its clock to the host's
+  hebe agent web freeze --for 20 && cp disk.img copy.img && hebe agent web thaw")]
+    Agent(AgentArgs),
     /// Suspend a VM on memory: its RAM stays where it is.
     #[command(
         after_help = "Examples:\n  hebe suspend web db\n  hebe suspend web && hebe resume web"
@@ -393,6 +402,9 @@ mod tests {
             "hebe reboot --report --svg x.svg",
             "hebe host check",
             "hebe completions bash",
+            "hebe agent web ping",
+            "hebe agent web freeze --for 60",
+            "hebe agent web shutdown --reboot",
         ] {
             assert!(parse(line).is_ok(), "{line}");
         }
@@ -412,6 +424,9 @@ mod tests {
             "hebe run --disk d",
             "hebe run --name a --disk d --initrd i",
             "hebe run --name a --kernel /k --memory lots",
+            "hebe agent web",
+            "hebe agent web thaw --for 3",
+            "hebe agent web freeze --for 61",
             "hebe reboot --method lukewarm",
             "hebe reboot --svg x.svg",
             "hebe reboot --report --dry-run",

@@ -1,6 +1,7 @@
 //! One file per group of commands.
 
 mod age;
+mod agent;
 mod console;
 mod fleet;
 mod host;
@@ -29,6 +30,7 @@ pub fn run(host: &Host, command: Command, out: &Output, started: Stamp) -> Outco
         Command::Show { name } => vm::show(host, &name, out),
         Command::Drop { name, yes } => vm::drop_vm(host, &name, yes, out),
         Command::Console { name } => console::console(host, &name, out),
+        Command::Agent(args) => agent::agent(host, &args, out),
         Command::Suspend { names } => suspend::suspend(host, &names, out),
         Command::Resume(args) => suspend::resume(host, &args, out, started),
         Command::Reboot(args) => reboot::reboot(host, &args, out),

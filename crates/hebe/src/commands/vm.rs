@@ -3,8 +3,9 @@
 use std::thread;
 use std::time::Duration;
 
+use hebe_agent::Facts;
 use hebe_host::definitions;
-use hebe_host::listing::{self, VmRow};
+use hebe_host::listing::{self, VmRow, VmState};
 use hebe_host::ops::{self, StopOptions};
 use hebe_host::{Host, HostError};
 use hebe_types::{
@@ -12,6 +13,7 @@ use hebe_types::{
 };
 use serde::Serialize;
 
+use super::agent;
 use super::seed::seed;
 use crate::cli::{RunArgs, StopArgs, StoreArg};
 use crate::output::{Exit, Failure, Outcome, Output, table};
@@ -201,6 +203,9 @@ struct Show<'a> {
     vm: &'a VmRow,
     definition: Option<&'a VmConfig>,
     definition_error: Option<String>,
+    /// Of a VM that runs and has sockets: what its agent says, if one answers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    agent: Option<Option<Facts>>,
     console_log: std::path::PathBuf,
     log: std::path::PathBuf,
 }
@@ -211,7 +216,9 @@ pub fn show(host: &Host, name: &VmName, out: &Output) -> Outcome {
     let row = survey.row(host, name)?;
     let definition = survey.definitions.get(name);
     let dir = host.layout.vm_dir(name);
+    let has_sockets = row.state == VmState::Running && dir.join("vsock.sock").exists();
     let answer = Show {
+        agent: has_sockets.then(|| agent::look(host, name)),
         vm: row,
         definition: definition.and_then(|d| d.as_ref().ok()),
         definition_error: definition.and_then(|d| d.as_ref().err().map(ToString::to_string)),
@@ -262,6 +269,9 @@ fn show_text(show: &Show) -> String {
         for net in &config.nets {
             lines.push(("tap", net.tap.clone()));
         }
+    }
+    if let Some(facts) = &show.agent {
+        lines.push(("agent", agent::look_text(facts.as_ref())));
     }
     lines.push(("definition", or_dash(show.definition_error.clone())));
     lines.push(("console log", show.console_log.display().to_string()));

@@ -1,0 +1,137 @@
+//! Runs a program for the host, with bounds.
+
+use std::io::{self, Read};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::protocol::{Done, OUTPUT_MAX};
+
+/// How often a program is looked at.
+const LOOK: Duration = Duration::from_millis(10);
+/// How long the rest of its output is waited for once it has ended: something
+/// that it started may keep the pipe open.
+const REST: Duration = Duration::from_millis(500);
+
+/// Runs `words`, and kills it after `limit`.
+pub(crate) fn run(words: &[String], limit: Duration) -> io::Result<Done> {
+    let (program, arguments) = words
+        .split_first()
+        .ok_or_else(|| io::Error::other("there is no program"))?;
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        // Whatever it starts is killed with it.
+        .process_group(0)
+        .spawn()?;
+    let stdout = collect(child.stdout.take());
+    let stderr = collect(child.stderr.take());
+    let status = wait(&mut child, limit)?;
+    let until = Instant::now() + REST;
+    let (stdout, cut_out) = text(&stdout, until);
+    let (stderr, cut_err) = text(&stderr, until);
+    Ok(Done::Ended {
+        status,
+        stdout,
+        stderr,
+        cut: cut_out || cut_err,
+    })
+}
+
+fn wait(child: &mut Child, limit: Duration) -> io::Result<Option<i32>> {
+    let until = Instant::now() + limit;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status.code());
+        }
+        if Instant::now() >= until {
+            let group = child.id().cast_signed();
+            // SAFETY: a signal to the child's own process group: it was not
+            // waited for yet, so that its id is no other's.
+            unsafe { libc::kill(-group, libc::SIGKILL) };
+            child.wait()?;
+            return Ok(None);
+        }
+        thread::sleep(LOOK);
+    }
+}
+
+/// Pieces of an output; the end of the channel is its end.
+fn collect(pipe: Option<impl Read + Send + 'static>) -> Receiver<Vec<u8>> {
+    // Holds no more than is kept.
+    let (sender, pieces) = mpsc::channel();
+    thread::spawn(move || {
+        let Some(mut pipe) = pipe else { return };
+        let mut kept = 0;
+        let mut chunk = [0; 4096];
+        while let Ok(count @ 1..) = pipe.read(&mut chunk) {
+            // What is not kept is read all the same: the program goes on.
+            let keep = count.min((OUTPUT_MAX + 1).saturating_sub(kept));
+            kept += keep;
+            if keep > 0 && sender.send(chunk[..keep].to_vec()).is_err() {
+                return;
+            }
+        }
+    });
+    pieces
+}
+
+/// The beginning of an output as text, and whether that is not all.
+fn text(pieces: &Receiver<Vec<u8>>, until: Instant) -> (String, bool) {
+    let mut bytes = Vec::new();
+    let cut = loop {
+        let left = until.saturating_duration_since(Instant::now());
+        match pieces.recv_timeout(left) {
+            Ok(piece) => bytes.extend(piece),
+            Err(mpsc::RecvTimeoutError::Disconnected) => break bytes.len() > OUTPUT_MAX,
+            Err(mpsc::RecvTimeoutError::Timeout) => break true,
+        }
+    };
+    bytes.truncate(OUTPUT_MAX);
+    (String::from_utf8_lossy(&bytes).into_owned(), cut)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str, limit: Duration) -> (Option<i32>, String, String, bool) {
+        let words = ["/bin/sh", "-c", script].map(str::to_owned);
+        match run(&words, limit).expect("run") {
+            Done::Ended {
+                status,
+                stdout,
+                stderr,
+                cut,
+            } => (status, stdout, stderr, cut),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn status_and_both_outputs_are_told() {
+        let said = shell("echo out; echo err >&2; exit 3", LONG);
+        assert_eq!(said, (Some(3), "out\n".into(), "err\n".into(), false));
+        assert!(run(&["/no/such".to_owned()], LONG).is_err());
+    }
+
+    #[test]
+    fn output_is_bounded_and_does_not_block_the_program() {
+        let (status, stdout, _, cut) = shell("head -c 1000000 /dev/zero; exit 5", LONG);
+        assert_eq!((status, stdout.len(), cut), (Some(5), OUTPUT_MAX, true));
+    }
+
+    #[test]
+    fn a_program_that_takes_too_long_is_killed_with_what_it_started() {
+        let begin = Instant::now();
+        let (status, stdout, _, _) = shell("echo on; sleep 100 & sleep 100", LOOK * 20);
+        assert_eq!((status, &*stdout), (None, "on\n"));
+        assert!(begin.elapsed() < LONG, "it was waited for");
+    }
+}
