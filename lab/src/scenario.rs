@@ -180,6 +180,8 @@ impl GuestSpec {
             restart_limit: None,
             after: Vec::new(),
             console: ConsoleConfig::default(),
+            pvpanic: false,
+            generation_id: false,
             vsock: None,
             disks: self
                 .disk

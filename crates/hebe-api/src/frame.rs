@@ -220,6 +220,7 @@ mod tests {
             version: "\x1b[2J".into(),
             resumes: 0,
             failed: Some("\x1b[31m".into()),
+            guest_panicked: false,
             stopped_devices: vec!["\x07".into(); 10_000],
             ram_meter: RamMeter::default(),
             first_tx: None,

@@ -125,6 +125,9 @@ pub struct VmStatus {
     /// is paused, to be looked at, and can only be ended.
     #[serde(default)]
     pub failed: Option<String>,
+    /// The guest told that its kernel panicked, since it booted.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub guest_panicked: bool,
     /// Devices that stopped, with the reason (`virtio-blk 0: descriptor loop`).
     pub stopped_devices: Vec<String>,
     /// Bytes of guest RAM that device code touched so far.

@@ -4,8 +4,8 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    self, AddressSpace, AddressSpaceCacheable, Device, EISAName, Field, FieldAccessType,
-    FieldEntry, FieldLockRule, FieldUpdateRule, IO, Interrupt, Local, Method, Name, Notify,
+    self, AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType,
+    FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Method, Name, Notify,
     OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
@@ -39,18 +39,27 @@ pub enum AcpiError {
     Memory(#[source] vm_memory::GuestMemoryError),
 }
 
+/// What the tables tell of.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AcpiPlan {
+    /// Processors.
+    pub vcpus: u8,
+    /// A serial port.
+    pub serial: bool,
+    /// A device that takes word of a panic.
+    pub pvpanic: bool,
+    /// A VM generation ID, which is written too.
+    pub generation_id: Option<[u8; 16]>,
+}
+
 /// Writes all tables and returns the address of the RSDP.
-pub fn write_acpi(
-    ram: &vm_memory::GuestMemoryMmap<()>,
-    vcpus: u8,
-    serial: bool,
-) -> Result<u64, AcpiError> {
+pub fn write_acpi(ram: &vm_memory::GuestMemoryMmap<()>, plan: &AcpiPlan) -> Result<u64, AcpiError> {
     let mut image = Image {
         bytes: vec![0; Rsdp::len().next_multiple_of(16)],
     };
-    let dsdt = image.append(&dsdt(serial));
+    let dsdt = image.append(&dsdt(plan));
     let fadt = image.append(&to_bytes(&fadt(dsdt)));
-    let madt = image.append(&to_bytes(&madt(vcpus)));
+    let madt = image.append(&to_bytes(&madt(plan.vcpus)));
     let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
@@ -62,6 +71,10 @@ pub fn write_acpi(
     }
     ram.write_slice(&image.bytes, GuestAddress(layout::ACPI))
         .map_err(AcpiError::Memory)?;
+    if let Some(id) = &plan.generation_id {
+        ram.write_slice(id, GuestAddress(layout::GENERATION_ID))
+            .map_err(AcpiError::Memory)?;
+    }
     Ok(layout::ACPI)
 }
 
@@ -125,12 +138,19 @@ fn madt(vcpus: u8) -> impl Aml {
     madt
 }
 
-fn dsdt(serial: bool) -> Vec<u8> {
+fn dsdt(plan: &AcpiPlan) -> Vec<u8> {
     let mut body = Vec::new();
     pci_root().to_aml_bytes_into(&mut body);
-    events(&mut body);
-    if serial {
+    let has_id = plan.generation_id.is_some();
+    if has_id {
+        generation_id(&mut body);
+    }
+    events(&mut body, has_id);
+    if plan.serial {
         serial_port(&mut body);
+    }
+    if plan.pvpanic {
+        pvpanic(&mut body);
     }
     // \_S5: the sleep type for power-off.
     let sleep_type = layout::SLEEP_TYPE_OFF;
@@ -175,8 +195,10 @@ fn pci_root() -> Built {
     scope_sb(vec![&root])
 }
 
-/// A generic event device (ACPI 6.5, 5.6.9) that notifies the power button.
-fn events(body: &mut Vec<u8>) {
+/// A generic event device (ACPI 6.5, 5.6.9) that notifies the power button,
+/// and the VM generation ID where there is one. Without, each event is the
+/// power button's, in the very bytes that older guests have.
+fn events(body: &mut Vec<u8>, has_id: bool) {
     let hid = Name::new("_HID".into(), &"ACPI0013");
     let uid = Name::new("_UID".into(), &aml::ZERO);
     let interrupt = Interrupt::new(true, true, false, false, layout::IRQ_EVENTS);
@@ -200,7 +222,18 @@ fn events(body: &mut Vec<u8>) {
     let fetch = Store::new(&pending, &events);
     let button = Path::new("\\_SB_.PWRB");
     let notify = Notify::new(&button, &0x80u8);
-    let handler = Method::new("_EVT".into(), 1, true, vec![&fetch, &notify]);
+    let of_button = And::new(&aml::ZERO, &pending, &layout::EVENT_POWER_BUTTON);
+    let if_button = If::new(&of_button, vec![&notify]);
+    let id = Path::new("\\_SB_.VGEN");
+    let notify_id = Notify::new(&id, &0x80u8);
+    let of_id = And::new(&aml::ZERO, &pending, &layout::EVENT_GENERATION);
+    let if_id = If::new(&of_id, vec![&notify_id]);
+    let told: Vec<&dyn Aml> = if has_id {
+        vec![&fetch, &if_button, &if_id]
+    } else {
+        vec![&fetch, &notify]
+    };
+    let handler = Method::new("_EVT".into(), 1, true, told);
     let device = Device::new(
         "GED_".into(),
         vec![&hid, &uid, &crs, &region, &field, &handler],
@@ -224,9 +257,42 @@ fn serial_port(body: &mut Vec<u8>) {
     scope_sb(vec![&device]).to_aml_bytes_into(body);
 }
 
+/// Takes word of a panic (the `pvpanic` interface of QEMU, docs/specs).
+fn pvpanic(body: &mut Vec<u8>) {
+    let hid = Name::new("_HID".into(), &"QEMU0001");
+    let ports = IO::new(layout::PORT_PVPANIC, layout::PORT_PVPANIC, 1, 1);
+    let resources = ResourceTemplate::new(vec![&ports]);
+    let crs = Name::new("_CRS".into(), &resources);
+    let status = Name::new("_STA".into(), &0xfu8);
+    let device = Device::new("PEVT".into(), vec![&hid, &crs, &status]);
+    scope_sb(vec![&device]).to_aml_bytes_into(body);
+}
+
+/// Where the VM generation ID lies (Virtual Machine Generation ID, Microsoft
+/// 2012): `ADDR` gives the low and the high half of its address.
+fn generation_id(body: &mut Vec<u8>) {
+    let hid = Name::new("_HID".into(), &"HEBE0001");
+    let cid = Name::new("_CID".into(), &"VM_Gen_Counter");
+    let ddn = Name::new("_DDN".into(), &"VM_Gen_Counter");
+    let (low, high) = (layout::GENERATION_ID as u32, aml::ZERO);
+    let address = Package::new(vec![&low, &high]);
+    let address = Name::new("ADDR".into(), &address);
+    let device = Device::new("VGEN".into(), vec![&hid, &cid, &ddn, &address]);
+    scope_sb(vec![&device]).to_aml_bytes_into(body);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn all(vcpus: u8, serial: bool) -> AcpiPlan {
+        AcpiPlan {
+            vcpus,
+            serial,
+            pvpanic: true,
+            generation_id: Some(*b"sixteen bytes id"),
+        }
+    }
 
     fn sum(bytes: &[u8]) -> u8 {
         bytes.iter().fold(0, |a, b| a.wrapping_add(*b))
@@ -236,7 +302,7 @@ mod tests {
     fn the_tables_hang_together_and_their_checksums_are_right() {
         let ranges = [(GuestAddress(0), 2 << 20)];
         let ram = vm_memory::GuestMemoryMmap::<()>::from_ranges(&ranges).expect("map");
-        let rsdp = write_acpi(&ram, 3, true).expect("write");
+        let rsdp = write_acpi(&ram, &all(3, true)).expect("write");
         let read = |address: u64, len: usize| {
             let mut bytes = vec![0; len];
             ram.read_slice(&mut bytes, GuestAddress(address))
@@ -262,6 +328,9 @@ mod tests {
         assert_ne!(u32_at(&fadt, 112) & 1 << 20, 0, "hardware-reduced");
         let dsdt = table(u64_at(&fadt, 140));
         assert_eq!(&dsdt[..4], b"DSDT");
+        let names = |name: &[u8]| dsdt.windows(name.len()).any(|w| w == name);
+        assert!(names(b"QEMU0001") && names(b"VM_Gen_Counter\0"));
+        assert_eq!(read(layout::GENERATION_ID, 16), b"sixteen bytes id");
         let madt = table(u64_at(&xsdt, 44));
         let (mut at, mut processors) = (44, 0);
         while at < madt.len() {
@@ -269,5 +338,35 @@ mod tests {
             at += usize::from(madt[at + 1]);
         }
         assert_eq!(processors, 3);
+    }
+
+    /// FNV-1a.
+    fn digest(bytes: &[u8]) -> u64 {
+        bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+        })
+    }
+
+    /// Guests of earlier releases are resumed with the tables that they have,
+    /// and a VM without newer devices boots with the same.
+    #[test]
+    fn without_newer_devices_the_tables_are_what_they_always_were() {
+        for (serial, known) in [
+            (true, 0xdd18_a2f7_4174_79a7),
+            (false, 0x4cc2_94af_32e4_35a5),
+        ] {
+            let ranges = [(GuestAddress(0), 2 << 20)];
+            let ram = vm_memory::GuestMemoryMmap::<()>::from_ranges(&ranges).expect("map");
+            let plan = AcpiPlan {
+                vcpus: 3,
+                serial,
+                ..AcpiPlan::default()
+            };
+            write_acpi(&ram, &plan).expect("write");
+            let mut bytes = vec![0; 0x1_0000];
+            ram.read_slice(&mut bytes, GuestAddress(layout::ACPI))
+                .expect("inside RAM");
+            assert_eq!(digest(&bytes), known, "{serial} {:#x}", digest(&bytes));
+        }
     }
 }

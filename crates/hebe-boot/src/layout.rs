@@ -25,7 +25,9 @@ pub const LOW_RAM_END: u64 = 0xa_0000;
 /// ACPI tables, inside the range that PCs reserve for firmware.
 pub const ACPI: u64 = 0xe_0000;
 /// Room for the ACPI tables.
-pub const ACPI_LEN_MAX: usize = 0x1_0000;
+pub const ACPI_LEN_MAX: usize = 0xf000;
+/// VM generation ID, 16 bytes in a page of their own, where the VM has one.
+pub const GENERATION_ID: u64 = 0xe_f000;
 /// First byte of RAM above the firmware's range.
 pub const HIGH_RAM_START: u64 = 0x10_0000;
 
@@ -50,10 +52,14 @@ pub const RESET_VALUE: u8 = 1;
 pub const PORT_EVENTS: u16 = 0x603;
 /// Event bit: the power button was pressed.
 pub const EVENT_POWER_BUTTON: u8 = 1;
+/// Event bit: the VM generation ID changed.
+pub const EVENT_GENERATION: u8 = 2;
 /// Sleep type that `_S5` names.
 pub const SLEEP_TYPE_OFF: u8 = 5;
 /// Interrupt of the generic event device, edge-triggered.
 pub const IRQ_EVENTS: u32 = 5;
+/// Where a guest tells that its kernel panicked, one byte.
+pub const PORT_PVPANIC: u16 = 0x505;
 /// First serial port.
 pub const PORT_SERIAL: u16 = 0x3f8;
 /// Interrupt of the first serial port.

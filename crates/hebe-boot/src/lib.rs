@@ -7,5 +7,5 @@ mod acpi;
 mod kernel;
 pub mod layout;
 
-pub use acpi::{AcpiError, write_acpi};
+pub use acpi::{AcpiError, AcpiPlan, write_acpi};
 pub use kernel::{BootError, BootFile, BootPlan, Entry, load};

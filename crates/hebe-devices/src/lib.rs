@@ -22,11 +22,13 @@ mod hub;
 mod msix;
 mod pci;
 mod platform;
+mod pvpanic;
 mod serial;
 mod virtio;
 
 pub use hub::{ConsoleHub, ConsoleLog, SCROLLBACK_LEN};
 pub use pci::PciRoot;
 pub use platform::{Doorbells, EventLog, MsiMessage, MsiVector, MsixBackend, Platform, Ram};
+pub use pvpanic::Pvpanic;
 pub use serial::{SERIAL_IRQ, SERIAL_PORT, SerialPort, SerialStateError};
 pub use virtio::{BAR_SIZE, Counters, DeviceError, DeviceKind, VirtioPci, VsockHost};

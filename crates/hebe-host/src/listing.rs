@@ -297,6 +297,8 @@ fn alive(status: &VmStatus) -> Found {
     };
     let detail = if let Some(why) = &status.failed {
         Some(format!("failed, and cannot run again: {why}"))
+    } else if status.guest_panicked {
+        Some("its guest's kernel panicked".into())
     } else if status.stopped_devices.is_empty() {
         None
     } else {

@@ -40,6 +40,10 @@ pub enum SectionKind {
     Serial = 7,
     /// One virtio PCI function: config space, transport, queues, device.
     Virtio = 8,
+    /// What the guest told of a panic.
+    Pvpanic = 9,
+    /// VM generation ID.
+    GenerationId = 10,
 }
 
 impl SectionKind {
@@ -53,6 +57,8 @@ impl SectionKind {
             Self::PciRoot,
             Self::Serial,
             Self::Virtio,
+            Self::Pvpanic,
+            Self::GenerationId,
         ]
         .into_iter()
         .find(|kind| *kind as u32 == number)

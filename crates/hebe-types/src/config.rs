@@ -104,6 +104,13 @@ pub struct VmConfig {
     /// VMs that are started before this one when the host starts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub after: Vec<VmName>,
+    /// A device by which the guest tells that its kernel panicked.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub pvpanic: bool,
+    /// A number that changes when the guest goes on from a state that another
+    /// copy of it may go on from, too.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub generation_id: bool,
     /// Serial port and virtio console.
     #[serde(default)]
     pub console: ConsoleConfig,
@@ -120,6 +127,11 @@ pub struct VmConfig {
 
 fn one() -> u8 {
     1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_off(flag: &bool) -> bool {
+    !flag
 }
 
 fn is_default(policy: &RestartPolicy) -> bool {
@@ -402,6 +414,8 @@ mod tests {
             restart_limit: None,
             after: Vec::new(),
             console: ConsoleConfig::default(),
+            pvpanic: false,
+            generation_id: false,
             vsock: None,
             disks: vec![DiskConfig::raw("/d".into(), false)],
             nets: vec![NetConfig {
@@ -447,7 +461,9 @@ mod tests {
     #[test]
     fn sockets_are_off_unless_asked_for_and_leave_no_trace_then() {
         let off = toml::to_string(&sample()).expect("text");
-        assert!(!off.contains("vsock"), "{off}");
+        for key in ["vsock", "pvpanic", "generation_id"] {
+            assert!(!off.contains(key), "{off}");
+        }
         let on = format!("{off}\n[vsock]\n");
         let config: VmConfig = toml::from_str(&on).expect("definition");
         assert_eq!(config.vsock, Some(VsockConfig { cid: 3 }));

@@ -40,6 +40,12 @@ impl Acpi {
         self.interrupt.write(1)
     }
 
+    /// The VM generation ID is another one: told with the next [`Acpi::kick`].
+    pub(crate) fn tell_generation(&self) {
+        self.pending
+            .fetch_or(layout::EVENT_GENERATION, Ordering::SeqCst);
+    }
+
     /// After a resume: an interrupt that was raised and not yet delivered may
     /// be lost; raising it again is harmless.
     pub(crate) fn kick(&self) {

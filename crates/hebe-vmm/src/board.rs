@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use hebe_boot::layout;
-use hebe_devices::{PciRoot, SerialPort};
+use hebe_devices::{PciRoot, Pvpanic, SerialPort};
 use hebe_kvm::IoHandler;
 
 use crate::acpi::Acpi;
+use crate::log;
 use crate::vm::Event;
 
 /// Keyboard controller command port: value 0xfe pulses the reset line, and
@@ -20,11 +21,27 @@ pub(crate) struct Board {
     pub(crate) pci: PciRoot,
     pub(crate) serial: Option<Arc<SerialPort>>,
     pub(crate) acpi: Acpi,
+    pub(crate) pvpanic: Option<Pvpanic>,
 }
 
 impl Board {
-    pub(crate) fn new(pci: PciRoot, serial: Option<Arc<SerialPort>>, acpi: Acpi) -> Self {
-        Self { pci, serial, acpi }
+    pub(crate) fn new(
+        pci: PciRoot,
+        serial: Option<Arc<SerialPort>>,
+        acpi: Acpi,
+        pvpanic: Option<Pvpanic>,
+    ) -> Self {
+        Self {
+            pci,
+            serial,
+            acpi,
+            pvpanic,
+        }
+    }
+
+    /// Its guest told that its kernel panicked.
+    pub(crate) fn has_panicked(&self) -> bool {
+        self.pvpanic.as_ref().is_some_and(Pvpanic::has_panicked)
     }
 
     /// The guest asked for power-off or reset: it must not be suspended any
@@ -42,6 +59,11 @@ impl IoHandler for Board {
             0xcf8..=0xcff => self.pci.pio_read(port, data),
             layout::PORT_SLEEP_CONTROL..=layout::PORT_EVENTS => data[0] = self.acpi.read(port),
             PORT_KEYBOARD => data[0] = 0,
+            layout::PORT_PVPANIC => {
+                if let Some(pvpanic) = &self.pvpanic {
+                    data[0] = pvpanic.pio_read();
+                }
+            }
             _ => {
                 if let (Some(serial), Some(offset)) = (&self.serial, serial_offset(port)) {
                     data[0] = serial.pio_read(offset);
@@ -56,6 +78,12 @@ impl IoHandler for Board {
             layout::PORT_SLEEP_CONTROL..=layout::PORT_EVENTS => self.acpi.write(port, data[0]),
             PORT_KEYBOARD if data[0] == KEYBOARD_RESET => {
                 self.acpi.end(Event::Reset);
+            }
+            layout::PORT_PVPANIC => {
+                let device = self.pvpanic.as_ref();
+                if let Some(news) = device.and_then(|d| d.pio_write(data[0])) {
+                    log::note(news);
+                }
             }
             _ => {
                 if let (Some(serial), Some(offset)) = (&self.serial, serial_offset(port)) {

@@ -15,6 +15,7 @@ use hebe_sys::tap::Tap;
 use hebe_types::{MacAddr, VmConfig};
 
 use crate::control;
+use crate::generation::Generation;
 use crate::image;
 use crate::log;
 use crate::parts;
@@ -51,6 +52,8 @@ pub(crate) struct Held {
     pub(crate) nets: Vec<(OwnedFd, MacAddr)>,
     /// If the VM has vsock.
     pub(crate) vsock: Option<UnixListener>,
+    /// Used if the VM has one.
+    pub(crate) generation: Generation,
 }
 
 impl Held {
@@ -113,6 +116,7 @@ impl Held {
             disks,
             nets,
             vsock,
+            generation: Generation::default(),
         })
     }
 }

@@ -21,6 +21,7 @@ mod board;
 pub mod cage;
 mod control;
 pub mod descriptors;
+mod generation;
 #[cfg(test)]
 #[path = "../tests/process/guest.rs"]
 mod guest;

@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 
 use hebe_boot::layout;
 use hebe_devices::{
-    ConsoleHub, DeviceKind, PciRoot, Platform, Ram, SerialPort, VirtioPci, VsockHost,
+    ConsoleHub, DeviceKind, PciRoot, Platform, Pvpanic, Ram, SerialPort, VirtioPci, VsockHost,
 };
 use hebe_kvm::Machine;
 use hebe_state::v1::devices::{PciRootV1, SerialV1};
@@ -108,7 +108,12 @@ pub(crate) fn build(
     };
     let acpi = Acpi::new(pin(machine, layout::IRQ_EVENTS)?, events.clone(), None);
     Ok(Parts {
-        board: Board::new(pci, serial, acpi),
+        board: Board::new(
+            pci,
+            serial,
+            acpi,
+            identity.config.pvpanic.then(Pvpanic::default),
+        ),
         devices,
         console: hub,
     })
@@ -152,6 +157,14 @@ pub(crate) fn restore(
             pin(machine, layout::IRQ_SERIAL)?,
         )?)
     };
+    let pvpanic = if identity.config.pvpanic {
+        Some(Pvpanic::restore(reader.take(0)?))
+    } else {
+        None
+    };
+    if identity.config.generation_id {
+        held.generation.restore(reader.take(0)?);
+    }
     let saved = crate::vm::take_acpi(reader)?;
     let acpi = Acpi::new(
         pin(machine, layout::IRQ_EVENTS)?,
@@ -159,7 +172,7 @@ pub(crate) fn restore(
         Some(saved),
     );
     Ok(Parts {
-        board: Board::new(pci, serial, acpi),
+        board: Board::new(pci, serial, acpi, pvpanic),
         devices,
         console: hub,
     })

@@ -27,7 +27,7 @@ use crate::held::Held;
 use crate::log;
 use crate::parts::Disks;
 use crate::signals;
-use crate::vm::{Event, Found, Identity, Vm, VmError, mark_ended};
+use crate::vm::{Event, Found, Identity, Origin, Vm, VmError, mark_ended};
 
 /// How a VMM ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,11 +89,16 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let lock = args.lock_fd.map(take_fd).transpose()?;
     let record = EndRecord::open(&args.run_dir);
     let ran = Cell::new(false);
-    let result = live(args, process_started, &ran);
-    let (reason, message) = match &result {
+    let panicked = Cell::new(false);
+    let result = live(args, process_started, &ran, &panicked);
+    let (reason, mut message) = match &result {
         Ok(outcome) => (outcome.reason(), outcome.message()),
         Err(error) => ("error", format!("{error:#}")),
     };
+    if panicked.get() {
+        let separator = if message.is_empty() { "" } else { "; " };
+        message = format!("{message}{separator}the guest's kernel had panicked");
+    }
     let report = json!({ "reason": reason, "message": message, "ran": ran.get() }).to_string();
     if let Err(error) = record.and_then(|record| record.write(&report)) {
         log::log_error(&format!("exit.json cannot be written: {error}"));
@@ -153,7 +158,12 @@ struct Start<'a> {
 ///    has run, there is no way back to what it was resumed from.
 ///
 /// Clients that connect early wait in the listener's queue, then at the lock.
-fn live(args: Args, process_started: Stamp, ran: &Cell<bool>) -> anyhow::Result<Outcome> {
+fn live(
+    args: Args,
+    process_started: Stamp,
+    ran: &Cell<bool>,
+    panicked: &Cell<bool>,
+) -> anyhow::Result<Outcome> {
     hebe_kvm::install_kick_handler().context("the kick signal's handler cannot be installed")?;
     let (events, inbox) = mpsc::channel();
     signals::block().context("SIGTERM cannot be waited for")?;
@@ -177,7 +187,7 @@ fn live(args: Args, process_started: Stamp, ran: &Cell<bool>) -> anyhow::Result<
     *place = Some(vm);
     drop(place);
     log::note("running");
-    wait(&shared, &events, &inbox)
+    wait(&shared, &events, &inbox, panicked)
 }
 
 impl Start<'_> {
@@ -225,6 +235,10 @@ impl Start<'_> {
         } else {
             Disks::Same
         };
+        let origin = Origin {
+            disks,
+            copied: args.restore.is_some(),
+        };
         let found = Found::read(args.vm_id, run_dir, &segment, &state)?;
         if let Some(expected) = &args.expect {
             refuse_another(&found.identity.config, expected)?;
@@ -235,7 +249,7 @@ impl Start<'_> {
             log::log_error(&format!("config.toml cannot be written: {error}"));
         }
         let cage = self.confine(listener)?;
-        let mut vm = Vm::resume_found(disks, found, held, segment, self.events)?;
+        let mut vm = Vm::resume_found(origin, found, held, segment, self.events)?;
         vm.cage = Some(cage);
         let constructed = stamp_now();
         self.set_off(&mut vm)?;
@@ -388,6 +402,7 @@ fn wait(
     shared: &Shared,
     events: &Sender<Event>,
     inbox: &Receiver<Event>,
+    panicked: &Cell<bool>,
 ) -> anyhow::Result<Outcome> {
     loop {
         // `events` is alive, so the channel cannot be closed.
@@ -434,6 +449,7 @@ fn wait(
             outcome => log::note(outcome.reason()),
         }
         if let Some(vm) = guard.take() {
+            panicked.set(vm.board.has_panicked());
             match outcome {
                 // The segment keeps what it says: a frozen state, or that the
                 // VM ran when it failed.

@@ -214,6 +214,12 @@ impl Vm {
         if let Some(serial) = &self.board.serial {
             writer.add(0, &serial.save());
         }
+        if let Some(pvpanic) = &self.board.pvpanic {
+            writer.add(0, &pvpanic.save());
+        }
+        if self.identity.config.generation_id {
+            writer.add(0, &self.held.generation.save()?);
+        }
         for device in &self.devices {
             writer.add(u32::from(device.slot()), &device.save()?);
         }
@@ -260,17 +266,19 @@ fn difference(after: RamMeter, before: RamMeter) -> RamMeter {
 mod tests {
     use std::fs;
     use std::os::unix::net::UnixStream;
-    use std::sync::mpsc;
+    use std::sync::{Arc, mpsc};
     use std::time::Duration;
 
     use hebe_devices::DeviceError;
     use hebe_state::{SectionKind, StateReader};
-    use hebe_store::ExecStatus;
+    use hebe_store::{ExecStatus, Segment};
 
     use super::*;
     use crate::guest;
+    use crate::held::Held;
     use crate::parts::Disks;
-    use crate::testing::running;
+    use crate::testing::{self, running};
+    use crate::vm::{Found, Origin};
 
     #[test]
     fn a_suspend_that_outlasts_its_client_lets_the_vm_run_on() {
@@ -378,6 +386,101 @@ mod tests {
             vm.start().expect("it runs");
             assert_eq!(reached(&socket), slots.len() == 3);
         }
+    }
+
+    /// Writes 1 to port 0x505, and halts.
+    const PANICS: &[u8] = &[0x66, 0xba, 0x05, 0x05, 0xb0, 0x01, 0xee, 0xf4, 0xeb, 0xfd];
+
+    #[test]
+    fn a_panic_is_told_and_known_after_a_resume_and_only_where_it_is_asked_for() {
+        if guest::cannot_run() {
+            return;
+        }
+        for (more, told) in [("", false), ("pvpanic = true\n", true)] {
+            let dir = tempfile::tempdir().expect("dir");
+            let (events, _inbox) = mpsc::channel();
+            let running = testing::running_code(PANICS, dir.path(), more, &events);
+            let (mut vm, segment) = running.expect("vm");
+            let until = std::time::Instant::now() + Duration::from_secs(10);
+            while vm.status().guest_panicked != told {
+                assert!(std::time::Instant::now() < until, "nothing is told");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            vm.freeze().expect("freeze");
+            let id = vm.status().id;
+            drop(vm);
+            let state = segment.exec().load().expect("state");
+            let reader = StateReader::parse(&state).expect("parse");
+            let sections = reader.instances(SectionKind::Pvpanic).len();
+            assert_eq!(sections, usize::from(told));
+            let run_dir = dir.path().to_owned();
+            let vm = Vm::resume(id, run_dir, segment, &state, &events).expect("resumed");
+            assert_eq!(vm.status().guest_panicked, told);
+            // A guest that boots again has not panicked.
+            let held = vm.held.clone();
+            let (mut identity, segment) = vm.dismantle();
+            identity.config.cmdline = "again".into();
+            let vm = Vm::boot_with(held, identity, segment, &events).expect("booted");
+            assert!(!vm.status().guest_panicked);
+        }
+    }
+
+    /// The VM generation ID that the guest finds.
+    fn generation(segment: &Segment) -> [u8; 16] {
+        let low = segment.ram().iter().find(|m| m.gpa.0 == 0).expect("RAM");
+        let mut id = [0; 16];
+        // SAFETY: guest RAM reaches beyond 1 MiB, and the VM, which halts,
+        // does not write there.
+        unsafe {
+            let at = low
+                .host
+                .as_ptr()
+                .add(hebe_boot::layout::GENERATION_ID as usize);
+            at.copy_to_nonoverlapping(id.as_mut_ptr(), 16);
+        }
+        id
+    }
+
+    #[test]
+    fn a_generation_changes_only_where_the_state_may_have_a_copy() {
+        if guest::cannot_run() {
+            return;
+        }
+        let dir = tempfile::tempdir().expect("dir");
+        let (events, _inbox) = mpsc::channel();
+        let (mut vm, segment) = running(dir.path(), "generation_id = true\n", &events).expect("vm");
+        let first = generation(&segment);
+        assert_ne!(first, [0; 16]);
+        let id = vm.status().id;
+        let mut known = first;
+        for copied in [false, false, true, false, true] {
+            vm.freeze().expect("freeze");
+            drop(vm);
+            let state = segment.exec().load().expect("state");
+            let run_dir = dir.path().to_owned();
+            let found = Found::read(id, run_dir, &segment, &state).expect("found");
+            let held = Arc::new(Held::open_to_resume(&found.identity).expect("held"));
+            let origin = Origin {
+                disks: Disks::Same,
+                copied,
+            };
+            let resumed = Vm::resume_found(origin, found, held, segment.clone(), &events);
+            vm = resumed.expect("resumed");
+            let now = generation(&segment);
+            assert_eq!(now != known, copied, "memory keeps it, a copy does not");
+            let told = vm.board.acpi.save().pending_events;
+            let event = hebe_boot::layout::EVENT_GENERATION;
+            // This guest fetches no event: what was told once stays.
+            assert!(!copied || told & event != 0);
+            known = now;
+            vm.start().expect("it runs");
+        }
+        assert_ne!(known, first);
+        // A reset is the same guest.
+        let held = vm.held.clone();
+        let (identity, segment) = vm.dismantle();
+        let _vm = Vm::boot_with(held, identity, segment.clone(), &events).expect("booted");
+        assert_eq!(generation(&segment), known);
     }
 
     #[test]

@@ -17,9 +17,19 @@ pub(crate) fn running(
     more: &str,
     events: &Sender<Event>,
 ) -> anyhow::Result<(Vm, Arc<Segment>)> {
+    running_code(guest::IDLE, dir, more, events)
+}
+
+/// [`running`], with code of its own.
+pub(crate) fn running_code(
+    code: &[u8],
+    dir: &Path,
+    more: &str,
+    events: &Sender<Event>,
+) -> anyhow::Result<(Vm, Arc<Segment>)> {
     hebe_kvm::install_kick_handler()?;
     let kernel = dir.join("kernel");
-    fs::write(&kernel, guest::image(guest::IDLE))?;
+    fs::write(&kernel, guest::image(code))?;
     let kernel = kernel.display();
     let text = format!("name = 'web'\nmemory = '8MiB'\nkernel = '{kernel}'\n{more}");
     let config: VmConfig = toml::from_str(&text)?;

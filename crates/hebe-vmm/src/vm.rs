@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use hebe_api::{CageReport, RamMeter, ResumeReport, ResumeSteps, VmStatus, VmmState};
-use hebe_boot::{AcpiError, BootError, BootPlan, Entry};
+use hebe_boot::{AcpiError, AcpiPlan, BootError, BootPlan, Entry};
 use hebe_devices::{ConsoleHub, DeviceError, VirtioPci};
 use hebe_kvm::{BootRegisters, ClockPlan, Machine, MachineError, Stop, Vcpu, VcpuError};
 use hebe_state::v1::machine::{AcpiV1, ClockV1, IrqchipV1, VcpuV1, VmV1};
@@ -184,6 +184,15 @@ pub struct Identity {
     pub run_dir: PathBuf,
 }
 
+/// Where a VM comes from that goes on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Origin {
+    /// The disks that it may have.
+    pub(crate) disks: Disks,
+    /// Its state was in a file, of which there may be copies.
+    pub(crate) copied: bool,
+}
+
 /// An execution state whose owner and definition are known and in order.
 pub(crate) struct Found<'a> {
     reader: StateReader<'a>,
@@ -246,7 +255,14 @@ impl Vm {
         let config = &identity.config;
         let machine = Arc::new(Machine::on(&held.kvm)?);
         let ram = parts::map_ram(&machine, &segment)?;
-        let rsdp = hebe_boot::write_acpi(&ram, config.vcpus, config.console.serial)?;
+        let generation = config.generation_id.then(|| held.generation.id());
+        let tables = AcpiPlan {
+            vcpus: config.vcpus,
+            serial: config.console.serial,
+            pvpanic: config.pvpanic,
+            generation_id: generation.transpose()?,
+        };
+        let rsdp = hebe_boot::write_acpi(&ram, &tables)?;
         let ranges: Vec<RamRange> = ram_ranges(config.memory);
         let files = held.boot.as_ref();
         let files = files.map_err(|why| VmError::NoKernel(why.clone()))?;
@@ -294,13 +310,17 @@ impl Vm {
     ) -> Result<Self, VmError> {
         let found = Found::read(id, run_dir, &segment, state)?;
         let held = Arc::new(Held::open_to_resume(&found.identity)?);
-        Self::resume_found(disks, found, held, segment, events)
+        let origin = Origin {
+            disks,
+            copied: false,
+        };
+        Self::resume_found(origin, found, held, segment, events)
     }
 
     /// [`Vm::resume_with`], from a state that was read, with what is open
     /// already.
     pub(crate) fn resume_found(
-        disks: Disks,
+        origin: Origin,
         found: Found<'_>,
         held: Arc<Held>,
         segment: Arc<Segment>,
@@ -318,8 +338,23 @@ impl Vm {
         let ram_known = stamp_now();
         let vcpus = restore_vcpus(&mut reader, &machine, &identity.config)?;
         let vcpus_restored = stamp_now();
-        let parts = parts::restore(&identity, &held, &machine, ram, &mut reader, disks, events)?;
+        let devices_ram = ram.clone();
+        let parts = parts::restore(
+            &identity,
+            &held,
+            &machine,
+            devices_ram,
+            &mut reader,
+            origin.disks,
+            events,
+        )?;
         reader.finish()?;
+        // The last thing that can fail before the VM is whole, and the first
+        // that touches its RAM.
+        if origin.copied && identity.config.generation_id {
+            held.generation.renew(&ram)?;
+            parts.board.acpi.tell_generation();
+        }
         let mut vm = Self::assemble(held, identity, segment, machine, parts, vcpus, events)?;
         vm.resumes = resumes.saturating_add(1);
         vm.resume_steps = Some(ResumeSteps {
@@ -443,6 +478,7 @@ impl Vm {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             resumes: self.resumes,
             failed: self.failed.clone(),
+            guest_panicked: self.board.has_panicked(),
             stopped_devices: self.devices.iter().filter_map(stopped).collect(),
             ram_meter: self.meter(),
             first_tx: self

@@ -143,6 +143,8 @@ impl Rig {
             restart_limit: None,
             after: Vec::new(),
             console: ConsoleConfig::default(),
+            pvpanic: false,
+            generation_id: false,
             vsock: None,
             disks: Vec::new(),
             nets: Vec::new(),

@@ -279,6 +279,7 @@ impl Fake {
             version: "fake".into(),
             resumes: u32::from(self.resume.is_some()),
             failed: self.told("failed").then(|| "KVM gave it up".into()),
+            guest_panicked: false,
             stopped_devices: Vec::new(),
             ram_meter: RamMeter::default(),
             first_tx: self.resume.as_ref().map(|r| r.running),

@@ -117,6 +117,31 @@ impl Section for AcpiV1 {
     const VERSION: u32 = 1;
 }
 
+/// What the guest told of a panic; absent without such a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PvpanicV1 {
+    /// What it wrote since it booted: bit 0, its kernel panicked; bit 1, it
+    /// has loaded a crash kernel after that.
+    pub seen: u8,
+}
+
+impl Section for PvpanicV1 {
+    const KIND: SectionKind = SectionKind::Pvpanic;
+    const VERSION: u32 = 1;
+}
+
+/// VM generation ID; absent where the VM has none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GenerationIdV1 {
+    /// What the guest finds in its memory.
+    pub id: [u8; 16],
+}
+
+impl Section for GenerationIdV1 {
+    const KIND: SectionKind = SectionKind::GenerationId;
+    const VERSION: u32 = 1;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -262,6 +287,25 @@ mod tests {
             sentence.contains("kind 4711 (version 3)") && sentence.contains("newer"),
             "{sentence}"
         );
+    }
+
+    /// Sections of VMs that have these devices, apart from the others' golden
+    /// bytes: a VM without them has none.
+    #[test]
+    fn a_panic_and_a_generation_are_kinds_9_and_10() {
+        let (panic, id) = (PvpanicV1 { seen: 3 }, GenerationIdV1 { id: [7; 16] });
+        let mut writer = StateWriter::new();
+        writer.add(0, &panic);
+        writer.add(0, &id);
+        let bytes = writer.finish();
+        let mut raw = StateWriter::new();
+        raw.add_raw(9, 1, 0, &[3]);
+        raw.add_raw(10, 1, 0, &[7; 16]);
+        assert_eq!(bytes, raw.finish());
+        let mut reader = StateReader::parse(&bytes).expect("parse");
+        assert_eq!(reader.take(0), Ok(panic));
+        assert_eq!(reader.take(0), Ok(id));
+        assert_eq!(reader.finish(), Ok(()));
     }
 
     #[test]

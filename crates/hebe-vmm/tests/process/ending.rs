@@ -19,6 +19,9 @@ pub const RESET_WHEN_TOLD: &[u8] = &[
     0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb, 0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd,
 ];
 
+/// Tells by port 0x505 that its kernel panicked, and halts.
+const PANICS: &[u8] = &[0x66, 0xba, 0x05, 0x05, 0xb0, 0x01, 0xee, 0xf4, 0xeb, 0xfd];
+
 fn signal(vmm: &Vmm, signal: Signal) {
     let pid = Pid::from_child(&vmm.child);
     kill_process(pid, signal).expect("kill");
@@ -42,6 +45,26 @@ fn the_lock_is_held_until_the_end_is_on_record() {
     assert_eq!(record["ran"], false);
     assert!(!vmm.child.wait().expect("wait").success());
     assert!(!vmm.is_locked());
+}
+
+#[test]
+fn a_panic_of_the_guest_is_on_record_when_its_vmm_ends() {
+    if guest::cannot_run() {
+        return;
+    }
+    let mut vmm = Vmm::run(PANICS, "pvpanic = true\n");
+    let until = Instant::now() + Duration::from_secs(10);
+    while !vmm.status().guest_panicked {
+        assert!(Instant::now() < until, "nothing is told");
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert!(vmm.log().contains("kernel panicked"));
+    signal(&vmm, Signal::TERM);
+    let (success, record) = vmm.wait();
+    assert!(success);
+    assert_eq!(record["reason"], "quit");
+    let message = record["message"].to_string();
+    assert!(message.contains("panicked"), "{record}");
 }
 
 #[test]

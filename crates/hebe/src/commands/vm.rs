@@ -92,6 +92,8 @@ fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
         restart_limit: None,
         after: Vec::new(),
         console: ConsoleConfig::default(),
+        pvpanic: false,
+        generation_id: false,
         vsock: None,
         disks: args.disk.into_iter().map(disk).collect(),
         nets: args.net.into_iter().map(net).collect(),
