@@ -23,6 +23,8 @@
 //! policies are joined by [`Policy::join`], so that none can be at odds with
 //! another: every rule of each, every blackout of each, and the smallest k.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::calendar::{Calendar, Moment, Window};
@@ -155,6 +157,20 @@ pub enum Why {
     Load,
     /// As many other hosts as may be are under way.
     OthersUnderWay,
+    /// It went a short while ago, and was not rebooted.
+    TriedLately,
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NothingDue => "nothing is due",
+            Self::Blackout => "something is due, and a blackout is open",
+            Self::Load => "something is due, and the host is busy",
+            Self::OthersUnderWay => "something is due, and others are under way",
+            Self::TriedLately => "it was tried a short while ago",
+        })
+    }
 }
 
 /// Why a policy cannot be meant.
@@ -365,6 +381,8 @@ fn quiet_from(quiet: &Quiet, load: &[Load]) -> Option<Moment> {
     let since = load.iter().rev().take_while(calm).last()?.from;
     Some(since.saturating_add(seconds(quiet.lasting)))
 }
+
+pub mod watch;
 
 #[cfg(test)]
 mod tests;

@@ -15,6 +15,7 @@
 //!   [`events`]: what is told to whoever listens.
 //! - [`watch`]: looks at the VMs, and carries out what
 //!   [`hebe_flow::supervise`] decides; takes samples of the host.
+//! - [`policy`]: runs `hebe reboot` when the host's policy says so.
 //! - [`metrics`], [`log`], [`systemd`], [`cli`]: the rest.
 
 pub mod answers;
@@ -27,6 +28,7 @@ pub mod limits;
 pub mod log;
 pub mod metrics;
 pub mod orders;
+pub mod policy;
 pub mod routes;
 pub mod run;
 pub mod server;

@@ -1,5 +1,6 @@
 //! What Prometheus gets to read, in the OpenMetrics text format.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;
 
 use hebe_host::Host;
@@ -8,6 +9,7 @@ use hebe_host::listing::{Survey, VmState};
 use hebe_host::report::last_report;
 use hebe_host::timeline::Downtime;
 use hebe_policy::ageing::{Indicator, Sample};
+use hebe_types::VmName;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -77,8 +79,12 @@ fn daemon(app: &App, registry: &mut Registry) {
     let jobs = Gauge::<i64>::default();
     jobs.set(i64::try_from(app.jobs.open()).unwrap_or(i64::MAX));
     registry.register("jobs_open", "Jobs under way", jobs);
+    restarts(app.watched().restarts(), registry);
+}
+
+fn restarts(counts: &BTreeMap<VmName, u32>, registry: &mut Registry) {
     let restarts = Gauges::default();
-    for (name, count) in app.watched().restarts() {
+    for (name, count) in counts {
         let gauge = restarts.get_or_create_owned(&label("vm", name.as_str()));
         gauge.set(f64::from(*count));
     }
@@ -148,4 +154,111 @@ fn host(figures: &HostFigures, registry: &mut Registry) {
     registry.register("host_indicator", "How the host is doing", values);
     let help = "The value of each indicator at which the host is exhausted";
     registry.register("host_indicator_limit", help, limits);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use hebe_flow::life::Life;
+    use hebe_host::listing::VmRow;
+    use hebe_host::stores::StoreView;
+    use hebe_types::ByteSize;
+    use serde_json::Value;
+
+    use super::*;
+
+    /// Everything that can be told, told.
+    fn everything() -> String {
+        let dir = tempfile::tempdir().expect("folder");
+        let mut host = Host::here();
+        host.layout = hebe_host::host::Layout::below(dir.path());
+        let vm: VmName = "web".parse().expect("name");
+        let row = VmRow {
+            name: vm.clone(),
+            state: VmState::Running,
+            detail: None,
+            memory: Some(ByteSize(1 << 30)),
+            store: None,
+            segment: None,
+            pid: None,
+            id: None,
+            life: Life::Running,
+            status: None,
+        };
+        let store = StoreView {
+            path: "/dev/dax0.0".into(),
+            uuid: [0; 16],
+            capacity: ByteSize(2 << 30),
+            free: ByteSize(1 << 30),
+            kept_only: false,
+            phys_range: None,
+            segments: Vec::new(),
+        };
+        let survey = Survey {
+            store: Some(store),
+            store_trouble: None,
+            rows: BTreeMap::from([(vm.clone(), row)]),
+            definitions: BTreeMap::new(),
+        };
+        let figures = HostFigures {
+            downtimes: vec![Downtime {
+                vm,
+                stopped_ms: Some(100.0),
+                to_first_reply_ms: Some(200.0),
+            }],
+            sample: sample_here().ok(),
+        };
+        let mut started_again = Registry::with_prefix("hebe");
+        let counts = BTreeMap::from([(figures.downtimes[0].vm.clone(), 2)]);
+        restarts(&counts, &mut started_again);
+        let mut all = text(&App::new(host), Some(&survey), &figures);
+        encode(&mut all, &started_again).expect("text");
+        all
+    }
+
+    fn each<'a>(value: &'a Value, key: &str, found: &mut Vec<&'a str>) {
+        match value {
+            Value::Object(fields) => {
+                found.extend(fields.get(key).and_then(Value::as_str));
+                fields.values().for_each(|value| each(value, key, found));
+            }
+            Value::Array(items) => items.iter().for_each(|value| each(value, key, found)),
+            _ => {}
+        }
+    }
+
+    fn words(text: &str) -> impl Iterator<Item = &str> {
+        text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'))
+    }
+
+    #[test]
+    fn the_dashboard_shows_what_is_told_and_all_of_it() {
+        let dashboard: Value =
+            serde_json::from_str(include_str!("../../../packaging/grafana-hebe.json"))
+                .expect("JSON");
+        let mut shown = Vec::new();
+        each(&dashboard, "expr", &mut shown);
+        each(&dashboard, "query", &mut shown);
+        let metric = |word: &&str| word.starts_with("hebe_");
+        let shown: BTreeSet<&str> = shown.into_iter().flat_map(words).filter(metric).collect();
+        let text = everything();
+        let told = text.lines().filter_map(|line| {
+            let line = line.strip_prefix("# TYPE ")?;
+            line.split_whitespace().next()
+        });
+        let told: BTreeSet<&str> = told.collect();
+        assert_eq!(shown, told, "the dashboard and what is told:\n{text}");
+        let mut legends = Vec::new();
+        each(&dashboard, "legendFormat", &mut legends);
+        for label in legends
+            .into_iter()
+            .flat_map(words)
+            .filter(|l| !l.is_empty())
+        {
+            // Prometheus gives each sample the instance it is from.
+            let known = label == "instance" || text.contains(&format!("{label}=\""));
+            assert!(known, "no metric has a label '{label}'");
+        }
+    }
 }

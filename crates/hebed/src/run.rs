@@ -15,7 +15,7 @@ use crate::cli::Args;
 use crate::routes::router;
 use crate::server::{self, CONNECTIONS_MAX};
 use crate::systemd::Systemd;
-use crate::{log, watch};
+use crate::{log, policy, watch};
 
 /// Threads that serve clients.
 const THREADS: usize = 2;
@@ -82,6 +82,7 @@ async fn serve(
     if !args.no_samples {
         tokio::spawn(watch::sample(app.clone(), watch::SAMPLE_EVERY));
     }
+    tokio::spawn(policy::follow(app.clone(), policy::LOOK_EVERY));
     let systemd = Arc::new(systemd);
     systemd.say("READY=1");
     let watcher = tokio::spawn(watch::watch(app.clone(), args.poll(), Arc::clone(&systemd)));

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use hebe_host::preflight::RebootOptions;
+use hebe_policy::span::Span;
 use hebe_types::RebootMethod;
 
 /// Flags of `reboot`.
@@ -44,13 +45,16 @@ pub struct RebootArgs {
     /// gives it back [default: `always` in fleet.toml].
     #[arg(long)]
     pub fleet: bool,
+    /// With --fleet: how long to wait for one [default: `patience` in fleet.toml].
+    #[arg(long, value_name = "TIME", requires = "fleet")]
+    pub wait: Option<Span>,
     /// Take none, whatever fleet.toml says.
     #[arg(long, conflicts_with = "fleet")]
     pub no_fleet: bool,
     /// Print the timeline of the last reboot instead of rebooting.
     #[arg(long, conflicts_with_all = [
         "method", "kernel", "initrd", "append", "cmdline", "hard", "kexec", "dry_run", "timeout", "force",
-        "fleet", "no_fleet",
+        "fleet", "wait", "no_fleet",
     ])]
     pub report: bool,
     /// With --report: draw it as a Gantt chart into this file.

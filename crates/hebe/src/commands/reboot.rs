@@ -35,7 +35,7 @@ pub fn reboot(host: &Host, args: &RebootArgs, out: &Output) -> Outcome {
     }
     out.progress(&verdict_text(&verdict));
     match fleet {
-        Some(fleet) => in_turn(host, &fleet, &options, out),
+        Some(fleet) => in_turn(host, &fleet, args, out),
         None => Ok(ended(&run(host, &options, out), out)),
     }
 }
@@ -61,11 +61,12 @@ fn dry_slot(fleet: &Fleet, out: &Output) -> Exit {
 
 /// Reboots under a slot of the group. While it is leased, everything is
 /// checked again, for waiting may have taken long; then it is taken for good.
-fn in_turn(host: &Host, fleet: &Fleet, options: &RebootOptions, out: &Output) -> Outcome {
+fn in_turn(host: &Host, fleet: &Fleet, args: &RebootArgs, out: &Output) -> Outcome {
+    let options = &args.options();
     let _only_one = slots::only_one(host)?;
     let say = |text: &str| out.progress(text);
     let refused = |stop: Stop| Ok(ended(&RebootEnd::Refused(stop.to_string()), out));
-    let mut order = match fleet.take(None, &say)? {
+    let mut order = match fleet.take(args.wait, &say)? {
         Ok(order) => order,
         Err(stop) => return refused(stop),
     };

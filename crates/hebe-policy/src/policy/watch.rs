@@ -1,0 +1,234 @@
+//! What a service that follows a policy remembers from one look at its host to
+//! the next: a value, so that a simulation runs the same.
+
+use std::collections::VecDeque;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Decision, Exhaustion, Facts, Load, Policy, Why, decide};
+use crate::calendar::Moment;
+
+/// How long after a reboot that did not happen it is tried again, in seconds.
+pub const RETRY_S: Moment = 600;
+/// A longer pause between two looks leaves the load unknown, in seconds.
+const GAP_S: Moment = 300;
+/// Most load values that are remembered: two days of one a minute.
+const LOADS_MAX: usize = 2_880;
+
+/// One look at a host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Seen {
+    /// When.
+    pub now: Moment,
+    /// When its kernel began: every boot rejuvenates.
+    pub booted: Option<Moment>,
+    /// When a person, or a package, asked for a reboot.
+    pub asked: Option<Moment>,
+    /// In how many seconds the ageing monitor foretells exhaustion.
+    pub exhausted_in_s: Option<f64>,
+    /// Load, as the policy measures it.
+    pub load: Option<f64>,
+}
+
+/// What is remembered.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Watcher {
+    load: VecDeque<Load>,
+    exhaustion: Option<Exhaustion>,
+    tried: Option<Moment>,
+}
+
+impl Watcher {
+    /// Takes a look in, and says what is to be done now. After
+    /// [`Decision::Go`] it waits for [`RETRY_S`] before it says so again, for
+    /// whoever still looks was not rebooted; a person's new order does not wait.
+    #[must_use]
+    pub fn look(mut self, policy: &Policy, seen: &Seen) -> (Self, Decision) {
+        self.take_load(seen);
+        self.exhaustion = seen.exhausted_in_s.map(|in_s| Exhaustion {
+            found: self.exhaustion.map_or(seen.now, |known| known.found),
+            // A float that does not fit becomes the largest number.
+            at: seen.now.saturating_add(in_s as Moment),
+        });
+        let facts = Facts {
+            last: seen.booted,
+            asked: seen.asked,
+            exhaustion: self.exhaustion,
+            load: self.load.iter().copied().collect(),
+            under_way: 0,
+        };
+        let decision = decide(policy, &facts, seen.now);
+        if !matches!(decision, Decision::Go { .. }) {
+            return (self, decision);
+        }
+        if let Some(tried) = self.tried.filter(|tried| *tried <= seen.now) {
+            let again = tried.saturating_add(RETRY_S);
+            if seen.now < again && seen.asked.is_none_or(|asked| asked <= tried) {
+                let wait = Decision::Wait {
+                    why: Why::TriedLately,
+                    until: Some(again),
+                };
+                return (self, wait);
+            }
+        }
+        self.tried = Some(seen.now);
+        (self, decision)
+    }
+
+    fn take_load(&mut self, seen: &Seen) {
+        let fits = |last: &Load| (0..=GAP_S).contains(&(seen.now - last.from));
+        if !self.load.back().is_none_or(fits) || seen.load.is_none() {
+            self.load.clear();
+        }
+        self.load.extend(seen.load.map(|load| Load {
+            from: seen.now,
+            load,
+        }));
+        while self.load.len() > LOADS_MAX {
+            self.load.pop_front();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: Moment = 3_600;
+    const DAY: Moment = 86_400;
+    /// Monday, 23 November 2026, 00:00 UTC.
+    const MONDAY: Moment = 1_795_392_000;
+
+    fn policy(text: &str) -> Policy {
+        let policy: Policy = toml::from_str(text).expect(text);
+        policy.check(MONDAY).expect(text);
+        policy
+    }
+
+    const NIGHTLY: &str = r#"
+[[rule]]
+when = "calendar"
+on = "Sun 02:00 UTC"
+within = "4h"
+quiet = { below = 0.2, lasting = "30min", patience = "3h" }
+[[rule]]
+when = "ageing"
+exhausted_within = "1d"
+[[rule]]
+when = "by-hand"
+[[blackout]]
+from = "Mon..Fri 08:00 UTC"
+length = "10h"
+"#;
+
+    /// A host that is busy by day and until three at night, and leaks until it
+    /// is rebooted; `reboots` says whether it does what it is told.
+    fn simulate(days: Moment, leak_days: Option<f64>, reboots: bool) -> Vec<Moment> {
+        let policy = policy(NIGHTLY);
+        let (mut booted, mut went) = (MONDAY - 30 * DAY, Vec::new());
+        let mut watcher = Watcher::default();
+        for minute in 0..days * 24 * 60 {
+            let now = MONDAY + minute * 60;
+            let hour = (now / HOUR) % 24;
+            let left = leak_days.map(|days| days * DAY as f64 - (now - booted.max(MONDAY)) as f64);
+            let seen = Seen {
+                now,
+                booted: Some(booted),
+                asked: None,
+                exhausted_in_s: left,
+                load: Some(if (3..7).contains(&hour) { 0.1 } else { 0.7 }),
+            };
+            let (next, decision) = watcher.look(&policy, &seen);
+            watcher = next;
+            if let Decision::Go { .. } = decision {
+                went.push(now);
+                if reboots {
+                    // The new kernel's daemon remembers nothing.
+                    (booted, watcher) = (now, Watcher::default());
+                }
+            }
+        }
+        went
+    }
+
+    #[test]
+    fn weeks_of_minutes_go_as_the_policy_says() {
+        let sunday = |week: Moment| MONDAY + (7 * week + 6) * DAY;
+        // Quiet from three on, for half an hour.
+        let nights: Vec<Moment> = (0..3).map(|w| sunday(w) + 3 * HOUR + HOUR / 2).collect();
+        assert_eq!(simulate(21, None, true), nights);
+        // A leak of 2.5 days: a day before its end, when no blackout is open.
+        let went = simulate(7, Some(2.5), true);
+        let first = MONDAY + DAY + 18 * HOUR;
+        assert_eq!(went.first(), Some(&first), "after Tuesday's blackout");
+        assert!(went.len() >= 3, "{went:?}");
+        for at in went {
+            let hour = (at / HOUR) % 24;
+            let weekday = (at - MONDAY) / DAY;
+            assert!(weekday > 4 || !(8..18).contains(&hour), "in a blackout");
+        }
+    }
+
+    #[test]
+    fn a_reboot_that_does_not_happen_is_tried_again_with_pauses_until_it_is_too_late() {
+        let went = simulate(7, None, false);
+        let begin = MONDAY + 6 * DAY + 3 * HOUR + HOUR / 2;
+        let end = MONDAY + 6 * DAY + 6 * HOUR;
+        let expected: Vec<Moment> = (begin..end).step_by(RETRY_S as usize).collect();
+        assert_eq!(went, expected);
+    }
+
+    #[test]
+    fn a_new_order_does_not_wait_for_the_pause() {
+        let policy = policy("[[rule]]\nwhen = \"by-hand\"\n");
+        let mut seen = Seen {
+            now: MONDAY,
+            booted: Some(MONDAY - DAY),
+            asked: Some(MONDAY - 5),
+            ..Seen::default()
+        };
+        let (watcher, first) = Watcher::default().look(&policy, &seen);
+        assert!(matches!(first, Decision::Go { .. }));
+        seen.now += 60;
+        let (watcher, pause) = watcher.look(&policy, &seen);
+        let until = Some(MONDAY + RETRY_S);
+        let why = Why::TriedLately;
+        assert_eq!(pause, Decision::Wait { why, until });
+        seen.asked = Some(MONDAY + 30);
+        let (_, again) = watcher.look(&policy, &seen);
+        assert!(matches!(again, Decision::Go { .. }));
+    }
+
+    #[test]
+    fn load_that_was_not_watched_is_not_taken_for_quiet() {
+        let policy = policy(NIGHTLY);
+        let sunday = MONDAY + 6 * DAY + 3 * HOUR;
+        let look = |watcher: Watcher, now| {
+            let seen = Seen {
+                now,
+                load: Some(0.1),
+                ..Seen::default()
+            };
+            watcher.look(&policy, &seen)
+        };
+        let (mut watcher, _) = look(Watcher::default(), sunday);
+        for pause in [GAP_S + 1, -120] {
+            let at = sunday + 25 * 60 + pause;
+            (watcher, _) = look(watcher, sunday + 25 * 60);
+            let (next, decision) = look(watcher, at);
+            watcher = next;
+            let until = Some(at + 30 * 60);
+            assert_eq!(
+                decision,
+                Decision::Wait {
+                    why: Why::Load,
+                    until
+                }
+            );
+        }
+        for minute in 0..2 * LOADS_MAX as Moment {
+            (watcher, _) = look(watcher, sunday + HOUR + minute * 60);
+        }
+        assert_eq!(watcher.load.len(), LOADS_MAX, "memory is bounded");
+    }
+}
