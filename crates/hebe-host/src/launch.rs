@@ -289,7 +289,7 @@ fn directory_error(path: &Path) -> impl FnOnce(io::Error) -> LaunchError {
 }
 
 fn prepare_dir(host: &Host, dir: &Path, order: &Launch) -> Result<(), LaunchError> {
-    for old in ["vmm.sock", "exit.json"] {
+    for old in ["vmm.sock", "vsock.sock", "exit.json"] {
         let path = dir.join(old);
         match fs::remove_file(&path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {

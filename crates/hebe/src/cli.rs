@@ -187,7 +187,7 @@ pub struct RunArgs {
     /// A definition in TOML.
     #[arg(required_unless_present_any = ["kernel", "disk"], conflicts_with_all = [
         "name", "memory", "vcpus", "kernel", "initrd", "cmdline", "disk", "net", "store",
-        "user_data", "hostname", "ssh_key",
+        "user_data", "hostname", "ssh_key", "vsock",
     ])]
     pub file: Option<PathBuf>,
     /// The VM's name.
@@ -215,6 +215,9 @@ pub struct RunArgs {
     /// A tap device, or TAP@BRIDGE; may be given again.
     #[arg(long, value_name = "TAP[@BRIDGE]")]
     pub net: Vec<String>,
+    /// Sockets between host and guest, as its agent needs them.
+    #[arg(long)]
+    pub vsock: bool,
     /// Where its RAM lives.
     #[arg(long, value_enum, default_value_t = StoreArg::Auto)]
     pub store: StoreArg,
@@ -391,6 +394,7 @@ mod tests {
             "hebe run web.toml",
             "hebe run --name a --kernel /k --net tap0@br0",
             "hebe run --name a --disk d",
+            "hebe run --name a --disk d --vsock",
             "hebe run --name a --disk d --hostname h --user-data u --ssh-key k --ssh-key l",
             "hebe resume --all --autostart",
             "hebe resume web --from file",
@@ -448,6 +452,7 @@ mod tests {
             "hebe run web.toml --disk d",
             "hebe run web.toml --net tap0",
             "hebe run web.toml --store memfd",
+            "hebe run web.toml --vsock",
             "hebe run web.toml --memory 4MiB",
             "hebe run web.toml --hostname h",
             "hebe run web.toml --user-data u",

@@ -1,7 +1,7 @@
 //! The cage: what is left to a VMM that its guest has taken over.
 //!
 //! It is entered once, by the main thread, when everything is open that the
-//! VM needs from outside (its segment, its disks, its taps, what it boots
+//! VM needs from outside (its segment, its disks, its taps, its sockets, what it boots
 //! from when its guest resets) and before any
 //! other thread exists: all threads inherit it. From then on the process can
 //!

@@ -2,12 +2,15 @@
 
 use std::fs;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use hebe_api::{Request, Response, VmmState};
 use hebe_snapshot::SavedFile;
+use hebe_state::StateReader;
+use hebe_state::v1::machine::GenerationIdV1;
 
 use crate::guest;
 use crate::vmm::Vmm;
@@ -154,6 +157,40 @@ fn a_vm_that_is_restored_leaves_word_of_what_it_uses() {
     let text = fs::read_to_string(restored.dir.path().join("config.toml")).expect("config");
     let disk = vmm.dir.path().join(DISK);
     assert!(text.contains(&disk.display().to_string()), "{text}");
+}
+
+/// The VM generation ID in a saved VM.
+fn generation(path: &Path) -> GenerationIdV1 {
+    let saved = SavedFile::open(path).expect("a saved VM");
+    let mut reader = StateReader::parse(saved.state()).expect("parse");
+    reader.take(0).expect("an ID")
+}
+
+#[test]
+fn a_vm_that_is_restored_has_sockets_and_another_generation() {
+    if guest::cannot_run() {
+        return;
+    }
+    let mut vmm = Vmm::run(guest::IDLE, "generation_id = true\n[vsock]\n");
+    let file = |vmm: &Vmm| vmm.dir.path().join("web.part");
+    save(&vmm, &file(&vmm));
+    let ended = vmm.ask(&Request::Quit { expected: None });
+    assert!(matches!(ended, Ok(Response::Done)), "{ended:?}");
+    vmm.wait();
+    let mut seen = vec![generation(&file(&vmm))];
+    // Two copies of one guest.
+    for _ in 0..2 {
+        let restored = Vmm::start(tempfile::tempdir().expect("dir"), "", |command| {
+            command.arg("--restore").arg(file(&vmm));
+            Vec::new()
+        });
+        assert_eq!(restored.status().state, VmmState::Running);
+        UnixStream::connect(restored.dir.path().join("vsock.sock")).expect("sockets");
+        save(&restored, &file(&restored));
+        let own = generation(&file(&restored));
+        assert!(!seen.contains(&own), "no two alike");
+        seen.push(own);
+    }
 }
 
 /// A guest that owns its VMM writes a state that names another disk.

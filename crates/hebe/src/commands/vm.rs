@@ -10,6 +10,7 @@ use hebe_host::ops::{self, StopOptions};
 use hebe_host::{Host, HostError};
 use hebe_types::{
     ConsoleConfig, DiskConfig, DiskFormat, NetConfig, RestartPolicy, StoreKind, VmConfig, VmName,
+    VsockConfig,
 };
 use serde::Serialize;
 
@@ -94,7 +95,7 @@ fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
         console: ConsoleConfig::default(),
         pvpanic: false,
         generation_id: false,
-        vsock: None,
+        vsock: args.vsock.then(VsockConfig::default),
         disks: args.disk.into_iter().map(disk).collect(),
         nets: args.net.into_iter().map(net).collect(),
     })
