@@ -252,6 +252,39 @@ impl<'a> Order<'a> {
     }
 }
 
+/// The whole turn of a host under its old kernel: waits for a slot; while that
+/// is leased, lets `check` look at everything, which gives the VMs that have to
+/// answer later, or why the host is not ready; takes the slot for good; and
+/// lets `reboot` reboot. Comes back only if that did not happen (`reboot` says
+/// why), with the slot given back, unless the host had it before.
+pub fn in_turn(
+    slots: &Slots,
+    slot: Slot,
+    times: Times,
+    give_up_s: u64,
+    say: Say<'_>,
+    check: impl FnOnce() -> Result<BTreeSet<String>, String>,
+    reboot: impl FnOnce() -> String,
+) -> Stop {
+    let mut order = match Order::take(slots, slot, times, say) {
+        Ok(order) => order,
+        Err(stop) => return stop,
+    };
+    let vms = match order.while_held(check) {
+        Ok(Ok(vms)) => vms,
+        Ok(Err(why)) => return order.undo(&why),
+        Err(stop) => return stop,
+    };
+    if let Err(stop) = order.pin(vms, give_up_s) {
+        return stop;
+    }
+    if order.keeps() {
+        say("this host had its slot before, and keeps it: `hebe fleet release` gives it back");
+    }
+    let why = reboot();
+    order.undo(&why)
+}
+
 /// Gives back, under the new kernel, the slot that the old one took: waits up
 /// to `wait_s` until every VM answers. `slot` is what was found written down.
 ///

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use hebe_fleet::config::{EtcdConfig, FleetConfig};
 use hebe_fleet::etcd::{Change, Condition, Etcd};
-use hebe_fleet::order::{Order, give_up, new_slot, own, release_after_boot};
+use hebe_fleet::order::{Order, give_up, in_turn, new_slot, own, release_after_boot};
 use hebe_fleet::slots::{Slots, Taken};
 use hebe_policy::fleet::holder::{Stop, Times};
 use hebe_policy::fleet::slots::{FleetName, Found, Full, Phase, Slot};
@@ -244,6 +244,51 @@ fn an_order_that_is_undone_gives_back_what_it_took() {
         assert_eq!(order.undo("x"), Stop::NotReady("x".into()));
         assert_eq!(there(&a, "a"), None);
     }
+}
+
+#[test]
+fn a_turn_checks_under_a_lease_and_reboots_under_a_slot_for_good() {
+    let Some(server) = Server::start(1) else {
+        return;
+    };
+    let config = config(&server.endpoints, 1);
+    let (a, key) = (slots(&config, "a"), "/hebe/fleet/1/rack1/a");
+    let lease = || {
+        let entries = server.client().range(key).expect("answer").entries;
+        entries.first().map(|entry| entry.lease != 0)
+    };
+    let turn = |check: &dyn Fn() -> Result<BTreeSet<String>, String>, rebooted: &mut bool| {
+        let wanted = slot(&config, "a", "boot-1");
+        in_turn(&a, wanted, times(&config, 5), 60, &quiet, check, || {
+            let mine = there(&a, "a").expect("slot");
+            assert_eq!((mine.phase, lease()), (Phase::Rebooting, Some(false)));
+            assert_eq!(mine.vms, vms(&["web"]));
+            *rebooted = true;
+            "kexec failed".to_owned()
+        })
+    };
+    let ready = || {
+        assert_eq!(lease(), Some(true));
+        Ok(vms(&["web"]))
+    };
+    let mut rebooted = false;
+    let stop = turn(&ready, &mut rebooted);
+    assert_eq!(stop, Stop::NotReady("kexec failed".into()));
+    assert!(rebooted && lease().is_none(), "undone, and given back");
+    // Not ready, or no slot: nothing is rebooted.
+    let mut rebooted = false;
+    let stop = turn(&|| Err("no kernel".to_owned()), &mut rebooted);
+    assert_eq!(stop, Stop::NotReady("no kernel".into()));
+    let freed = || {
+        a.unlock(&name("a")).expect("answer");
+        Ok(vms(&["web"]))
+    };
+    let stop = turn(&freed, &mut rebooted);
+    assert!(matches!(stop, Stop::Lost(_)), "{stop:?}");
+    pinned(&slots(&config, "b"), &config, "b", 120);
+    let stop = turn(&|| panic!("there is no slot"), &mut rebooted);
+    assert!(matches!(stop, Stop::NoSlot(_)), "{stop:?}");
+    assert!(!rebooted);
 }
 
 #[test]

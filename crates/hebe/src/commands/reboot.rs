@@ -2,7 +2,6 @@
 
 use std::fs;
 
-use hebe_fleet::order::Order;
 use hebe_flow::reboot::Fate;
 use hebe_host::Host;
 use hebe_host::preflight::{Check, Level, RebootOptions, Verdict, preflight};
@@ -62,40 +61,35 @@ fn dry_slot(fleet: &Fleet, out: &Output) -> Exit {
 /// Reboots under a slot of the group. While it is leased, everything is
 /// checked again, for waiting may have taken long; then it is taken for good.
 fn in_turn(host: &Host, fleet: &Fleet, args: &RebootArgs, out: &Output) -> Outcome {
-    let options = &args.options();
     let _only_one = slots::only_one(host)?;
+    let options = args.options();
+    let (mut refused, mut end) = (None, None);
+    let check = || {
+        let (verdict, survey) = preflight(host, &options, false);
+        if verdict.passes() {
+            return Ok(slots::answering(&survey));
+        }
+        let why = verdict.why_not();
+        refused = Some(verdict);
+        Err(why)
+    };
+    let reboot = || {
+        let ended = end.insert(run(host, &options, out));
+        let (RebootEnd::Refused(why) | RebootEnd::Aborted { why, .. }) = ended;
+        why.clone()
+    };
     let say = |text: &str| out.progress(text);
-    let refused = |stop: Stop| Ok(ended(&RebootEnd::Refused(stop.to_string()), out));
-    let mut order = match fleet.take(args.wait, &say)? {
-        Ok(order) => order,
-        Err(stop) => return refused(stop),
-    };
-    let (verdict, survey) = match order.while_held(|| preflight(host, options, false)) {
-        Ok(looked) => looked,
-        Err(stop) => return refused(stop),
-    };
-    if !verdict.passes() {
-        show_verdict(&verdict, false, out);
-        give_back(order, &verdict.why_not(), out);
-        return Ok(Exit::CheckFailed);
-    }
-    if let Err(stop) = fleet.pin(&mut order, &survey) {
-        return refused(stop);
-    }
-    let end = run(host, options, out);
-    let exit = ended(&end, out);
-    let (RebootEnd::Refused(why) | RebootEnd::Aborted { why, .. }) = &end;
-    give_back(order, why, out);
-    Ok(exit)
-}
-
-fn give_back(order: Order<'_>, why: &str, out: &Output) {
-    if order.keeps() {
-        out.progress("this host keeps the slot that it had before: `hebe fleet release`");
-    }
-    if let stop @ Stop::Unreleased(_) = order.undo(why) {
+    let stop = fleet.in_turn(args.wait, &say, check, reboot)?;
+    let told = refused.is_some() || end.is_some();
+    if told && matches!(stop, Stop::Unreleased(_)) {
         out.progress(&stop.to_string());
     }
+    if let Some(verdict) = refused {
+        show_verdict(&verdict, false, out);
+        return Ok(Exit::CheckFailed);
+    }
+    let end = end.unwrap_or_else(|| RebootEnd::Refused(stop.to_string()));
+    Ok(ended(&end, out))
 }
 
 #[derive(Serialize)]

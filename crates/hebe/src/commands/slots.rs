@@ -95,6 +95,22 @@ impl Fleet {
         order.pin(answering(survey), self.config.give_up_after.as_s())
     }
 
+    /// See [`order::in_turn`].
+    pub fn in_turn(
+        &self,
+        patience: Option<Span>,
+        say: order::Say<'_>,
+        check: impl FnOnce() -> Result<BTreeSet<String>, String>,
+        reboot: impl FnOnce() -> String,
+    ) -> Result<Stop, Failure> {
+        let (slot, times) = (self.new_slot()?, self.times(patience));
+        let give_up_s = self.config.give_up_after.as_s();
+        let slots = &self.slots;
+        Ok(order::in_turn(
+            slots, slot, times, give_up_s, say, check, reboot,
+        ))
+    }
+
     /// Whether there would be a slot now; if not, a sentence.
     pub fn would_have(&self) -> Result<(), String> {
         let all = match self.slots.all() {
@@ -110,7 +126,7 @@ impl Fleet {
 }
 
 /// The VMs that are up.
-fn answering(survey: &Survey) -> BTreeSet<String> {
+pub fn answering(survey: &Survey) -> BTreeSet<String> {
     let up = |state| matches!(state, VmState::Running | VmState::Paused);
     let rows = survey.rows.values().filter(|row| up(row.state));
     rows.map(|row| row.name.to_string()).collect()
