@@ -20,6 +20,7 @@ use crate::answers::{Problem, VerdictAnswer};
 use crate::app::{App, Failed};
 use crate::jobs::{Job, JobKind};
 use crate::limits::Peer;
+use crate::policy::without_slot;
 use crate::routes::{Answer, Named, admitted};
 use crate::{log, watch};
 
@@ -323,6 +324,7 @@ pub async fn reboot(
     let quiet = app.engine.keep_quiet();
     let work = move |host: &Host, say: &(dyn Fn(&str) + Sync)| {
         let _quiet = quiet;
+        without_slot(host).map_err(|why| ended(RebootEnd::Refused(why), say))?;
         match reboot::reboot(host, &options, say) {
             Ok(never) => match never {},
             Err(end) => Err::<(), _>(ended(end, say)),

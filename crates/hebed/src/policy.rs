@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, UNIX_EPOCH};
 
+use hebe_fleet::FleetConfig;
 use hebe_host::ageing::{path_below, read};
 use hebe_host::definitions::read_toml;
 use hebe_host::listing::with_cause;
@@ -169,6 +170,24 @@ fn arguments(file: &PolicyFile, host: &Host) -> Vec<String> {
     words
 }
 
+/// Whether this host may be rebooted without a slot of its group; if not, a
+/// sentence.
+pub fn without_slot(host: &Host) -> Result<(), String> {
+    let path = host.layout.config.join("fleet.toml");
+    if !path.exists() {
+        return Ok(());
+    }
+    let fleet: FleetConfig = read_toml(&path).map_err(|error| with_cause(&error))?;
+    if fleet.always {
+        return Err(format!(
+            "the hosts of group '{}' take turns ({}): order `hebe reboot` on the host",
+            fleet.group,
+            path.display()
+        ));
+    }
+    Ok(())
+}
+
 fn wall() -> Moment {
     clock_gettime(ClockId::Realtime).tv_sec
 }
@@ -299,6 +318,25 @@ mod tests {
         std::fs::write(dir.path().join("etc/fleet.toml"), "").expect("write");
         let (_, go) = Follower::default().look(&host);
         assert_eq!(words(go), "reboot --fleet --wait 0s --method saved");
+    }
+
+    #[test]
+    fn a_host_that_always_takes_turns_is_not_rebooted_without_a_slot() {
+        let dir = tempfile::tempdir().expect("folder");
+        let host = host(dir.path());
+        assert_eq!(without_slot(&host), Ok(()));
+        let write = |text: &str| std::fs::write(dir.path().join("etc/fleet.toml"), text);
+        let group = "group = \"rack1\"\n[etcd]\nendpoints = []\n";
+        write(group).expect("write");
+        assert_eq!(without_slot(&host), Ok(()));
+        for (text, word) in [
+            (format!("always = true\n{group}"), "'rack1' take turns"),
+            (format!("alway = true\n{group}"), "line 1"),
+        ] {
+            write(&text).expect("write");
+            let why = without_slot(&host).expect_err("refused");
+            assert!(why.contains(word), "{why}");
+        }
     }
 
     #[test]
