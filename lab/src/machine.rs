@@ -54,10 +54,14 @@ impl Accelerator {
         }
     }
 
-    fn arguments(self, avx: bool) -> [&'static str; 4] {
+    fn arguments(self, avx: bool, parallel: bool) -> [&'static str; 4] {
         let emulated = if avx { TCG_CPU_AVX } else { TCG_CPU };
+        let tcg = match parallel {
+            true => "tcg,thread=multi",
+            false => "tcg,thread=single",
+        };
         match self {
-            Self::Tcg => ["-accel", "tcg,thread=multi", "-cpu", emulated],
+            Self::Tcg => ["-accel", tcg, "-cpu", emulated],
             Self::Kvm => ["-accel", "kvm", "-cpu", "host"],
         }
     }
@@ -100,6 +104,8 @@ pub struct MachineConfig {
     pub guest_byte: u8,
     /// An emulated processor with AVX.
     pub avx: bool,
+    /// Emulated processors run at the same time instead of in turn.
+    pub parallel: bool,
     /// Folder for the serial log.
     pub dir: PathBuf,
 }
@@ -156,7 +162,7 @@ impl Machine {
                 "-machine",
                 "q35",
             ])
-            .args(accelerator.arguments(config.avx))
+            .args(accelerator.arguments(config.avx, config.parallel))
             .args([
                 "-smp",
                 &config.cpus.to_string(),

@@ -62,6 +62,10 @@ pub struct LabOptions {
     pub store_init: bool,
     /// An emulated processor with AVX.
     pub avx: bool,
+    /// Emulated processors run at the same time, each in a thread of its own:
+    /// faster on a quiet computer, but QEMU then loses a host or a guest now
+    /// and then, the more often the busier the computer is (docs/lab.md).
+    pub parallel: bool,
     /// More words for the host's command line.
     pub append: String,
     /// Leave the serial log and the disk behind.
@@ -85,6 +89,7 @@ impl Default for LabOptions {
             peer: false,
             store_init: true,
             avx: false,
+            parallel: false,
             append: String::new(),
             keep_files: false,
         }
@@ -264,6 +269,7 @@ impl Lab {
             guests: options.guests,
             guest_byte: FIRST_GUEST_BYTE,
             avx: options.avx,
+            parallel: options.parallel,
             dir: folder.path.clone(),
         };
         progress.step(&format!("booting the lab host on {}", options.host));

@@ -303,6 +303,8 @@ impl Host {
         let options = LabOptions {
             host: kernel,
             guests: n.max(4),
+            // Several VMs resume at once, as on a host with several processors.
+            parallel: true,
             // The same machine for each store: what one reserves is ordinary
             // memory for the other.
             reserve_mib: if luo { 0 } else { reserve_mib },
