@@ -149,39 +149,38 @@ pub fn run(assets: &Assets, args: &TestArgs, progress: &Spinner) -> Result<ExitC
         progress,
         full: args.full,
     };
-    let (mut failed, mut skipped) = (Vec::new(), Vec::new());
+    let whole = Instant::now();
+    let (mut lines, mut failed, mut skipped) = (Vec::new(), 0, 0);
     for check in &checks {
         println!("--- {}", check.name);
         let start = Instant::now();
         let result = run_one(check, &context);
         progress.clear();
         let seconds = start.elapsed().as_secs_f64();
-        match result {
-            Ok(Outcome::Passed) => println!("ok  {} ({seconds:.0} s)", check.name),
+        let line = match result {
+            Ok(Outcome::Passed) => format!("ok  {} ({seconds:.0} s)", check.name),
             Ok(Outcome::Skipped(why)) => {
-                println!("skipped  {}: {why}", check.name);
-                skipped.push(check.name);
+                skipped += 1;
+                format!("skipped  {}: {why}", check.name)
             }
             Err(error) => {
-                println!(
-                    "FAILED  {} ({seconds:.0} s): {}",
-                    check.name,
-                    ui::chain(&error)
-                );
-                failed.push(check.name);
+                failed += 1;
+                let why = ui::chain(&error);
+                format!("FAILED  {} ({seconds:.0} s): {why}", check.name)
             }
-        }
+        };
+        println!("{line}");
+        lines.push(line);
     }
+    // Once more, all in one place: what failed may lie far above.
+    println!("\n{}", lines.join("\n"));
     println!(
-        "\n{} passed, {} failed, {} did not run{}{}",
-        checks.len() - failed.len() - skipped.len(),
-        failed.len(),
-        skipped.len(),
-        if skipped.is_empty() { "" } else { ": " },
-        skipped.join(", ")
+        "\n{} passed, {failed} failed, {skipped} did not run, in {:.0} minutes",
+        checks.len() - failed - skipped,
+        whole.elapsed().as_secs_f64() / 60.0,
     );
     // Whoever asks for everything is told when that is not what happened.
-    let good = failed.is_empty() && (skipped.is_empty() || !args.full);
+    let good = failed == 0 && (skipped == 0 || !args.full);
     Ok(if good {
         ExitCode::SUCCESS
     } else {
@@ -189,8 +188,8 @@ pub fn run(assets: &Assets, args: &TestArgs, progress: &Spinner) -> Result<ExitC
     })
 }
 
-/// Runs a check; once more if an emulator without the lab's correction failed
-/// under it.
+/// Runs a check; again, [`EMULATOR_FAILURES`] times at most, where the emulator
+/// failed under it.
 fn run_one(check: &Check, scene: &Scene) -> Result<Outcome> {
     for _ in 0..EMULATOR_FAILURES {
         match (check.run)(scene) {
