@@ -72,6 +72,7 @@ fn restart() {
     world.crash("plain");
     world.crash("web");
     world.until("web", VmState::Running);
+    daemon.settled();
     assert_ne!(world.pid("web"), Some(first));
     assert_eq!(world.state("plain"), Some(VmState::Crashed));
     let supervision = daemon.get("/v1/vms/web").json()["supervision"].clone();
@@ -81,11 +82,12 @@ fn restart() {
     let daemon = world.daemon();
     world.crash("web");
     world.until("web", VmState::Running);
+    daemon.settled();
     world.crash("web");
-    thread::sleep(Duration::from_millis(1500));
-    let vm = daemon.get("/v1/vms/web").json();
-    assert_eq!(vm["state"], "crashed");
-    assert_eq!(vm["supervision"]["given_up"], json!(true), "{vm}");
+    let vm = daemon.until("/v1/vms/web", |vm| {
+        vm["supervision"]["given_up"] == json!(true)
+    });
+    assert_eq!(vm["state"], "crashed", "{vm}");
     // A person starts it, and stops it: it stays down.
     assert_eq!(daemon.order("/v1/vms/web/start", "")["state"], "done");
     assert_eq!(daemon.order("/v1/vms/web/stop", "")["state"], "done");

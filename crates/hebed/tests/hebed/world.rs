@@ -208,6 +208,28 @@ impl Daemon<'_> {
         }
     }
 
+    /// Asks until the answer is as wanted.
+    pub fn until(&self, path: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        let began = Instant::now();
+        loop {
+            let answer = self.get(path).json();
+            if wanted(&answer) {
+                return answer;
+            }
+            assert!(began.elapsed() < PATIENCE, "{path}: {answer}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits until the daemon is at nothing: a VM that runs is not yet one
+    /// whose start has ended.
+    pub fn settled(&self) {
+        self.until("/v1/jobs", |jobs| {
+            let mut jobs = jobs["jobs"].as_array().into_iter().flatten();
+            jobs.all(|job| job["state"] != "running")
+        });
+    }
+
     pub fn kill(mut self) {
         self.child.kill().expect("kill");
         self.child.wait().expect("wait");
