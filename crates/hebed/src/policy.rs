@@ -214,8 +214,13 @@ fn load(loadavg: &str) -> Option<f64> {
     Some(load / processors as f64)
 }
 
+/// What ageing foretells for the running boot. Without a sample of it there is
+/// nothing to say: what the last boot suffered from was cured by its end.
 fn exhausted_in_s(host: &Host) -> Option<f64> {
     let samples = read(&path_below(&host.layout.state)).ok()?;
+    if samples.last()?.boot != host.system.boot_id() {
+        return None;
+    }
     let assessment = assess(&samples, Look::default()).ok()?;
     assessment.soonest().map(|(_, in_s)| in_s)
 }
@@ -256,7 +261,9 @@ fn attempt(program: &Path, arguments: &[String], log: &Path) -> Result<(), Strin
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
+    use hebe_host::ageing::SampleStore;
     use hebe_host::host::Layout;
+    use hebe_policy::ageing::{Indicator, Reading, Sample};
 
     use super::*;
 
@@ -318,6 +325,35 @@ mod tests {
         std::fs::write(dir.path().join("etc/fleet.toml"), "").expect("write");
         let (_, go) = Follower::default().look(&host);
         assert_eq!(words(go), "reboot --fleet --wait 0s --method saved");
+    }
+
+    #[test]
+    fn the_leak_of_the_boot_before_is_not_this_boots() {
+        let dir = tempfile::tempdir().expect("folder");
+        let host = host(dir.path());
+        let path = path_below(&host.layout.state);
+        let mut store = SampleStore::open(&path, 1_000).expect("store");
+        let mut leak = |boot: [u8; 16]| {
+            for hour in 0..10 * 24 {
+                let up_s = f64::from(hour) * 3_600.0;
+                let mut readings = [None; Indicator::ALL.len()];
+                readings[0] = Some(Reading {
+                    value: 1e9 - up_s * 1e3,
+                    limit: 0.0,
+                });
+                let sample = Sample {
+                    boot,
+                    up_s,
+                    at_s: up_s,
+                    readings,
+                };
+                store.append(&sample).expect("sample");
+            }
+        };
+        leak([7; 16]);
+        assert_eq!(exhausted_in_s(&host), None);
+        leak(host.system.boot_id());
+        assert!(exhausted_in_s(&host).is_some());
     }
 
     #[test]
