@@ -278,6 +278,9 @@ fn the_guests_word_on_its_room_is_kept_to_and_it_is_asked_once() {
     assert_eq!(rig.expect(DATA).data(), [7; 10]);
     rig.expect(CREDIT_REQUEST);
     assert!(!rig.has_news(), "asked once, and nothing is sent");
+    // Linux answers at once, also that it has no more room than before.
+    rig.send(&with_room(CREDIT_UPDATE, 10, 0), &[]);
+    assert!(!rig.has_news(), "not asked again for that");
     rig.send(&with_room(CREDIT_UPDATE, 10, 4), &[]);
     assert_eq!(rig.expect(DATA).data(), [7; 4]);
     rig.expect(CREDIT_REQUEST);

@@ -72,7 +72,7 @@ pub(super) struct Connection {
     /// guest alone.
     guest_room: u32,
     guest_took: u32,
-    /// The guest was asked for room and has said nothing since.
+    /// The guest was asked for room and has had none since.
     asked: bool,
     /// The host's program may have sent something.
     readable: bool,
@@ -154,7 +154,11 @@ impl Connection {
     pub(super) fn hear(&mut self, header: &Header) {
         self.guest_room = header.buf_alloc;
         self.guest_took = header.fwd_cnt;
-        self.asked = false;
+        // A guest without room answers too, and tells of room when it has some:
+        // asked again for such an answer, it would answer without end.
+        if self.credit() > 0 {
+            self.asked = false;
+        }
     }
 
     /// Bytes that the guest has room for, by its own word.
@@ -263,7 +267,7 @@ impl Connection {
     }
 
     /// Whether the guest must say that it has room before anything can go on.
-    /// It is asked once.
+    /// It is asked once for each time that it has none.
     fn must_ask(&mut self, room: usize) -> bool {
         let wanted = self.readable && !self.host_ended && self.guest_takes();
         let ask = wanted && room > 0 && self.credit() == 0 && !self.asked;
