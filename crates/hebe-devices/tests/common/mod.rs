@@ -33,12 +33,17 @@ pub const NEEDS_RESET: u8 = 0x40;
 pub struct FakeVector {
     pub fired: AtomicU32,
     pub message: Mutex<Option<MsiMessage>>,
+    /// What a guest looks at when it is interrupted.
+    pub look: Mutex<Option<Box<dyn Fn() + Send>>>,
 }
 
 impl MsiVector for FakeVector {
     fn trigger(&self) -> io::Result<()> {
         assert!(self.message.lock().expect("message").is_some(), "no route");
         self.fired.fetch_add(1, Ordering::SeqCst);
+        if let Some(look) = &*self.look.lock().expect("look") {
+            look();
+        }
         Ok(())
     }
 

@@ -5,8 +5,10 @@
 //! ```
 //! Connections do not outlive their VMM. A restored device tells its driver
 //! once that all of them are gone (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`), and
-//! programs on both sides connect again. A guest that is paused and goes on in
-//! the same VMM keeps them.
+//! programs on both sides connect again: the driver is told before it gets a
+//! packet, and ports of the host begin anywhere, because a driver takes no
+//! connection with the ports of one that it still has. A guest that is paused
+//! and goes on in the same VMM keeps them.
 //!
 //! Everything that a guest can make us keep is bounded: connections, bytes per
 //! connection, and resets that it is owed, beyond which its packets wait.
@@ -20,6 +22,7 @@ use std::io;
 use std::os::fd::RawFd;
 
 use hebe_state::v2::devices::{DeviceV2, VsockV2};
+use rustix::rand::{GetRandomFlags, getrandom};
 
 pub use host::VsockHost;
 
@@ -41,8 +44,17 @@ const CONNECTIONS_MAX: usize = 64;
 const RESETS_MAX: usize = 64;
 /// Most data of one packet to the guest.
 const DATA_MAX: usize = 16 << 10;
-/// First port that a program on the host gets when it connects.
+/// Lowest port that a program on the host gets when it connects.
 const FIRST_PORT: u32 = 1 << 30;
+
+/// A port that no connection of an earlier VMM is likely to have.
+fn any_port() -> u32 {
+    let mut random = [0; 4];
+    // So few bytes come whole, or not at all (getrandom(2)), and then the
+    // lowest port is as good as another.
+    let _ = getrandom(&mut random[..], GetRandomFlags::empty());
+    FIRST_PORT | u32::from_ne_bytes(random) & (FIRST_PORT - 1)
+}
 
 /// The device.
 pub(crate) struct Vsock {
@@ -68,7 +80,7 @@ impl Vsock {
             connections: BTreeMap::new(),
             turn: 0,
             resets: VecDeque::new(),
-            next_port: FIRST_PORT,
+            next_port: any_port(),
             owes_event: false,
             data: vec![0; BUFFER_LEN],
             counters: Counters::default(),
@@ -85,6 +97,10 @@ impl Vsock {
 
     /// Everything that can be done now, in both directions.
     fn work(&mut self, queues: &mut Queues) -> Result<Next, Stop> {
+        // A connection that the driver got before this event ends by it.
+        if self.events(queues)? == Next::Again {
+            return Ok(Next::Again);
+        }
         let more = self.look();
         let taken = self.take(queues)?;
         let full = self.resets.len() >= RESETS_MAX;
