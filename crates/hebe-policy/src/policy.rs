@@ -159,6 +159,8 @@ pub enum Why {
     OthersUnderWay,
     /// It went a short while ago, and was not rebooted.
     TriedLately,
+    /// Its last reboot was undone, and nobody said since that it may go.
+    Halted,
 }
 
 impl fmt::Display for Why {
@@ -169,6 +171,7 @@ impl fmt::Display for Why {
             Self::Load => "something is due, and the host is busy",
             Self::OthersUnderWay => "something is due, and others are under way",
             Self::TriedLately => "it was tried a short while ago",
+            Self::Halted => "its last reboot was undone",
         })
     }
 }

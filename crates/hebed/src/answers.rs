@@ -149,6 +149,8 @@ pub struct HostAnswer {
     pub daemon_up_s: f64,
     /// Somebody is in the midst of a reboot or a resume of all VMs.
     pub quiet: bool,
+    /// Why the policy reboots nothing until somebody says so, if so.
+    pub policy_halted: Option<String>,
     /// How many VMs there are in each state, where they can be looked at.
     pub vms: Option<BTreeMap<&'static str, usize>>,
 }

@@ -3,7 +3,10 @@
 //!
 //! What decides is [`hebe_policy::policy::watch`], which a simulation runs,
 //! too. The reboot is a program of its own, in a process group of its own: it
-//! may stop this daemon as one of the host's services, and goes on.
+//! may stop this daemon as one of the host's services, and goes on. One that
+//! was undone is not tried again before a person says so ([`halt`]).
+
+pub mod halt;
 
 use std::fs::File;
 use std::io;
@@ -20,12 +23,13 @@ use hebe_host::{Host, files};
 use hebe_policy::ageing::{Look, assess};
 use hebe_policy::calendar::{Moment, Window};
 use hebe_policy::policy::watch::{Seen, Watcher};
-use hebe_policy::policy::{Decision, Policy, Rule};
+use hebe_policy::policy::{Decision, Policy, Rule, Why};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Deserialize;
 
 use crate::app::App;
 use crate::log;
+use halt::Failed;
 
 /// Between two looks.
 pub const LOOK_EVERY: Duration = Duration::from_secs(60);
@@ -99,9 +103,12 @@ pub async fn follow(app: App, every: Duration) {
             log::info(format!("policy: runs hebe with: {}", command.join(" ")));
             let done = app
                 .engine
-                .order(move |host| attempt(&program(), &command, &log_path(host)))
+                .order(move |host| {
+                    halt::guarded(host, || attempt(&program(), &command, &log_path(host)))
+                })
                 .await;
-            if let Ok(Err(why)) = done {
+            if let Ok(Err(failed)) = done {
+                let why = failed.why;
                 log::warning(format!("policy: the host was not rebooted: {why}"));
             }
         }
@@ -127,12 +134,23 @@ impl Follower {
             self.exhausted_in_s = exhausted_in_s(host);
         }
         self.looks = self.looks.wrapping_add(1);
-        let seen = seen(&file.sentinel, self.exhausted_in_s);
+        let halted = halt::in_force(host, &[&path, &file.sentinel]);
+        let mut seen = seen(&file.sentinel, self.exhausted_in_s);
+        seen.halted = halted.is_some();
         let (watcher, decision) = self.watcher.look(&file.policy(), &seen);
         self.watcher = watcher;
         match decision {
             Decision::Wait { why, .. } => {
-                self.say(format!("the policy waits: {why}"));
+                let halted = halted.filter(|_| why == Why::Halted);
+                let halted = halted.map(|reason| {
+                    format!(
+                        " ({reason}); it goes on when {} or {} is changed",
+                        path.display(),
+                        file.sentinel.display()
+                    )
+                });
+                let halted = halted.unwrap_or_default();
+                self.say(format!("the policy waits: {why}{halted}"));
                 (self, None)
             }
             Decision::Go { rule, .. } => {
@@ -170,6 +188,13 @@ fn arguments(file: &PolicyFile, host: &Host) -> Vec<String> {
     words
 }
 
+/// Why the policy does not go whatever it says, if so.
+pub fn halted(host: &Host) -> Option<String> {
+    let path = host.layout.config.join("policy.toml");
+    let file = read_policy(&path).ok()?;
+    halt::in_force(host, &[&path, &file.sentinel])
+}
+
 /// Whether this host may be rebooted without a slot of its group; if not, a
 /// sentence.
 pub fn without_slot(host: &Host) -> Result<(), String> {
@@ -203,6 +228,7 @@ fn seen(sentinel: &Path, exhausted_in_s: Option<f64>) -> Seen {
         booted: Some(now - clock_gettime(ClockId::Boottime).tv_sec),
         asked: asked.and_then(|at| Moment::try_from(at.as_secs()).ok()),
         exhausted_in_s,
+        halted: false,
         load: load(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default()),
     }
 }
@@ -237,7 +263,7 @@ fn log_path(host: &Host) -> PathBuf {
 }
 
 /// Runs the program, which does not come back if the host is rebooted.
-fn attempt(program: &Path, arguments: &[String], log: &Path) -> Result<(), String> {
+fn attempt(program: &Path, arguments: &[String], log: &Path) -> Result<(), Failed> {
     let began = || -> io::Result<_> {
         let file = File::create(log)?;
         // Written to a file: nobody has to read it for the program to go on.
@@ -249,17 +275,26 @@ fn attempt(program: &Path, arguments: &[String], log: &Path) -> Result<(), Strin
             .process_group(0)
             .status()
     };
-    let status = began().map_err(|e| format!("{}: {}", program.display(), with_cause(&e)))?;
+    let status = began().map_err(|e| Failed {
+        why: format!("{}: {}", program.display(), with_cause(&e)),
+        touched: false,
+    })?;
     if status.success() {
         return Ok(());
     }
     let said = files::tail(log, 3).join(" ");
-    Err(format!("{status}, {said}"))
+    Err(Failed {
+        why: format!("{status}, {said}"),
+        // It failed, was asked wrongly or was refused; all else, a signal
+        // too, may have come in the midst of it.
+        touched: !matches!(status.code(), Some(1..=3)),
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
+    use std::time::SystemTime;
 
     use hebe_host::ageing::SampleStore;
     use hebe_host::host::Layout;
@@ -375,26 +410,100 @@ mod tests {
         }
     }
 
-    #[test]
-    fn why_it_failed_is_told() {
-        let dir = tempfile::tempdir().expect("folder");
-        let (hebe, log) = (dir.path().join("hebe"), dir.path().join("log"));
-        std::fs::write(
-            &hebe,
-            "#!/bin/sh\necho \"hebe: $2 is refused\" >&2\nexit 3\n",
-        )
-        .expect("write");
+    /// A program that ends as it is told, in place of `hebe`.
+    fn stand_in(dir: &Path, end: &str) -> PathBuf {
+        let hebe = dir.join("hebe");
+        let text = format!("#!/bin/sh\necho \"hebe: $2 is not done\" >&2\n{end}\n");
+        std::fs::write(&hebe, text).expect("write");
         let mode = std::fs::Permissions::from_mode(0o755);
         std::fs::set_permissions(&hebe, mode).expect("mode");
+        hebe
+    }
+
+    #[test]
+    fn why_it_failed_is_told_and_whether_vms_were_touched() {
+        let dir = tempfile::tempdir().expect("folder");
+        let log = dir.path().join("log");
         let words = ["reboot", "this"].map(str::to_owned);
-        let why = attempt(&hebe, &words, &log).expect_err("3");
-        assert!(
-            why.contains("this is refused") && why.contains('3'),
-            "{why}"
-        );
-        let why = attempt(&dir.path().join("none"), &words, &log).expect_err("none");
-        assert!(why.contains("none"), "{why}");
+        for (end, touched) in [
+            ("exit 1", false),
+            ("exit 3", false),
+            ("exit 4", true),
+            ("exit 5", true),
+            ("kill -9 $$", true),
+        ] {
+            let hebe = stand_in(dir.path(), end);
+            let failed = attempt(&hebe, &words, &log).expect_err(end);
+            assert!(failed.why.contains("this is not done"), "{failed:?}");
+            assert_eq!(failed.touched, touched, "{failed:?}");
+        }
+        let failed = attempt(&dir.path().join("none"), &words, &log).expect_err("none");
+        assert!(failed.why.contains("none") && !failed.touched, "{failed:?}");
         assert_eq!(load("1.50 0.1 0.1 1/2 3").map(|l| l > 0.0), Some(true));
         assert_eq!(load(""), None);
+    }
+
+    #[test]
+    fn a_reboot_that_was_undone_is_not_repeated_until_somebody_says_so() {
+        let dir = tempfile::tempdir().expect("folder");
+        let host = host(dir.path());
+        let (policy, sentinel) = (dir.path().join("etc/policy.toml"), dir.path().join("asked"));
+        let text = format!("sentinel = {sentinel:?}\n[[rule]]\nwhen = \"by-hand\"\n");
+        std::fs::write(&policy, text).expect("write");
+        let touch = |path: &Path, s: i32| {
+            let at = SystemTime::now() + Duration::from_secs(10);
+            let at = if s < 0 {
+                at - Duration::from_secs(20)
+            } else {
+                at
+            };
+            let file = File::options().create(true).append(true).open(path);
+            file.and_then(|f| f.set_modified(at)).expect("touch");
+        };
+        touch(&policy, -1);
+        touch(&sentinel, -1);
+        // Each look is that of a fresh daemon.
+        let look = || Follower::default().look(&host);
+        let run = |end: &str| {
+            let hebe = stand_in(dir.path(), end);
+            halt::guarded(&host, || attempt(&hebe, &[], &log_path(&host))).expect_err(end)
+        };
+        run("exit 3");
+        assert!(look().1.is_some(), "it was refused: nothing was touched");
+        assert_eq!(halted(&host), None);
+        run("exit 4");
+        let (follower, go) = look();
+        assert_eq!(go, None);
+        for word in ["is not done", "policy.toml", "asked"] {
+            assert!(follower.said.contains(word), "{word}: {}", follower.said);
+        }
+        assert!(halted(&host).expect("halted").contains("is not done"));
+        for file in [&policy, &sentinel] {
+            touch(file, 1);
+            assert_eq!(halted(&host), None);
+            touch(file, -1);
+            assert!(halted(&host).is_some());
+        }
+        // What it says was written by the last boot.
+        let other = std::fs::read_to_string(halt::path(&host)).expect("text");
+        let id = hebe_types::VmId(host.system.boot_id()).to_string();
+        std::fs::write(halt::path(&host), other.replace(&id, "other")).expect("write");
+        assert!(look().1.is_some());
+    }
+
+    #[test]
+    fn a_daemon_that_its_own_reboot_ends_leaves_word() {
+        let dir = tempfile::tempdir().expect("folder");
+        let host = host(dir.path());
+        let policy = dir.path().join("etc/policy.toml");
+        std::fs::write(policy, "[[rule]]\nwhen = \"by-hand\"\n").expect("write");
+        let mut told = None;
+        let done = halt::guarded(&host, || {
+            told = halted(&host);
+            Ok(())
+        });
+        assert_eq!(done, Ok(()));
+        assert!(told.expect("already").contains("policy.log"));
+        assert_eq!(halted(&host), None);
     }
 }

@@ -31,7 +31,7 @@ use tokio_stream::{Stream, StreamExt};
 use crate::answers::{AgeAnswer, CheckAnswer, HostAnswer, Problem, ReportAnswer, Vm, Vms};
 use crate::app::App;
 use crate::jobs::Job;
-use crate::{limits, metrics, orders};
+use crate::{limits, metrics, orders, policy};
 
 /// How this API is described.
 pub const OPENAPI: &str = include_str!("../../../docs/openapi.json");
@@ -161,7 +161,8 @@ async fn metrics_text(State(app): State<App>) -> Answer<Response> {
     Ok(([(header::CONTENT_TYPE, kind)], text).into_response())
 }
 
-async fn host(State(app): State<App>) -> Json<HostAnswer> {
+async fn host(State(app): State<App>) -> Answer<Json<HostAnswer>> {
+    let policy_halted = app.engine.read(policy::halted).await?;
     let survey = app.engine.survey().await.ok();
     let count = |survey: Arc<Survey>| {
         let mut counts = BTreeMap::new();
@@ -171,7 +172,7 @@ async fn host(State(app): State<App>) -> Json<HostAnswer> {
         counts
     };
     let system = &app.engine.host().system;
-    Json(HostAnswer {
+    Ok(Json(HostAnswer {
         version: env!("CARGO_PKG_VERSION"),
         kernel: system.release(),
         boot_id: VmId(system.boot_id()).to_string(),
@@ -179,8 +180,9 @@ async fn host(State(app): State<App>) -> Json<HostAnswer> {
         daemon: app.id.clone(),
         daemon_up_s: app.began.elapsed().as_secs_f64(),
         quiet: app.engine.is_quiet(),
+        policy_halted,
         vms: survey.map(count),
-    })
+    }))
 }
 
 async fn check(State(app): State<App>) -> Answer<Json<CheckAnswer>> {

@@ -28,6 +28,10 @@ pub struct Seen {
     pub exhausted_in_s: Option<f64>,
     /// Load, as the policy measures it.
     pub load: Option<f64>,
+    /// A reboot that the policy ordered was undone after VMs were touched, and
+    /// no person has said since that it may try again.
+    #[serde(default)]
+    pub halted: bool,
 }
 
 /// What is remembered.
@@ -60,6 +64,13 @@ impl Watcher {
         let decision = decide(policy, &facts, seen.now);
         if !matches!(decision, Decision::Go { .. }) {
             return (self, decision);
+        }
+        if seen.halted {
+            let wait = Decision::Wait {
+                why: Why::Halted,
+                until: None,
+            };
+            return (self, wait);
         }
         if let Some(tried) = self.tried.filter(|tried| *tried <= seen.now) {
             let again = tried.saturating_add(RETRY_S);
@@ -137,6 +148,7 @@ length = "10h"
                 asked: None,
                 exhausted_in_s: left,
                 load: Some(if (3..7).contains(&hour) { 0.1 } else { 0.7 }),
+                halted: false,
             };
             let (next, decision) = watcher.look(&policy, &seen);
             watcher = next;
@@ -197,6 +209,28 @@ length = "10h"
         seen.asked = Some(MONDAY + 30);
         let (_, again) = watcher.look(&policy, &seen);
         assert!(matches!(again, Decision::Go { .. }));
+    }
+
+    #[test]
+    fn after_an_undone_reboot_nothing_goes_until_a_person_says_so() {
+        let policy = policy("[[rule]]\nwhen = \"by-hand\"\n");
+        let mut seen = Seen {
+            now: MONDAY,
+            asked: Some(MONDAY - 5),
+            halted: true,
+            ..Seen::default()
+        };
+        let mut watcher = Watcher::default();
+        for _ in 0..100 {
+            seen.now += 60;
+            let (next, decision) = watcher.look(&policy, &seen);
+            let (why, until) = (Why::Halted, None);
+            assert_eq!(decision, Decision::Wait { why, until });
+            watcher = next;
+        }
+        seen.halted = false;
+        let (_, decision) = watcher.look(&policy, &seen);
+        assert!(matches!(decision, Decision::Go { .. }));
     }
 
     #[test]
