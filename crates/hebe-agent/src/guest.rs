@@ -1,24 +1,20 @@
 //! What the agent does to its guest.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use crate::freeze::{freeze_all, kernel, mounts, table, thaw_all};
 use crate::protocol::{Facts, is_phase};
 
 /// Where the phase stands, in a directory that is empty after a boot.
 pub const PHASE_FILE: &str = "/run/hebe-agent/phase";
 /// The phase of a guest that says nothing of it.
 const PHASE_UP: &str = "up";
-/// `_IOWR('X', 119, int)` and `_IOWR('X', 120, int)` (<linux/fs.h>).
-const FIFREEZE: libc::c_ulong = 0xc004_5877;
-const FITHAW: libc::c_ulong = 0xc004_5878;
 
 /// A guest, as the agent needs it.
 pub trait Guest: Send + Sync {
@@ -107,9 +103,7 @@ impl Guest for Linux {
         if !frozen.mounts.is_empty() {
             return Err("file systems are frozen already: thaw them first".into());
         }
-        let table = fs::read_to_string("/proc/self/mountinfo");
-        let table = table.map_err(|e| format!("mounts cannot be listed: {e}"))?;
-        frozen.mounts = freeze_all(&mounts(&table))?;
+        frozen.mounts = freeze_all(&mounts(&table()?), &kernel)?;
         frozen.number += 1;
         let (count, number) = (frozen.mounts.len() as u32, frozen.number);
         let again = Arc::clone(&self.frozen);
@@ -117,11 +111,11 @@ impl Guest for Linux {
             thread::sleep(time);
             let mut frozen = lock(&again);
             if frozen.number == number {
-                thaw_all(&mut frozen.mounts);
+                thaw_all(&mut frozen.mounts, &kernel);
             }
         });
         if let Err(error) = late {
-            thaw_all(&mut frozen.mounts);
+            thaw_all(&mut frozen.mounts, &kernel);
             return Err(format!("nothing could thaw them in time: {error}"));
         }
         Ok(count)
@@ -132,7 +126,7 @@ impl Guest for Linux {
         if frozen.mounts.is_empty() {
             return Err("no file system is frozen (any more)".into());
         }
-        Ok(thaw_all(&mut frozen.mounts))
+        Ok(thaw_all(&mut frozen.mounts, &kernel))
     }
 
     fn shut_down(&self, reboot: bool) -> io::Result<()> {
@@ -183,120 +177,9 @@ pub fn set_phase(file: &Path, phase: &str) -> io::Result<()> {
     fs::rename(part, file)
 }
 
-/// Mount points of file systems on block devices that can be written to, each
-/// once, those mounted last first (proc_pid_mountinfo(5)).
-fn mounts(table: &str) -> Vec<PathBuf> {
-    let mut devices = Vec::new();
-    let mut found = Vec::new();
-    for line in table.lines() {
-        let Some((before, after)) = line.split_once(" - ") else {
-            continue;
-        };
-        let before: Vec<&str> = before.split(' ').collect();
-        let after: Vec<&str> = after.split(' ').collect();
-        let (Some(device), Some(point)) = (before.get(2), before.get(4)) else {
-            continue;
-        };
-        let (Some(source), Some(options)) = (after.get(1), after.get(2)) else {
-            continue;
-        };
-        let writable = options.split(',').any(|o| o == "rw");
-        if source.starts_with("/dev/") && writable && !devices.contains(device) {
-            devices.push(*device);
-            found.push(unescaped(point));
-        }
-    }
-    found.reverse();
-    found
-}
-
-/// A path in which the kernel wrote spaces and others as `\040`.
-fn unescaped(text: &str) -> PathBuf {
-    use std::os::unix::ffi::OsStringExt;
-    let mut bytes = Vec::new();
-    let mut rest = text.as_bytes();
-    while let Some((&first, tail)) = rest.split_first() {
-        let octal = tail.get(..3).filter(|_| first == b'\\');
-        let octal = octal.and_then(|t| std::str::from_utf8(t).ok());
-        match octal.and_then(|t| u8::from_str_radix(t, 8).ok()) {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &tail[3..];
-            }
-            None => {
-                bytes.push(first);
-                rest = tail;
-            }
-        }
-    }
-    PathBuf::from(std::ffi::OsString::from_vec(bytes))
-}
-
-fn freeze_all(points: &[PathBuf]) -> Result<Vec<File>, String> {
-    // All are open before the first is frozen: opening may need another.
-    let mut open = Vec::new();
-    for point in points {
-        let directory = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_DIRECTORY)
-            .open(point);
-        // Hidden below another mount, or gone: not ours to freeze.
-        open.extend(directory.ok().map(|file| (file, point)));
-    }
-    let mut frozen = Vec::new();
-    for (file, point) in open {
-        // SAFETY: FIFREEZE takes no argument.
-        if unsafe { libc::ioctl(file.as_raw_fd(), FIFREEZE as _, 0) } == 0 {
-            frozen.push(file);
-            continue;
-        }
-        let error = io::Error::last_os_error();
-        // It cannot be frozen, or somebody else froze it.
-        if matches!(
-            error.raw_os_error(),
-            Some(libc::EOPNOTSUPP | libc::EBUSY | libc::ENOTTY)
-        ) {
-            continue;
-        }
-        thaw_all(&mut frozen);
-        return Err(format!("{} cannot be frozen: {error}", point.display()));
-    }
-    if frozen.is_empty() {
-        return Err("there is no file system that can be frozen".into());
-    }
-    Ok(frozen)
-}
-
-/// Thaws in the opposite order; says how many.
-fn thaw_all(mounts: &mut Vec<File>) -> u32 {
-    let mut count = 0;
-    while let Some(file) = mounts.pop() {
-        // SAFETY: FITHAW takes no argument. It fails where somebody else
-        // thawed the file system already.
-        count += u32::from(unsafe { libc::ioctl(file.as_raw_fd(), FITHAW as _, 0) } == 0);
-    }
-    count
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_writable_file_systems_on_devices_are_frozen_and_each_once() {
-        let table = "\
-22 1 254:1 / / rw,relatime shared:1 - ext4 /dev/vda1 rw
-23 22 0:5 / /proc rw,nosuid - proc proc rw
-24 22 254:16 / /mnt/with\\040space\\134 rw - xfs /dev/vdb rw,attr2
-25 22 254:1 /sub /bind rw - ext4 /dev/vda1 rw
-26 22 254:32 / /cd ro - iso9660 /dev/vdc ro
-27 22 254:48 / /ro rw - ext4 /dev/vdd ro,errors=rw-not
-nonsense
-28 22 - x";
-        let wanted = ["/mnt/with space\\", "/"].map(PathBuf::from);
-        assert_eq!(mounts(table), wanted);
-        assert_eq!(mounts(""), Vec::<PathBuf>::new());
-    }
 
     #[test]
     fn a_phase_is_what_the_guest_says_if_it_is_one() {
@@ -309,12 +192,6 @@ nonsense
         assert_eq!(phase(&file), "ready");
         fs::write(&file, "\x1b[31m").expect("write");
         assert_eq!(phase(&file), "up");
-    }
-
-    #[test]
-    fn what_is_no_mount_point_is_not_frozen() {
-        let refused = freeze_all(&["/no/such/mount".into()]).expect_err("nothing");
-        assert!(refused.contains("no file system"), "{refused}");
     }
 
     #[test]

@@ -13,12 +13,14 @@
 
 pub mod client;
 mod exec;
+mod freeze;
 pub mod guest;
 mod lines;
 pub mod protocol;
 pub mod server;
 
 pub use client::{Client, ClientError};
+pub use freeze::thaw_left;
 pub use lines::{LineError, Lines, Wire};
 pub use protocol::{Done, Facts, Order, Request, Said};
 pub use server::{Limits, converse};

@@ -12,7 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use hebe_agent::guest::{Linux, PHASE_FILE, set_phase};
-use hebe_agent::{Limits, PORT, converse};
+use hebe_agent::{Limits, PORT, converse, thaw_left};
 
 /// Most connections at a time; one more is closed at once.
 const CONNECTIONS_MAX: usize = 8;
@@ -25,6 +25,7 @@ The agent in a VM of Hebe: serves the host over AF_VSOCK.
 Usage:
   hebe-agent [--allow-exec]    serve
   hebe-agent phase NAME        tell the host how far this guest came: `ready`
+  hebe-agent thaw              thaw the file systems that an agent left frozen
 
   --allow-exec   run programs for the host
   --help, --version
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         [] => serve(false),
         ["--allow-exec"] => serve(true),
         ["phase", name] => set_phase(Path::new(PHASE_FILE), name),
+        ["thaw"] => thaw_left().map(|_| ()).map_err(io::Error::other),
         ["--help" | "-h"] => {
             print!("{HELP}");
             Ok(())
@@ -60,6 +62,12 @@ fn main() -> ExitCode {
 }
 
 fn serve(exec: bool) -> io::Result<()> {
+    // By an agent that ended: nobody else would end its freeze.
+    match thaw_left() {
+        Ok(0) => {}
+        Ok(count) => eprintln!("hebe-agent: file systems were frozen, and are thawed: {count}"),
+        Err(error) => eprintln!("hebe-agent: {error}"),
+    }
     let listener = listen(PORT).map_err(|e| {
         let way_out = "the guest needs a kernel with AF_VSOCK and [vsock] in its definition";
         io::Error::other(format!("port {PORT} cannot be listened on: {e}: {way_out}"))

@@ -347,3 +347,14 @@ fn a_socket_at_which_nobody_is_let_in_holds_nobody_up() {
     assert!(matches!(error, ClientError::NoSocket(_)), "{error:?}");
     assert!(begin.elapsed() < LONG);
 }
+
+#[test]
+fn whatever_starts_an_agent_thaws_when_it_ended() {
+    let mut help = std::process::Command::new(env!("CARGO_BIN_EXE_hebe-agent"));
+    let help = help.arg("--help").output().expect("run").stdout;
+    assert!(String::from_utf8_lossy(&help).contains("\n  hebe-agent thaw "));
+    let systemd = include_str!("../../../packaging/hebe-agent.service");
+    assert!(systemd.contains("\nExecStopPost=-/usr/sbin/hebe-agent thaw\n"));
+    let init = include_str!("../../../packaging/hebe-agent.init");
+    assert!(init.contains("\"$program\" thaw;"));
+}
