@@ -18,6 +18,15 @@ pub type Say<'a> = &'a (dyn Fn(&str) + Sync);
 /// Whether every one of these VMs answers; if not, a sentence.
 pub type Look<'a> = &'a mut dyn FnMut(&BTreeSet<String>) -> Result<(), String>;
 
+/// A reboot that was ordered and did not happen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotRebooted {
+    /// One sentence.
+    pub why: String,
+    /// Every VM runs as before; if not, the slot is kept.
+    pub all_run: bool,
+}
+
 /// Wall clock, in seconds since 1970.
 pub fn wall_s() -> u64 {
     u64::try_from(clock_gettime(ClockId::Realtime).tv_sec).unwrap_or(0)
@@ -150,6 +159,14 @@ impl<'a> Order<'a> {
             .unwrap_or_else(|| Stop::NotReady(why.to_owned()))
     }
 
+    /// The reboot failed, because of `why`, and not every VM runs: the slot is
+    /// kept, so that no other host does the same.
+    fn strand(mut self, why: &str) -> Stop {
+        self.event(Event::Stranded(why.to_owned()), None);
+        self.stopped()
+            .unwrap_or_else(|| Stop::Stranded(why.to_owned()))
+    }
+
     fn stopped(&self) -> Option<Stop> {
         match self.holder.as_ref().map(Holder::state) {
             Some(State::Stopped(stop)) => Some(stop.clone()),
@@ -256,7 +273,8 @@ impl<'a> Order<'a> {
 /// is leased, lets `check` look at everything, which gives the VMs that have to
 /// answer later, or why the host is not ready; takes the slot for good; and
 /// lets `reboot` reboot. Comes back only if that did not happen (`reboot` says
-/// why), with the slot given back, unless the host had it before.
+/// why), with the slot given back, unless the host had it before or not every
+/// VM runs.
 pub fn in_turn(
     slots: &Slots,
     slot: Slot,
@@ -264,7 +282,7 @@ pub fn in_turn(
     give_up_s: u64,
     say: Say<'_>,
     check: impl FnOnce() -> Result<BTreeSet<String>, String>,
-    reboot: impl FnOnce() -> String,
+    reboot: impl FnOnce() -> NotRebooted,
 ) -> Stop {
     let mut order = match Order::take(slots, slot, times, say) {
         Ok(order) => order,
@@ -281,8 +299,12 @@ pub fn in_turn(
     if order.keeps() {
         say("this host had its slot before, and keeps it: `hebe fleet release` gives it back");
     }
-    let why = reboot();
-    order.undo(&why)
+    let NotRebooted { why, all_run } = reboot();
+    if all_run {
+        order.undo(&why)
+    } else {
+        order.strand(&why)
+    }
 }
 
 /// Gives back, under the new kernel, the slot that the old one took: waits up

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use hebe_fleet::config::{FleetConfig, FleetLockConfig};
-use hebe_fleet::order::{Order, give_up, new_slot, release_after_boot};
+use hebe_fleet::order::{NotRebooted, Order, give_up, in_turn, new_slot, release_after_boot};
 use hebe_fleet::slots::{FleetError, Slots, Taken};
 use hebe_policy::fleet::holder::{Stop, Times};
 use hebe_policy::fleet::slots::{FleetName, Found, Full, Slot};
@@ -219,6 +219,33 @@ fn a_dead_host_is_unlocked_by_hand_and_a_refusal_gives_the_slot_back() {
     assert!(server.held().is_empty());
     // Nothing was taken: giving back is no error.
     give_up(&b, wants(&config, "b", "boot-1"), times(&config), &quiet).expect("released");
+}
+
+#[test]
+fn a_reboot_that_strands_vms_keeps_the_slot_until_it_is_released() {
+    let server = Server::start(None);
+    let dir = tempfile::tempdir().expect("folder");
+    let config = config(&server.url);
+    let a = slots(&config, "a", dir.path());
+    let turn = |all_run| {
+        let wanted = wants(&config, "a", "boot-1");
+        let reboot = || NotRebooted {
+            why: "kexec failed".into(),
+            all_run,
+        };
+        let check = || Ok(["web".to_owned()].into());
+        in_turn(&a, wanted, times(&config), 60, &quiet, check, reboot)
+    };
+    assert_eq!(turn(true), Stop::NotReady("kexec failed".into()));
+    assert!(server.held().is_empty());
+    assert_eq!(turn(false), Stop::Stranded("kexec failed".into()));
+    assert_eq!(server.held(), ["a"]);
+    // `hebe fleet release` in the same boot.
+    let Some(Found::Slot(own)) = a.own(&name("a")).expect("record") else {
+        panic!("it was written down");
+    };
+    give_up(&a, own, times(&config), &quiet).expect("released");
+    assert!(server.held().is_empty());
 }
 
 #[test]

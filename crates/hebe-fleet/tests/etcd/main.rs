@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use hebe_fleet::config::{EtcdConfig, FleetConfig};
 use hebe_fleet::etcd::{Change, Condition, Etcd};
-use hebe_fleet::order::{Order, give_up, in_turn, new_slot, own, release_after_boot};
+use hebe_fleet::order::{NotRebooted, Order, give_up, in_turn, new_slot, own, release_after_boot};
 use hebe_fleet::slots::{Slots, Taken};
 use hebe_policy::fleet::holder::{Stop, Times};
 use hebe_policy::fleet::slots::{FleetName, Found, Full, Phase, Slot};
@@ -264,7 +264,10 @@ fn a_turn_checks_under_a_lease_and_reboots_under_a_slot_for_good() {
             assert_eq!((mine.phase, lease()), (Phase::Rebooting, Some(false)));
             assert_eq!(mine.vms, vms(&["web"]));
             *rebooted = true;
-            "kexec failed".to_owned()
+            NotRebooted {
+                why: "kexec failed".to_owned(),
+                all_run: true,
+            }
         })
     };
     let ready = || {

@@ -9,7 +9,8 @@
 //!                    releasing ◄──────── releasing ◄────── releasing   releasing ──► released
 //!
 //!  stopped: no slot in time, the lease was lost, a VM does not answer in
-//!  time, or nobody knows whether the slot was released
+//!  time or was stranded by a reboot that failed (the slot is kept), or nobody
+//!  knows whether the slot was released
 //! ```
 //!
 //! *Held* is a lease: if the holder dies, the slot goes. *Pinned* is for good:
@@ -23,7 +24,8 @@
 //! 1. The reboot is ordered once, and only after the slot was pinned.
 //! 2. A lease that may be over is not acted on.
 //! 3. After the order to reboot the slot is released only because nothing
-//!    was rebooted, or by the new kernel, after every VM answers.
+//!    was rebooted and every VM runs, or by the new kernel, after every VM
+//!    answers.
 //! 4. No answer means that nothing is known; what is asked again then changes
 //!    nothing that was done already.
 
@@ -112,6 +114,11 @@ pub enum Stop {
     /// A VM does not answer under the new kernel.
     #[error("the slot is kept, and the group waits: {0}")]
     NotAllAnswer(String),
+    /// The reboot failed, and some VM does not run.
+    #[error(
+        "the slot is kept, and the group waits, because not every VM of this host runs: {0}; look after them, then `hebe fleet release` gives it back"
+    )]
+    Stranded(String),
     /// The slot may still be there.
     #[error(
         "it is not known whether the slot was released: {0}; `hebe fleet release` tries it again"
@@ -153,8 +160,10 @@ pub enum Event {
     NotReady(String),
     /// The slot is this host's for good.
     Pinned,
-    /// The reboot was undone: the old kernel goes on.
+    /// The reboot was undone: the old kernel goes on, and every VM runs.
     Undone(String),
+    /// The reboot was undone, and some VM does not run.
+    Stranded(String),
     /// Every VM answers.
     AllAnswer,
     /// Not yet.
@@ -408,6 +417,10 @@ impl Holder {
     fn rebooting(&mut self, event: Event, now_ms: u64) -> Option<Effect> {
         match event {
             Event::Undone(why) => self.release(now_ms, Some(Stop::NotReady(why))),
+            Event::Stranded(why) => {
+                self.state = State::Stopped(Stop::Stranded(why));
+                None
+            }
             _ => None,
         }
     }

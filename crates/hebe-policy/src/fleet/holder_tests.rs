@@ -84,6 +84,25 @@ fn a_slot_that_was_there_before_stays_after_an_undone_reboot() {
 }
 
 #[test]
+fn a_reboot_that_strands_a_vm_keeps_the_slot() {
+    let events = [
+        (Event::Tick, 0),
+        (Event::Granted { sent_ms: 0 }, 1),
+        (Event::Ready, 2),
+        (Event::Pinned, 3),
+        (Event::Stranded("web is frozen".into()), 4),
+        (Event::Tick, 9_000),
+    ];
+    let (holder, effects) = drive(Holder::wants(TIMES, 0), &events);
+    assert_eq!(effects, [Effect::Ask, Effect::Pin, Effect::Reboot]);
+    let State::Stopped(stop) = holder.state() else {
+        panic!("{:?}", holder.state());
+    };
+    assert!(stop.to_string().contains("web is frozen"), "{stop}");
+    assert!(stop.to_string().contains("hebe fleet release"), "{stop}");
+}
+
+#[test]
 fn patience_ends_and_what_cannot_pass_is_not_waited_for() {
     let full = |may_pass| Event::Full {
         why: "taken".into(),
@@ -153,6 +172,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         1 => Just(Event::NotReady("n".into())),
         2 => Just(Event::Pinned),
         1 => Just(Event::Undone("r".into())),
+        1 => Just(Event::Stranded("s".into())),
         1 => Just(Event::AllAnswer),
         1 => Just(Event::NotYet("y".into())),
         1 => Just(Event::Released),

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use hebe_fleet::order::NotRebooted;
 use hebe_flow::reboot::Fate;
 use hebe_host::Host;
 use hebe_host::preflight::{Check, Level, RebootOptions, Verdict, preflight};
@@ -73,15 +74,11 @@ fn in_turn(host: &Host, fleet: &Fleet, args: &RebootArgs, out: &Output) -> Outco
         refused = Some(verdict);
         Err(why)
     };
-    let reboot = || {
-        let ended = end.insert(run(host, &options, out));
-        let (RebootEnd::Refused(why) | RebootEnd::Aborted { why, .. }) = ended;
-        why.clone()
-    };
+    let reboot = || not_rebooted(end.insert(run(host, &options, out)));
     let say = |text: &str| out.progress(text);
     let stop = fleet.in_turn(args.wait, &say, check, reboot)?;
     let told = refused.is_some() || end.is_some();
-    if told && matches!(stop, Stop::Unreleased(_)) {
+    if told && matches!(stop, Stop::Unreleased(_) | Stop::Stranded(_)) {
         out.progress(&stop.to_string());
     }
     if let Some(verdict) = refused {
@@ -90,6 +87,22 @@ fn in_turn(host: &Host, fleet: &Fleet, args: &RebootArgs, out: &Output) -> Outco
     }
     let end = end.unwrap_or_else(|| RebootEnd::Refused(stop.to_string()));
     Ok(ended(&end, out))
+}
+
+/// For the group: whether the next host may go.
+fn not_rebooted(end: &RebootEnd) -> NotRebooted {
+    let (why, all_run) = match end {
+        RebootEnd::Refused(why) => (why.clone(), true),
+        RebootEnd::Aborted { why, stranded, .. } if stranded.is_empty() => (why.clone(), true),
+        RebootEnd::Aborted { why, stranded, .. } => {
+            let list: Vec<String> = stranded
+                .iter()
+                .map(|(vm, place)| format!("VM '{vm}' is {place}"))
+                .collect();
+            (format!("{why} ({})", list.join(", ")), false)
+        }
+    };
+    NotRebooted { why, all_run }
 }
 
 #[derive(Serialize)]
@@ -257,4 +270,25 @@ pub fn checks_table(checks: &[Check]) -> String {
         })
         .collect();
     table(&["CHECK", "", "FOUND"], &rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_host_whose_vms_all_run_lets_the_next_one_go() {
+        let aborted = |stranded| RebootEnd::Aborted {
+            why: "kexec failed".into(),
+            stranded,
+            notes: Vec::new(),
+        };
+        for end in [RebootEnd::Refused("no kernel".into()), aborted(vec![])] {
+            assert!(not_rebooted(&end).all_run, "{end:?}");
+        }
+        let web = "web".parse().expect("name");
+        let told = not_rebooted(&aborted(vec![(web, "frozen in the store".into())]));
+        assert!(!told.all_run);
+        assert_eq!(told.why, "kexec failed (VM 'web' is frozen in the store)");
+    }
 }

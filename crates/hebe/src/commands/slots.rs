@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use hebe_fleet::order::{self, Order, new_slot, wall_s};
+use hebe_fleet::order::{self, NotRebooted, Order, new_slot, wall_s};
 use hebe_fleet::{FleetConfig, Slots};
 use hebe_host::listing::{Survey, VmState, with_cause};
 use hebe_host::lock::VmLock;
@@ -101,7 +101,7 @@ impl Fleet {
         patience: Option<Span>,
         say: order::Say<'_>,
         check: impl FnOnce() -> Result<BTreeSet<String>, String>,
-        reboot: impl FnOnce() -> String,
+        reboot: impl FnOnce() -> NotRebooted,
     ) -> Result<Stop, Failure> {
         let (slot, times) = (self.new_slot()?, self.times(patience));
         let give_up_s = self.config.give_up_after.as_s();
@@ -191,7 +191,7 @@ impl Fleet {
     /// A holder that went no further.
     fn stopped(&self, stop: &Stop, out: &Output) -> Exit {
         let (result, exit) = match stop {
-            Stop::NotAllAnswer(_) => ("kept", Exit::Attention),
+            Stop::NotAllAnswer(_) | Stop::Stranded(_) => ("kept", Exit::Attention),
             Stop::Unreleased(_) => ("unknown", Exit::Attention),
             _ => ("refused", Exit::CheckFailed),
         };
