@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use hebe_api::VmStatus;
 use hebe_fleet::order::{self, NotRebooted, Order, new_slot, wall_s};
 use hebe_fleet::{FleetConfig, Slots};
 use hebe_host::listing::{Survey, VmState, with_cause};
@@ -125,10 +126,14 @@ impl Fleet {
     }
 }
 
-/// The VMs that are up.
+/// The VMs that are up: whose VMM did not fail, and whose guest did not panic.
 pub fn answering(survey: &Survey) -> BTreeSet<String> {
     let up = |state| matches!(state, VmState::Running | VmState::Paused);
-    let rows = survey.rows.values().filter(|row| up(row.state));
+    let sound = |status: &VmStatus| status.failed.is_none() && !status.guest_panicked;
+    let rows = survey
+        .rows
+        .values()
+        .filter(|row| up(row.state) && row.status.as_ref().is_some_and(sound));
     rows.map(|row| row.name.to_string()).collect()
 }
 
@@ -137,12 +142,18 @@ fn all_answer(host: &Host, vms: &BTreeSet<String>) -> Result<(), String> {
     if vms.is_empty() {
         return Ok(());
     }
-    let survey = listing::survey(host);
-    let up = answering(&survey);
+    all_up(&listing::survey(host), vms)
+}
+
+fn all_up(survey: &Survey, vms: &BTreeSet<String>) -> Result<(), String> {
+    let up = answering(survey);
     let state = |name: &str| {
         let mut rows = survey.rows.values();
         let row = rows.find(|row| row.name.as_str() == name);
-        row.map_or("not there", |row| row.state.as_str())
+        row.map_or("not there".to_owned(), |row| match &row.detail {
+            Some(detail) => format!("{} ({detail})", row.state.as_str()),
+            None => row.state.as_str().to_owned(),
+        })
     };
     let missing: Vec<String> = vms
         .difference(&up)
@@ -432,4 +443,63 @@ fn status_text(status: &Status<'_>, found: &[Found], now_s: u64) -> String {
         text.push_str(&format!("\n{stopped}\n"));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use hebe_api::{RamMeter, VmmState};
+    use hebe_flow::life::Life;
+    use hebe_host::listing::VmRow;
+
+    use super::*;
+
+    fn survey(failed: Option<&str>, guest_panicked: bool) -> Survey {
+        let name: hebe_types::VmName = "web".parse().expect("name");
+        let row = VmRow {
+            name: name.clone(),
+            state: VmState::Paused,
+            detail: Some("not well".into()),
+            memory: None,
+            store: None,
+            segment: None,
+            pid: None,
+            id: None,
+            life: Life::Paused,
+            status: Some(VmStatus {
+                name: name.clone(),
+                id: VmId([7; 16]),
+                state: VmmState::Paused,
+                pid: 1,
+                version: String::new(),
+                resumes: 1,
+                failed: failed.map(str::to_owned),
+                guest_panicked,
+                stopped_devices: Vec::new(),
+                ram_meter: RamMeter::default(),
+                first_tx: None,
+                resume: None,
+                cage: None,
+            }),
+        };
+        Survey {
+            store: None,
+            store_trouble: None,
+            rows: BTreeMap::from([(name, row)]),
+            definitions: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn a_failed_vm_and_a_panicked_guest_do_not_answer() {
+        let vms = BTreeSet::from(["web".to_owned()]);
+        assert_eq!(answering(&survey(None, false)), vms);
+        assert_eq!(all_up(&survey(None, false), &vms), Ok(()));
+        for survey in [survey(Some("KVM gave up"), false), survey(None, true)] {
+            assert_eq!(answering(&survey), BTreeSet::new());
+            let why = all_up(&survey, &vms).expect_err("it does not answer");
+            assert_eq!(why, "VM 'web' is paused (not well)");
+        }
+    }
 }
