@@ -1,14 +1,13 @@
 //! What the agent does to its guest.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::freeze::{freeze_all, kernel, mounts, table, thaw_all};
+use crate::freeze::{Freezer, mounts, table};
 use crate::protocol::{Facts, is_phase};
 
 /// Where the phase stands, in a directory that is empty after a boot.
@@ -25,12 +24,14 @@ pub trait Guest: Send + Sync {
     /// # Errors
     /// What the system says.
     fn set_time(&self, realtime_ns: u64) -> io::Result<i64>;
-    /// Freezes file systems for at most `time`; says how many.
+    /// Freezes file systems for at most `time` from now on; says how many.
     ///
     /// # Errors
-    /// Why none is frozen.
+    /// Why none is frozen, or no longer: also where they were thawed, or time
+    /// was over, before all were frozen.
     fn freeze(&self, time: Duration) -> Result<u32, String>;
-    /// Thaws them; says how many.
+    /// Thaws them, also while a freeze is under way, which ends by it; says
+    /// how many.
     ///
     /// # Errors
     /// Why they are as they were.
@@ -42,22 +43,10 @@ pub trait Guest: Send + Sync {
     fn shut_down(&self, reboot: bool) -> io::Result<()>;
 }
 
-/// File systems that are frozen.
-#[derive(Debug, Default)]
-struct Frozen {
-    /// Of the freeze, so that a late end of one does not end the next.
-    number: u64,
-    mounts: Vec<File>,
-}
-
 /// The Linux that the agent runs in.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Linux {
-    frozen: Arc<Mutex<Frozen>>,
-}
-
-fn lock(frozen: &Mutex<Frozen>) -> MutexGuard<'_, Frozen> {
-    frozen.lock().unwrap_or_else(PoisonError::into_inner)
+    freezer: Arc<Freezer>,
 }
 
 impl Guest for Linux {
@@ -70,7 +59,7 @@ impl Guest for Linux {
             phase: phase(Path::new(PHASE_FILE)),
             boot_id,
             uptime_s: uptime_s.unwrap_or(0),
-            frozen: !lock(&self.frozen).mounts.is_empty(),
+            frozen: self.freezer.is_frozen(),
             ..Facts::default()
         }
     }
@@ -99,34 +88,11 @@ impl Guest for Linux {
     }
 
     fn freeze(&self, time: Duration) -> Result<u32, String> {
-        let mut frozen = lock(&self.frozen);
-        if !frozen.mounts.is_empty() {
-            return Err("file systems are frozen already: thaw them first".into());
-        }
-        frozen.mounts = freeze_all(&mounts(&table()?), &kernel)?;
-        frozen.number += 1;
-        let (count, number) = (frozen.mounts.len() as u32, frozen.number);
-        let again = Arc::clone(&self.frozen);
-        let late = thread::Builder::new().spawn(move || {
-            thread::sleep(time);
-            let mut frozen = lock(&again);
-            if frozen.number == number {
-                thaw_all(&mut frozen.mounts, &kernel);
-            }
-        });
-        if let Err(error) = late {
-            thaw_all(&mut frozen.mounts, &kernel);
-            return Err(format!("nothing could thaw them in time: {error}"));
-        }
-        Ok(count)
+        self.freezer.freeze(&mounts(&table()?), time)
     }
 
     fn thaw(&self) -> Result<u32, String> {
-        let mut frozen = lock(&self.frozen);
-        if frozen.mounts.is_empty() {
-            return Err("no file system is frozen (any more)".into());
-        }
-        Ok(thaw_all(&mut frozen.mounts, &kernel))
+        self.freezer.thaw()
     }
 
     fn shut_down(&self, reboot: bool) -> io::Result<()> {

@@ -43,8 +43,8 @@ pub enum Order {
     },
     /// Make file systems consistent on their disks and keep them so.
     Freeze {
-        /// They thaw by themselves after so many seconds, 1 to
-        /// [`FREEZE_MAX_S`].
+        /// They thaw by themselves after so many seconds from now on, 1 to
+        /// [`FREEZE_MAX_S`], also where not all are frozen by then.
         for_s: u32,
     },
     /// Let frozen file systems go on.
