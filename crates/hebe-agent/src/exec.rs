@@ -4,7 +4,7 @@ use std::io::{self, Read};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
-use std::thread;
+use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 use crate::protocol::{Done, OUTPUT_MAX};
@@ -16,7 +16,15 @@ const LOOK: Duration = Duration::from_millis(10);
 const REST: Duration = Duration::from_millis(500);
 
 /// Runs `words`, and kills it after `limit`.
+///
+/// # Errors
+/// If it cannot be run; then nothing of it is left.
 pub(crate) fn run(words: &[String], limit: Duration) -> io::Result<Done> {
+    run_with(words, limit, Builder::new)
+}
+
+/// Its output is read by threads of `reader`.
+fn run_with(words: &[String], limit: Duration, reader: fn() -> Builder) -> io::Result<Done> {
     let (program, arguments) = words
         .split_first()
         .ok_or_else(|| io::Error::other("there is no program"))?;
@@ -28,8 +36,15 @@ pub(crate) fn run(words: &[String], limit: Duration) -> io::Result<Done> {
         // Whatever it starts is killed with it.
         .process_group(0)
         .spawn()?;
-    let stdout = collect(child.stdout.take());
-    let stderr = collect(child.stderr.take());
+    let (out, err) = (child.stdout.take(), child.stderr.take());
+    let collected = collect(out, reader()).and_then(|out| Ok((out, collect(err, reader())?)));
+    let (stdout, stderr) = match collected {
+        Ok(both) => both,
+        Err(error) => {
+            kill(&mut child)?;
+            return Err(error);
+        }
+    };
     let status = wait(&mut child, limit)?;
     let until = Instant::now() + REST;
     let (stdout, cut_out) = text(&stdout, until);
@@ -49,22 +64,30 @@ fn wait(child: &mut Child, limit: Duration) -> io::Result<Option<i32>> {
             return Ok(status.code());
         }
         if Instant::now() >= until {
-            let group = child.id().cast_signed();
-            // SAFETY: a signal to the child's own process group: it was not
-            // waited for yet, so that its id is no other's.
-            unsafe { libc::kill(-group, libc::SIGKILL) };
-            child.wait()?;
+            kill(child)?;
             return Ok(None);
         }
         thread::sleep(LOOK);
     }
 }
 
+/// Kills a child that was not waited for yet, with what it started.
+fn kill(child: &mut Child) -> io::Result<()> {
+    let group = child.id().cast_signed();
+    // SAFETY: a signal to the child's own process group: it was not waited for
+    // yet, so that its id is no other's.
+    unsafe { libc::kill(-group, libc::SIGKILL) };
+    child.wait().map(|_| ())
+}
+
 /// Pieces of an output; the end of the channel is its end.
-fn collect(pipe: Option<impl Read + Send + 'static>) -> Receiver<Vec<u8>> {
+fn collect(
+    pipe: Option<impl Read + Send + 'static>,
+    reader: Builder,
+) -> io::Result<Receiver<Vec<u8>>> {
     // Holds no more than is kept.
     let (sender, pieces) = mpsc::channel();
-    thread::spawn(move || {
+    reader.spawn(move || {
         let Some(mut pipe) = pipe else { return };
         let mut kept = 0;
         let mut chunk = [0; 4096];
@@ -76,8 +99,8 @@ fn collect(pipe: Option<impl Read + Send + 'static>) -> Receiver<Vec<u8>> {
                 return;
             }
         }
-    });
-    pieces
+    })?;
+    Ok(pieces)
 }
 
 /// The beginning of an output as text, and whether that is not all.
@@ -133,5 +156,18 @@ mod tests {
         let (status, stdout, _, _) = shell("echo on; sleep 100 & sleep 100", LOOK * 20);
         assert_eq!((status, &*stdout), (None, "on\n"));
         assert!(begin.elapsed() < LONG, "it was waited for");
+    }
+
+    #[test]
+    fn without_a_thread_for_its_output_a_program_is_refused_and_nothing_is_left() {
+        let dir = tempfile::tempdir().expect("dir");
+        let late = dir.path().join("late");
+        let script = format!("sleep 1; touch {}", late.display());
+        let words = ["/bin/sh", "-c", &script].map(str::to_owned);
+        // No address space has room for such a stack.
+        let refused = run_with(&words, LONG, || Builder::new().stack_size(1 << 60));
+        assert!(refused.is_err(), "{refused:?}");
+        thread::sleep(Duration::from_millis(1500));
+        assert!(!late.exists(), "the program went on");
     }
 }

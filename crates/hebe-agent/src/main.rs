@@ -89,19 +89,33 @@ fn serve(exec: bool) -> io::Result<()> {
                 continue;
             }
         };
-        if connections.fetch_add(1, Ordering::SeqCst) >= CONNECTIONS_MAX {
-            connections.fetch_sub(1, Ordering::SeqCst);
+        let Some(place) = Place::take(&connections) else {
             continue;
-        }
-        let (guest, own) = (Arc::clone(&guest), Arc::clone(&connections));
-        let spawned = thread::Builder::new().spawn(move || {
+        };
+        let guest = Arc::clone(&guest);
+        // Where no thread can be had, the connection is closed.
+        let _ = thread::Builder::new().spawn(move || {
+            let _place = place;
             // A connection that breaks is the host's business.
             let _ = converse(stream, &*guest, limits);
-            own.fetch_sub(1, Ordering::SeqCst);
         });
-        if spawned.is_err() {
-            connections.fetch_sub(1, Ordering::SeqCst);
-        }
+    }
+}
+
+/// One of [`CONNECTIONS_MAX`] places, as long as it lives.
+struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    fn take(taken: &Arc<AtomicUsize>) -> Option<Self> {
+        // Gives itself back where there was none.
+        let place = Self(Arc::clone(taken));
+        (taken.fetch_add(1, Ordering::SeqCst) < CONNECTIONS_MAX).then_some(place)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -165,4 +179,30 @@ fn accept(listener: &OwnedFd) -> io::Result<Option<UnixStream>> {
     // Reading, writing and time limits are the same for all stream sockets;
     // addresses are what differs, and none is asked for.
     Ok(Some(UnixStream::from(stream)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_free_again_however_its_connection_ended() {
+        let taken = Arc::default();
+        let mut places: Vec<_> = (0..CONNECTIONS_MAX)
+            .map(|_| Place::take(&taken).expect("free"))
+            .collect();
+        assert!(Place::take(&taken).is_none());
+        assert_eq!(taken.load(Ordering::SeqCst), CONNECTIONS_MAX);
+        let place = places.pop().expect("a place");
+        let panics = thread::spawn(move || {
+            let _place = place;
+            std::panic::resume_unwind(Box::new("a connection's thread panics"));
+        });
+        panics.join().expect_err("panic");
+        let place = places.pop().expect("a place");
+        // No address space has room for such a stack.
+        let builder = thread::Builder::new().stack_size(1 << 60);
+        builder.spawn(move || drop(place)).expect_err("no thread");
+        assert_eq!(taken.load(Ordering::SeqCst), CONNECTIONS_MAX - 2);
+    }
 }

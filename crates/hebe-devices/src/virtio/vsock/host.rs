@@ -204,6 +204,8 @@ impl VsockHost {
                 news.callers.push(Caller { id, stream, port });
             }
             Some(Wish::Listen(port)) if self.parked.len() < PARKED_MAX => {
+                // It may be gone already, by the event that told of its line.
+                self.rearm(id, &stream);
                 self.parked.insert(id, Parked { stream, port });
             }
             _ => {}
@@ -240,6 +242,8 @@ fn wish(line: &[u8]) -> Option<Wish> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     #[test]
@@ -264,5 +268,26 @@ mod tests {
         }
         assert_eq!(wish(b"CONNECT \xff"), None);
         assert_eq!("CONNECT 4294967295\n".len(), LINE_MAX);
+    }
+
+    #[test]
+    fn a_program_that_ends_as_it_begins_to_wait_is_let_go() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("socket");
+        let listener = UnixListener::bind(&path).expect("listen");
+        let mut host = VsockHost::new(listener).expect("host's side");
+        for _ in 0..=PARKED_MAX {
+            let mut program = UnixStream::connect(&path).expect("connect");
+            // Let in, and what it did so far is known.
+            host.poll();
+            host.poll();
+            assert_eq!((host.greeting.len(), host.parked.len()), (1, 0));
+            program.write_all(b"LISTEN 5\n").expect("write");
+            drop(program);
+            host.poll();
+            assert_eq!((host.greeting.len(), host.parked.len()), (0, 1));
+            host.poll();
+            assert_eq!(host.parked.len(), 0, "nobody waits any more");
+        }
     }
 }
