@@ -32,6 +32,8 @@ use crate::span::Span;
 
 /// Most windows that are followed from one into the next.
 const WINDOWS_MAX: usize = 1000;
+/// Least uptime that makes a host due without a person.
+const UPTIME_LEAST: Span = Span::hours(1);
 
 /// When hosts are to be rejuvenated.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -104,6 +106,10 @@ pub struct Facts {
     pub load: Vec<Load>,
     /// Hosts of the group that are under way.
     pub under_way: u32,
+    /// Before then it has not been up for [`Policy::least_uptime`], and no
+    /// calendar and no ageing makes it due; `None` if it has.
+    #[serde(default)]
+    pub rested: Option<Moment>,
 }
 
 /// What the ageing monitor foretells.
@@ -238,6 +244,17 @@ impl Policy {
         })
     }
 
+    /// How long a host must have been up before a calendar or ageing makes it
+    /// due, by a clock that nobody sets: a wall clock that steps back has the
+    /// event at which the host went once more.
+    pub fn least_uptime(&self) -> Span {
+        let within = self.rules.iter().filter_map(|rule| match rule {
+            Rule::Calendar { within, .. } => Some(*within),
+            Rule::Ageing { .. } | Rule::ByHand => None,
+        });
+        within.fold(UPTIME_LEAST, Span::max)
+    }
+
     /// The first instant from `now` on that no blackout covers.
     pub fn free_from(&self, now: Moment) -> Option<Moment> {
         let mut at = now;
@@ -262,6 +279,11 @@ impl Rule {
 
     /// Whether it is due, or when that may be next.
     fn due(&self, facts: &Facts, now: Moment) -> Due {
+        if let Some(rested) = facts.rested.filter(|rested| now < *rested)
+            && *self != Self::ByHand
+        {
+            return Due::NotBefore(Some(rested));
+        }
         match self {
             Self::Calendar { on, within, .. } => {
                 let reach = now.saturating_sub(seconds(*within));

@@ -218,14 +218,15 @@ fn wall() -> Moment {
 }
 
 fn seen(sentinel: &Path, exhausted_in_s: Option<f64>) -> Seen {
-    let now = wall();
+    let (now, up_s) = (wall(), clock_gettime(ClockId::Boottime).tv_sec);
     let changed = sentinel.metadata().and_then(|meta| meta.modified());
     let asked = changed
         .ok()
         .and_then(|at| at.duration_since(UNIX_EPOCH).ok());
     Seen {
         now,
-        booted: Some(now - clock_gettime(ClockId::Boottime).tv_sec),
+        booted: Some(now - up_s),
+        up_s: Some(up_s),
         asked: asked.and_then(|at| Moment::try_from(at.as_secs()).ok()),
         exhausted_in_s,
         halted: false,
@@ -489,6 +490,15 @@ mod tests {
         let id = hebe_types::VmId(host.system.boot_id()).to_string();
         std::fs::write(halt::path(&host), other.replace(&id, "other")).expect("write");
         assert!(look().1.is_some());
+    }
+
+    #[test]
+    fn how_long_the_host_is_up_is_seen_by_a_clock_that_nobody_sets() {
+        let up_s = || clock_gettime(ClockId::Boottime).tv_sec;
+        let before = up_s();
+        let seen = seen(Path::new("/nonexistent/sentinel"), None);
+        let told = seen.up_s.expect("told");
+        assert!((before..=up_s()).contains(&told), "{told}");
     }
 
     #[test]

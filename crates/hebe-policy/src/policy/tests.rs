@@ -197,8 +197,9 @@ fn facts() -> impl Strategy<Value = Facts> {
         prop::option::of((instant(), instant())),
         load,
         0u32..4,
+        prop::option::weighted(0.3, instant()),
     )
-        .prop_map(|(last, asked, exhaustion, mut load, under_way)| {
+        .prop_map(|(last, asked, exhaustion, mut load, under_way, rested)| {
             load.sort_by_key(|l| l.0);
             Facts {
                 last,
@@ -209,6 +210,7 @@ fn facts() -> impl Strategy<Value = Facts> {
                     .map(|(from, load)| Load { from, load })
                     .collect(),
                 under_way,
+                rested,
             }
         })
 }

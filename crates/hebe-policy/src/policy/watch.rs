@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Decision, Exhaustion, Facts, Load, Policy, Why, decide};
+use super::{Decision, Exhaustion, Facts, Load, Policy, Why, decide, seconds};
 use crate::calendar::Moment;
 
 /// How long after a reboot that did not happen it is tried again, in seconds.
@@ -22,6 +22,9 @@ pub struct Seen {
     pub now: Moment,
     /// When its kernel began: every boot rejuvenates.
     pub booted: Option<Moment>,
+    /// For how many seconds it has been up, by a clock that nobody sets.
+    #[serde(default)]
+    pub up_s: Option<Moment>,
     /// When a person, or a package, asked for a reboot.
     pub asked: Option<Moment>,
     /// In how many seconds the ageing monitor foretells exhaustion.
@@ -60,6 +63,10 @@ impl Watcher {
             exhaustion: self.exhaustion,
             load: self.load.iter().copied().collect(),
             under_way: 0,
+            rested: seen.up_s.map(|up_s| {
+                let rest_s = seconds(policy.least_uptime()).saturating_sub(up_s);
+                seen.now.saturating_add(rest_s.max(0))
+            }),
         };
         let decision = decide(policy, &facts, seen.now);
         if !matches!(decision, Decision::Go { .. }) {
@@ -103,6 +110,7 @@ impl Watcher {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Rule;
     use super::*;
 
     const HOUR: Moment = 3_600;
@@ -145,6 +153,7 @@ length = "10h"
             let seen = Seen {
                 now,
                 booted: Some(booted),
+                up_s: Some(now - booted),
                 asked: None,
                 exhausted_in_s: left,
                 load: Some(if (3..7).contains(&hour) { 0.1 } else { 0.7 }),
@@ -231,6 +240,44 @@ length = "10h"
         seen.halted = false;
         let (_, decision) = watcher.look(&policy, &seen);
         assert!(matches!(decision, Decision::Go { .. }));
+    }
+
+    #[test]
+    fn a_wall_clock_that_steps_back_reboots_nothing_twice() {
+        let mut policy = policy(NIGHTLY);
+        for rule in &mut policy.rules {
+            if let Rule::Calendar { quiet, .. } = rule {
+                *quiet = None;
+            }
+        }
+        let sunday = MONDAY + 6 * DAY + 2 * HOUR;
+        let look = |now, up_s| {
+            let seen = Seen {
+                now,
+                booted: Some(now - up_s),
+                up_s: Some(up_s),
+                exhausted_in_s: Some(60.0),
+                ..Seen::default()
+            };
+            Watcher::default().look(&policy, &seen).1
+        };
+        assert!(matches!(look(sunday, DAY), Decision::Go { .. }));
+        // It went, and was up for a while when its clock was set back.
+        for up_s in [0, 60, HOUR, 4 * HOUR - 1] {
+            let why = Why::NothingDue;
+            let until = Some(sunday + 4 * HOUR - up_s);
+            assert_eq!(look(sunday, up_s), Decision::Wait { why, until });
+        }
+        // A person's order does not wait.
+        let seen = Seen {
+            now: sunday,
+            booted: Some(sunday - 60),
+            up_s: Some(60),
+            asked: Some(sunday - 30),
+            ..Seen::default()
+        };
+        let (_, decision) = Watcher::default().look(&policy, &seen);
+        assert!(matches!(decision, Decision::Go { rule: 2, .. }));
     }
 
     #[test]
