@@ -98,7 +98,8 @@ impl EtcdSlots {
                 return Ok(Taken::Leased);
             }
         }
-        match may_take(&found, &slot.host, &slot.boot_id, slot.at_most, now_s) {
+        let (me, machine) = (&slot.host, &slot.machine);
+        match may_take(&found, me, machine, &slot.boot_id, slot.at_most, now_s) {
             Take::Mine(mine) => return Ok(Taken::Mine(mine)),
             Take::Not(full) => return Ok(Taken::Not(full)),
             Take::Free => {}

@@ -70,6 +70,10 @@ impl FleetLock {
     /// When nothing is known.
     pub fn take(&self, slot: &Slot) -> Result<Taken, FleetError> {
         match self.note.read()? {
+            // A copy of another machine's disk.
+            Some(own) if own.machine != slot.machine => {
+                return Ok(Taken::Not(Full::SameName(slot.host.to_string())));
+            }
             Some(own) if own.boot_id != slot.boot_id => return Ok(Taken::Not(Full::Unreleased)),
             // The server is asked all the same: somebody may have freed it.
             Some(own) => {

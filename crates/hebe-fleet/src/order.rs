@@ -40,13 +40,14 @@ fn now_ms() -> u64 {
         + u64::try_from(now.tv_nsec).unwrap_or(0) / 1_000_000
 }
 
-/// A slot as an order asks for it.
+/// A slot as an order of `machine` asks for it in boot `boot_id`.
 ///
 /// # Errors
 /// When the kernel gives no random numbers.
 pub fn new_slot(
     config: &FleetConfig,
     host: &FleetName,
+    machine: &str,
     boot_id: &str,
 ) -> Result<Slot, std::io::Error> {
     let mut random = [0; 16];
@@ -55,6 +56,7 @@ pub fn new_slot(
     Ok(Slot {
         version: SLOT_VERSION,
         host: host.clone(),
+        machine: machine.to_owned(),
         phase: Phase::Held,
         claim: random.iter().map(|byte| format!("{byte:02x}")).collect(),
         boot_id: boot_id.to_owned(),

@@ -140,7 +140,7 @@ fn slots(config: &FleetConfig, host: &str, dir: &Path) -> Slots {
 }
 
 fn wants(config: &FleetConfig, host: &str, boot_id: &str) -> Slot {
-    new_slot(config, &name(host), boot_id).expect("slot")
+    new_slot(config, &name(host), host, boot_id).expect("slot")
 }
 
 fn quiet(_: &str) {}
@@ -219,6 +219,18 @@ fn a_dead_host_is_unlocked_by_hand_and_a_refusal_gives_the_slot_back() {
     assert!(server.held().is_empty());
     // Nothing was taken: giving back is no error.
     give_up(&b, wants(&config, "b", "boot-1"), times(&config), &quiet).expect("released");
+}
+
+#[test]
+fn the_record_on_a_copied_disk_is_another_machines() {
+    let server = Server::start(None);
+    let dir = tempfile::tempdir().expect("folder");
+    let config = config(&server.url);
+    let a = slots(&config, "a", dir.path());
+    a.pin(&wants(&config, "a", "boot-1")).expect("written");
+    let copy = new_slot(&config, &name("a"), "another", "boot-1").expect("slot");
+    let taken = a.take(&copy, 0).expect("answer");
+    assert!(matches!(taken, Taken::Not(Full::SameName(_))), "{taken:?}");
 }
 
 #[test]

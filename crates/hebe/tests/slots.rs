@@ -59,12 +59,25 @@ fn config(server: &Server, host: &str) -> String {
     )
 }
 
-/// What the old kernel of `host` wrote down.
+/// What this machine calls itself.
+fn machine() -> String {
+    let id = fs::read_to_string("/etc/machine-id").unwrap_or_default();
+    id.trim().to_owned()
+}
+
+/// What the old kernel of `host`, on this machine, wrote down.
+fn slot(host: &str, deadline_s: u64, vms: &[&str]) -> Value {
+    json!({
+        "version": 1, "host": host, "machine": machine(), "phase": "rebooting", "claim": "c",
+        "boot_id": "before", "since_s": 1_000, "deadline_s": deadline_s, "at_most": 1, "vms": vms,
+    })
+}
+
 fn put(server: &Server, host: &str, deadline_s: u64, vms: &[&str]) {
-    let slot = json!({
-        "version": 1, "host": host, "phase": "rebooting", "claim": "c", "boot_id": "before",
-        "since_s": 1_000, "deadline_s": deadline_s, "at_most": 1, "vms": vms,
-    });
+    put_slot(server, host, &slot(host, deadline_s, vms));
+}
+
+fn put_slot(server: &Server, host: &str, slot: &Value) {
     let put = Change::Put(
         format!("/hebe/fleet/1/rack1/{host}"),
         slot.to_string().into_bytes(),
@@ -138,6 +151,37 @@ fn the_new_kernel_gives_the_slot_back_when_every_vm_answers() {
     let status = a.json("fleet status");
     let stopped = status["stopped"].as_str().expect("a sentence");
     assert!(stopped.contains("'b' did not come back"), "{stopped}");
+}
+
+#[test]
+fn a_machine_of_the_same_name_releases_nothing() {
+    let Some(server) = Server::start(1) else {
+        return;
+    };
+    let dir = tempfile::tempdir().expect("folder");
+    let a = Host { dir: dir.path() };
+    a.configure(&config(&server, "a"));
+    let mut other = slot("a", 4_000_000_000, &[]);
+    other["machine"] = json!("another");
+    put_slot(&server, "a", &other);
+    a.says("fleet release", 1, "another machine of the same name 'a'");
+    a.says("fleet lock", 3, "another machine of the same name 'a'");
+    assert_eq!(a.json("fleet status")["slots"][0]["machine"], "another");
+    a.says("fleet unlock a --yes", 0, "the slot of 'a' is free");
+}
+
+#[test]
+fn the_record_on_a_copied_disk_releases_nothing() {
+    let dir = tempfile::tempdir().expect("folder");
+    let a = Host { dir: dir.path() };
+    a.configure("group = \"rack1\"\nhost = \"a\"\n[fleetlock]\nurl = \"http://127.0.0.1:1\"\n");
+    let mut other = slot("a", 4_000_000_000, &[]);
+    other["machine"] = json!("another");
+    fs::create_dir_all(dir.path().join("state/fleet")).expect("folder");
+    let note = dir.path().join("state/fleet/slot.json");
+    fs::write(&note, other.to_string()).expect("write");
+    a.says("fleet release", 1, "another machine of the same name 'a'");
+    assert!(note.exists());
 }
 
 #[test]

@@ -55,7 +55,7 @@ fn slots(config: &FleetConfig, host: &str) -> Slots {
 }
 
 fn slot(config: &FleetConfig, host: &str, boot_id: &str) -> Slot {
-    new_slot(config, &name(host), boot_id).expect("slot")
+    new_slot(config, &name(host), host, boot_id).expect("slot")
 }
 
 fn quiet(_: &str) {}
@@ -244,6 +244,19 @@ fn an_order_that_is_undone_gives_back_what_it_took() {
         assert_eq!(order.undo("x"), Stop::NotReady("x".into()));
         assert_eq!(there(&a, "a"), None);
     }
+}
+
+#[test]
+fn a_machine_of_the_same_name_does_not_take_the_slot_for_its_own() {
+    let Some(server) = Server::start(1) else {
+        return;
+    };
+    let config = config(&server.endpoints, 9);
+    let a = slots(&config, "a");
+    pinned(&a, &config, "a", 120);
+    let clone = new_slot(&config, &name("a"), "another", "boot-1").expect("slot");
+    let taken = a.take(&clone, 0).expect("answer");
+    assert!(matches!(taken, Taken::Not(Full::SameName(_))), "{taken:?}");
 }
 
 #[test]

@@ -378,7 +378,7 @@ impl World {
                     .map(|k| Found::Slot(k.slot.clone()))
                     .collect();
                 // No deadline: that they stop others is tested elsewhere.
-                match may_take(&found, &name, &boot_id, self.at_most, 0) {
+                match may_take(&found, &name, name.as_str(), &boot_id, self.at_most, 0) {
                     Take::Not(full) => Event::Full {
                         why: full.to_string(),
                         may_pass: full.may_pass(),
@@ -390,6 +390,7 @@ impl World {
                     Take::Free => {
                         let slot = Slot {
                             version: SLOT_VERSION,
+                            machine: name.to_string(),
                             host: name,
                             phase: Phase::Held,
                             claim,

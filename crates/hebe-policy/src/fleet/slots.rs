@@ -106,6 +106,9 @@ pub struct Slot {
     pub version: u32,
     /// Whose it is.
     pub host: FleetName,
+    /// The machine that took it, as `/etc/machine-id` says, empty where there
+    /// is none: two hosts that bear the same name are told apart by it.
+    pub machine: String,
     /// How far it is.
     pub phase: Phase,
     /// The order that took it: random, so that an order knows its own slot.
@@ -188,6 +191,11 @@ pub enum Full {
         /// For how long it is overdue.
         late_s: u64,
     },
+    /// Another machine has the same name.
+    #[error(
+        "another machine of the same name '{0}' has this slot: give each host of the group a name of its own (host = \"NAME\" in fleet.toml); if this machine's id was changed, `hebe fleet unlock {0} --yes` frees the slot"
+    )]
+    SameName(String),
     /// Another order on this host.
     #[error(
         "another order on this host holds its slot, which is given up soon after that order ends"
@@ -212,12 +220,13 @@ impl Full {
     }
 }
 
-/// Whether `host`, in boot `boot_id`, may have a slot while the group's slots
-/// are these. Of the host's own number and those of all who are under way the
+/// Whether `host`, which is `machine`, in boot `boot_id`, may have a slot while
+/// the group's slots are these. Of the host's own number and those of all who are under way the
 /// smallest counts: hosts that were told differently obey all.
 pub fn may_take(
     found: &[Found],
     host: &FleetName,
+    machine: &str,
     boot_id: &str,
     at_most: u32,
     now_s: u64,
@@ -225,6 +234,9 @@ pub fn may_take(
     let own = found.iter().find(|f| f.host() == host.as_str());
     match own {
         Some(Found::Unreadable { why, .. }) => return Take::Not(Full::Unreadable(why.clone())),
+        Some(Found::Slot(slot)) if slot.machine != machine => {
+            return Take::Not(Full::SameName(host.to_string()));
+        }
         Some(Found::Slot(slot)) if slot.phase == Phase::Held => return Take::Not(Full::Elsewhere),
         Some(Found::Slot(slot)) if slot.boot_id == boot_id => return Take::Mine(slot.clone()),
         Some(Found::Slot(_)) => return Take::Not(Full::Unreleased),
@@ -260,6 +272,7 @@ mod tests {
         Found::Slot(Slot {
             version: SLOT_VERSION,
             host: host.parse().expect("name"),
+            machine: "machine-1".into(),
             phase,
             claim: "c".into(),
             boot_id: "boot-1".into(),
@@ -271,7 +284,8 @@ mod tests {
     }
 
     fn take(found: &[Found], boot: &str, at_most: u32) -> Take {
-        may_take(found, &"me".parse().expect("name"), boot, at_most, 1_000)
+        let me = "me".parse().expect("name");
+        may_take(found, &me, "machine-1", boot, at_most, 1_000)
     }
 
     #[test]
@@ -311,6 +325,22 @@ mod tests {
         assert_eq!(take(&own, "boot-2", 1), Take::Not(Full::Unreleased));
         let leased = [slot("me", Phase::Held, 2_000, 1)];
         assert_eq!(take(&leased, "boot-1", 1), Take::Not(Full::Elsewhere));
+    }
+
+    #[test]
+    fn another_machine_of_the_same_name_is_not_taken_for_this_one() {
+        let me = "me".parse().expect("name");
+        for phase in [Phase::Held, Phase::Rebooting, Phase::Verifying] {
+            let found = [slot("me", phase, 2_000, 9)];
+            for boot in ["boot-1", "boot-2"] {
+                let Take::Not(full) = may_take(&found, &me, "machine-2", boot, 9, 1_000) else {
+                    panic!("{phase:?} is another machine's");
+                };
+                let text = full.to_string();
+                assert!(text.contains("same name 'me'"), "{text}");
+                assert!(!full.may_pass());
+            }
+        }
     }
 
     #[test]

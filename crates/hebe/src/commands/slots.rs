@@ -9,7 +9,7 @@ use hebe_host::listing::{Survey, VmState, with_cause};
 use hebe_host::lock::VmLock;
 use hebe_host::{Host, HostError, definitions, listing};
 use hebe_policy::fleet::holder::{Stop, Times};
-use hebe_policy::fleet::slots::{FleetName, Found, Phase, Slot, Take, may_take};
+use hebe_policy::fleet::slots::{FleetName, Found, Full, Phase, Slot, Take, may_take};
 use hebe_policy::span::Span;
 use hebe_types::VmId;
 use serde::Serialize;
@@ -23,6 +23,7 @@ const WAIT_MIN_S: u64 = 60;
 pub struct Fleet {
     config: FleetConfig,
     host: FleetName,
+    machine: String,
     boot_id: String,
     slots: Slots,
 }
@@ -46,6 +47,7 @@ impl Fleet {
         Ok(Some(Self {
             slots: Slots::open(&config, &name, note),
             boot_id: VmId(host.system.boot_id()).to_string(),
+            machine: machine_id(),
             host: name,
             config,
         }))
@@ -77,7 +79,7 @@ impl Fleet {
     }
 
     fn new_slot(&self) -> Result<Slot, Failure> {
-        new_slot(&self.config, &self.host, &self.boot_id)
+        new_slot(&self.config, &self.host, &self.machine, &self.boot_id)
             .map_err(|e| Failure(format!("no random number is to be had: {}", with_cause(&e))))
     }
 
@@ -119,11 +121,18 @@ impl Fleet {
             all => all.map_err(|e| e.to_string())?,
         };
         let (host, at_most) = (&self.host, self.config.at_most);
-        match may_take(&all, host, &self.boot_id, at_most, wall_s()) {
+        match may_take(&all, host, &self.machine, &self.boot_id, at_most, wall_s()) {
             Take::Free | Take::Mine(_) => Ok(()),
             Take::Not(full) => Err(full.to_string()),
         }
     }
+}
+
+/// What tells this machine from another one of the same name; empty where it
+/// has no id.
+fn machine_id() -> String {
+    let id = std::fs::read_to_string("/etc/machine-id").unwrap_or_default();
+    id.trim().to_owned()
 }
 
 /// The VMs that are up: whose VMM did not fail, and whose guest did not panic.
@@ -257,6 +266,10 @@ pub fn release(host: &Host, wait: Option<Span>, out: &Output) -> Outcome {
             return Err(Failure(format!(
                 "the slot cannot be read ({why}): `hebe fleet unlock {host} --yes` frees it"
             )));
+        }
+        Some(Found::Slot(slot)) if slot.machine != fleet.machine => {
+            let why = Full::SameName(fleet.host.to_string());
+            return Err(Failure(format!("the slot is not released: {why}")));
         }
         Some(Found::Slot(slot)) if slot.phase == Phase::Held => {
             return Err(Failure(
