@@ -110,7 +110,12 @@ impl FleetLock {
     ///
     /// # Errors
     /// When nothing is known.
-    pub fn release(&self) -> Result<(), FleetError> {
+    pub fn release(&self, slot: &Slot) -> Result<(), FleetError> {
+        // What another order wrote down is that one's: the server knows one
+        // slot for a host, and cannot tell.
+        if self.note.read()?.is_some_and(|own| own.claim != slot.claim) {
+            return Ok(());
+        }
         self.steady(&self.host)?;
         self.note.remove()
     }

@@ -245,6 +245,11 @@ impl<'a> Order<'a> {
                     why,
                     may_pass: true,
                 },
+                // It is read first: nobody was asked, and waiting mends nothing.
+                Err(error @ FleetError::Note { .. }) => Event::Full {
+                    why: error.to_string(),
+                    may_pass: false,
+                },
                 Err(error) => unknown(error),
             },
             Effect::Renew => match self.slots.renew(&self.slot) {

@@ -138,7 +138,7 @@ impl Slots {
     pub fn release(&self, slot: &Slot) -> Result<(), FleetError> {
         match self {
             Self::Etcd(slots) => slots.release(slot),
-            Self::FleetLock(slots) => slots.release(),
+            Self::FleetLock(slots) => slots.release(slot),
         }
     }
 

@@ -22,6 +22,8 @@ use serde_json::{Value, json};
 struct Counts {
     held: BTreeSet<String>,
     asked: Vec<String>,
+    /// It gives slots, and its answers are lost.
+    unheard: bool,
 }
 
 /// A server with one slot. What it is told to say instead comes first.
@@ -70,6 +72,9 @@ fn serve(
         Some(instead) => (500, instead.to_owned()),
         None => answer(&head, &body, &mut counts.lock().expect("lock")),
     };
+    if head.contains("pre-reboot") && counts.lock().expect("lock").unheard {
+        return Ok(());
+    }
     write!(
         stream,
         "HTTP/1.1 {status} X\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{answer}",
@@ -222,6 +227,29 @@ fn a_dead_host_is_unlocked_by_hand_and_a_refusal_gives_the_slot_back() {
 }
 
 #[test]
+fn a_grant_that_nobody_heard_is_given_back_and_a_kept_slot_is_not() {
+    let server = Server::start(None);
+    let dir = tempfile::tempdir().expect("folder");
+    let config = config(&server.url);
+    let a = slots(&config, "a", dir.path());
+    let take = || Order::take(&a, wants(&config, "a", "boot-1"), times(&config), &quiet);
+    let deaf = |unheard| server.counts.lock().expect("lock").unheard = unheard;
+    deaf(true);
+    let stop = take().err();
+    assert!(matches!(stop, Some(Stop::NoSlot(_))), "{stop:?}");
+    assert!(server.held().is_empty(), "{:?}", server.held());
+    // What `hebe fleet lock` took is not this order's to give back.
+    deaf(false);
+    let mut order = take().expect("slot");
+    order.pin(BTreeSet::new(), 60).expect("pinned");
+    drop(order);
+    deaf(true);
+    assert!(take().is_err());
+    assert_eq!(server.held(), ["a"]);
+    assert!(a.own(&name("a")).expect("record").is_some());
+}
+
+#[test]
 fn the_record_on_a_copied_disk_is_another_machines() {
     let server = Server::start(None);
     let dir = tempfile::tempdir().expect("folder");
@@ -275,7 +303,9 @@ fn a_server_that_is_none_or_does_not_answer_gives_no_slot() {
         let a = slots(&config, "a", dir.path());
         let slot = wants(&config, "a", "boot-1");
         let begun = std::time::Instant::now();
-        let Err(Stop::NoSlot(why)) = Order::take(&a, slot.clone(), times(&config), &quiet) else {
+        // Nobody knows what the server heard.
+        let Err(Stop::Unreleased(why)) = Order::take(&a, slot.clone(), times(&config), &quiet)
+        else {
             panic!("{url} gives no slots");
         };
         assert!(why.contains("nobody keeps the slots"), "{why}");
@@ -302,6 +332,8 @@ fn a_damaged_record_is_not_taken_for_none() {
         let error = a.own(&name("a")).expect_err("damaged").to_string();
         assert!(error.contains("slot.json"), "{error}");
         assert!(a.take(&wants(&config, "a", "boot-1"), 0).is_err());
+        let stop = Order::take(&a, wants(&config, "a", "boot-1"), times(&config), &quiet).err();
+        assert!(matches!(stop, Some(Stop::NoSlot(_))), "{stop:?}");
     }
     assert!(server.held().is_empty(), "nobody was asked");
     // The way out of it.

@@ -27,7 +27,8 @@
 //!    was rebooted and every VM runs, or by the new kernel, after every VM
 //!    answers.
 //! 4. No answer means that nothing is known; what is asked again then changes
-//!    nothing that was done already.
+//!    nothing that was done already. A slot without a lease that may have been
+//!    given unheard is given back when the host stops asking.
 
 /// Times of a holder, in milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -325,17 +326,22 @@ impl Holder {
                 };
             }
             (Event::Full { why, may_pass }, &State::Asking { until_ms }) => {
-                self.ask_later(why, may_pass, until_ms, now_ms);
+                self.ask_later(&why, may_pass, until_ms, now_ms);
             }
             (Event::Unknown(why), &State::Asking { until_ms }) => {
-                self.ask_later(why, true, until_ms, now_ms);
+                self.ask_later(&why, true, until_ms, now_ms);
+                // The slot may have been given all the same, and without a
+                // lease it does not go by itself.
+                if matches!(self.state, State::Stopped(_)) && self.times.lease_ms.is_none() {
+                    return self.release(now_ms, Some(Stop::NoSlot(why)));
+                }
             }
             _ => {}
         }
         None
     }
 
-    fn ask_later(&mut self, why: String, may_pass: bool, until_ms: u64, now_ms: u64) {
+    fn ask_later(&mut self, why: &str, may_pass: bool, until_ms: u64, now_ms: u64) {
         let ask_at_ms = now_ms.saturating_add(self.times.ask_every_ms);
         self.state = if may_pass && ask_at_ms <= until_ms {
             State::Wanted {
@@ -343,7 +349,7 @@ impl Holder {
                 until_ms,
             }
         } else {
-            State::Stopped(Stop::NoSlot(why))
+            State::Stopped(Stop::NoSlot(why.to_owned()))
         };
     }
 

@@ -127,6 +127,38 @@ fn patience_ends_and_what_cannot_pass_is_not_waited_for() {
 }
 
 #[test]
+fn a_slot_without_a_lease_that_may_have_been_given_unheard_is_given_back() {
+    let times = Times {
+        lease_ms: None,
+        ..TIMES
+    };
+    let unheard = [
+        (Event::Tick, 0),
+        (Event::Unknown("silence".into()), 1_000),
+        (Event::Tick, 19_600),
+        (Event::Unknown("silence".into()), 19_900),
+    ];
+    let (holder, effects) = drive(Holder::wants(times, 0), &unheard);
+    assert_eq!(effects, [Effect::Ask, Effect::Ask, Effect::Release]);
+    let (released, _) = holder.clone().step(Event::Released, 20_000);
+    let no_slot = State::Stopped(Stop::NoSlot("silence".into()));
+    assert_eq!(released.state(), &no_slot);
+    let (silent, _) = holder.step(Event::Unknown("silence".into()), 30_000);
+    let unknown = matches!(silent.state(), State::Stopped(Stop::Unreleased(_)));
+    assert!(unknown, "{:?}", silent.state());
+    // A server that says no gave nothing; a lease ends by itself.
+    let full = Event::Full {
+        why: "taken".into(),
+        may_pass: false,
+    };
+    let denied = [(Event::Tick, 0), (full, 1)];
+    let (_, effects) = drive(Holder::wants(times, 0), &denied);
+    assert_eq!(effects, [Effect::Ask]);
+    let (_, effects) = drive(Holder::wants(TIMES, 0), &unheard);
+    assert_eq!(effects, [Effect::Ask, Effect::Ask]);
+}
+
+#[test]
 fn nobody_insists_for_ever() {
     let unknown = || Event::Unknown("silence".into());
     let pinning = [
