@@ -36,6 +36,12 @@ pub const HEBE_VMM: Program = Program {
     name: "hebe-vmm",
 };
 
+/// The agent in guests.
+pub const HEBE_AGENT: Program = Program {
+    package: "hebe-agent",
+    name: "hebe-agent",
+};
+
 /// The programs, built.
 #[derive(Clone, Debug)]
 pub struct Binaries {
@@ -43,14 +49,16 @@ pub struct Binaries {
     pub init: PathBuf,
     /// What goes into the host's `/bin`.
     pub product: Vec<PathBuf>,
+    /// What goes into the guests' `/bin`.
+    pub guest: Vec<PathBuf>,
 }
 
 impl Binaries {
-    /// Builds `lab-init` and the product's programs in `product`.
-    pub fn build(product: &[Program], progress: &dyn Progress) -> Result<Self> {
+    /// Builds `lab-init` and the product's programs for hosts and for guests.
+    pub fn build(product: &[Program], guest: &[Program], progress: &dyn Progress) -> Result<Self> {
         progress.step("building the programs for the lab's machines");
         let mut command = cargo("build");
-        for program in std::iter::once(&LAB_INIT).chain(product) {
+        for program in std::iter::once(&LAB_INIT).chain(product).chain(guest) {
             command.args(["--package", program.package]);
         }
         let status = command.status().context("cannot run cargo")?;
@@ -72,6 +80,7 @@ impl Binaries {
         Ok(Self {
             init: find(&LAB_INIT)?,
             product: product.iter().map(find).collect::<Result<_>>()?,
+            guest: guest.iter().map(find).collect::<Result<_>>()?,
         })
     }
 }

@@ -49,6 +49,9 @@ const GUEST: [&str; 9] = [
     "crc32c_generic?",
 ];
 
+/// What a guest needs for the devices that its agent and its host look at.
+const GUEST_AGENT: [&str; 3] = ["vmw_vsock_virtio_transport", "vmgenid?", "pvpanic-mmio?"];
+
 /// Builds a host's initramfs. It is compressed: kexec checks the hash of every
 /// byte inside the pause, on one processor, while a kernel unpacks its
 /// initramfs beside the start of its drivers.
@@ -59,14 +62,7 @@ pub fn host(
     progress: &dyn Progress,
 ) -> Result<Vec<u8>> {
     let mut archive = base(binaries)?;
-    for program in &binaries.product {
-        let name = program.file_name().context("a program without a name")?;
-        archive.file(
-            &format!("/bin/{}", name.to_string_lossy()),
-            0o755,
-            &read(program)?,
-        );
-    }
+    add_programs(&mut archive, &binaries.product)?;
     if let Some(busybox) = tools {
         archive.file("/bin/busybox", 0o755, &read(busybox)?);
     }
@@ -107,8 +103,25 @@ fn compressed(archive: &[u8], progress: &dyn Progress) -> Result<Vec<u8>> {
 /// machine more than the bytes do.
 pub fn guest(kernel: &Kernel, binaries: &Binaries) -> Result<Vec<u8>> {
     let mut archive = base(binaries)?;
-    add_modules(&mut archive, kernel, &[("early", &GUEST)])?;
+    add_programs(&mut archive, &binaries.guest)?;
+    let agent: &[&str] = match binaries.guest.is_empty() {
+        true => &[],
+        false => &GUEST_AGENT,
+    };
+    add_modules(&mut archive, kernel, &[("early", &GUEST), ("agent", agent)])?;
     Ok(archive.finish())
+}
+
+fn add_programs(archive: &mut Archive, programs: &[PathBuf]) -> Result<()> {
+    for program in programs {
+        let name = program.file_name().context("a program without a name")?;
+        archive.file(
+            &format!("/bin/{}", name.to_string_lossy()),
+            0o755,
+            &read(program)?,
+        );
+    }
+    Ok(())
 }
 
 fn base(binaries: &Binaries) -> Result<Archive> {

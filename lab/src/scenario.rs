@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use hebe_types::{
     ByteSize, ConsoleConfig, DiskConfig, MacAddr, NetConfig, RestartPolicy, StoreKind, VmConfig,
-    VmName,
+    VmName, VsockConfig,
 };
 use lab_guest::proto::HostStatus;
 use lab_guest::status::GuestStatus;
@@ -54,6 +54,8 @@ pub struct LabOptions {
     pub disk_mib: u64,
     /// Programs in the host's `/bin`.
     pub product: Vec<Program>,
+    /// Programs in the guests' `/bin`.
+    pub guest_programs: Vec<Program>,
     /// Put a busybox into the host.
     pub tools: bool,
     /// Put QEMU into the host, for [`crate::peer`].
@@ -85,6 +87,7 @@ impl Default for LabOptions {
             cpus: 2,
             disk_mib: 4096,
             product: vec![HEBE, HEBE_VMM],
+            guest_programs: Vec::new(),
             tools: false,
             peer: false,
             store_init: true,
@@ -111,6 +114,9 @@ pub struct GuestSpec {
     pub kernel: KernelName,
     /// It has the disk that [`LabOptions::guest_disks`] made under its name.
     pub disk: bool,
+    /// It has sockets, an agent that serves them, pvpanic and a generation ID;
+    /// the agent must be among [`LabOptions::guest_programs`].
+    pub agent: bool,
     /// Where its RAM lives.
     pub store: StoreKind,
     /// Working set of the memory checker, in MiB.
@@ -136,6 +142,7 @@ impl GuestSpec {
             vcpus: 1,
             kernel,
             disk: false,
+            agent: false,
             store: StoreKind::Auto,
             memcheck_mib: 32,
             memcheck_ms: None,
@@ -158,6 +165,9 @@ impl GuestSpec {
         );
         if let Some(ms) = self.memcheck_ms {
             line.push_str(&format!(" lab.memcheck_ms={ms}"));
+        }
+        if self.agent {
+            line.push_str(" lab.agent=1");
         }
         if !self.append.is_empty() {
             line.push(' ');
@@ -185,9 +195,9 @@ impl GuestSpec {
             restart_limit: None,
             after: Vec::new(),
             console: ConsoleConfig::default(),
-            pvpanic: false,
-            generation_id: false,
-            vsock: None,
+            pvpanic: self.agent,
+            generation_id: self.agent,
+            vsock: self.agent.then(VsockConfig::default),
             disks: self
                 .disk
                 .then(|| DiskConfig::raw(guest_disk_path(&self.name).into(), false))
@@ -226,7 +236,7 @@ impl Lab {
     /// Builds everything and boots the host.
     pub fn boot(assets: &Assets, options: LabOptions, progress: &dyn Progress) -> Result<Self> {
         let qemu = assets.machine_qemu(progress)?;
-        let binaries = Binaries::build(&options.product, progress)?;
+        let binaries = Binaries::build(&options.product, &options.guest_programs, progress)?;
         let folder = Folder::create(options.keep_files)?;
         let host = assets.kernel(options.host, progress)?;
         let tools = match options.tools {

@@ -55,7 +55,7 @@ pub struct Scene<'a> {
 /// How often a check is repeated because the emulated processor failed.
 const EMULATOR_FAILURES: u32 = 2;
 
-const CHECKS: [Check; 12] = [
+const CHECKS: [Check; 13] = [
     Check {
         name: "format",
         run: |_| cargo(&["fmt", "--all", "--check"], &[]),
@@ -107,6 +107,10 @@ const CHECKS: [Check; 12] = [
     Check {
         name: "lab: three methods, both kernel directions",
         run: |scene| passed(lab_tests::methods::run(scene)),
+    },
+    Check {
+        name: "lab: the agent in guests",
+        run: |scene| passed(lab_tests::agent::run(scene)),
     },
     Check {
         name: "lab: damage and kills",

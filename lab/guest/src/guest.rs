@@ -13,6 +13,7 @@ mod slow;
 
 use std::net::Ipv4Addr;
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -61,6 +62,12 @@ pub fn run() -> Result<()> {
     clock::start(&findings);
     power::start();
     slow::start(&findings, number("lab.slow_work", 0));
+    if sys::cmdline_value("lab.agent").is_some() {
+        modules::load("agent");
+        if let Err(e) = Command::new("/bin/hebe-agent").spawn() {
+            println!("LAB: agent: {e}");
+        }
+    }
     println!("LAB: guest ready");
     loop {
         thread::park();

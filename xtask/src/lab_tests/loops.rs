@@ -42,7 +42,7 @@ pub fn run(scene: &Scene) -> Result<()> {
 
 /// Whether the loops ran on this computer's `/dev/kvm`.
 fn here(scene: &Scene, loops: &str) -> Result<bool> {
-    let binaries = Binaries::build(&[SUSPEND_LOOP], scene.progress)?;
+    let binaries = Binaries::build(&[SUSPEND_LOOP], &[], scene.progress)?;
     let program = binaries
         .product
         .first()

@@ -1,6 +1,7 @@
 //! Tests that need KVM and kernels: they run in the emulated machine, whose
 //! processor has nested virtualization whatever this one has.
 
+pub mod agent;
 pub mod faults;
 pub mod kvm_tests;
 pub mod live_update;

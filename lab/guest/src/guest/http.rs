@@ -2,7 +2,7 @@
 //!
 //! `/status` and `/verify` answer JSON; `/file` reads the file `cache` of the
 //! disk (made on demand, `?mib=N`) and tells how long it took; `/web/N` are
-//! objects of 512 KiB.
+//! objects of 512 KiB; `/panic` has the kernel panic.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -79,6 +79,10 @@ fn answer(path: &str, query: &str, findings: &Findings) -> Result<Option<Vec<u8>
         "/verify" => {
             let missing = disk::verify(findings)?;
             Ok(Some(format!("{{\"missing\":{missing}}}").into_bytes()))
+        }
+        "/panic" => {
+            fs::write("/proc/sysrq-trigger", "c")?;
+            Ok(None)
         }
         "/file" => {
             let mib = parameter("mib").unwrap_or(64).min(FILE_MIB_MAX);
