@@ -46,17 +46,25 @@ fn deaths(world: &World, count: u32) {
     let mut orders = [0; 4];
     for death in 0..count {
         let daemon = world.daemon();
-        let (path, index, body) = match world.state("web") {
-            Some(VmState::Running) if death % 3 == 0 => {
-                ("stop", 0, "{\"timeout_s\": 0, \"force\": true}")
+        let (index, reply) = loop {
+            let seen = world.state("web");
+            let (path, index, body) = match seen {
+                Some(VmState::Running) if death % 3 == 0 => {
+                    ("stop", 0, "{\"timeout_s\": 0, \"force\": true}")
+                }
+                Some(VmState::Running) => ("suspend", 1, ""),
+                Some(VmState::Frozen) => ("resume", 2, ""),
+                Some(VmState::Stopped | VmState::Crashed) => ("start", 3, ""),
+                other => panic!("death {death}: {other:?}"),
+            };
+            let reply = daemon.post(&format!("/v1/vms/web/{path}"), body);
+            // A VMM that had been asked to freeze may have done so meanwhile.
+            if reply.status == 409 && world.state("web") != seen {
+                continue;
             }
-            Some(VmState::Running) => ("suspend", 1, ""),
-            Some(VmState::Frozen) => ("resume", 2, ""),
-            Some(VmState::Stopped | VmState::Crashed) => ("start", 3, ""),
-            other => panic!("death {death}: {other:?}"),
+            assert_eq!(reply.status, 202, "death {death}: {path}: {reply:?}");
+            break (index, reply);
         };
-        let reply = daemon.post(&format!("/v1/vms/web/{path}"), body);
-        assert_eq!(reply.status, 202, "death {death}: {path}: {reply:?}");
         // From at once to well after such an order ends; now and then it ends.
         let step = u64::from(death * 7 % 20);
         thread::sleep(Duration::from_micros(step * step * 500));
