@@ -174,7 +174,7 @@ fn measure(
         ..GuestSpec::numbered(0, KernelName::V6_1Cloud)
     };
     let options = LabOptions {
-        reserve_mib: memory_mib + 64,
+        reserve_mib: memory_mib + 128,
         memory_mib: memory_mib + 2560,
         disk_mib: 2 * memory_mib + 2048,
         ..LabOptions::default()
