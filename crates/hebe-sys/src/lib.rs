@@ -4,6 +4,7 @@
 pub mod clock;
 pub mod dax;
 pub mod fdpass;
+pub mod fdstore;
 pub mod kexec;
 pub mod lock;
 pub mod luo;

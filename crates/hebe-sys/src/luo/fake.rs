@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{
@@ -19,8 +20,8 @@ use rustix::fs::{
 };
 
 use super::{
-    Incoming, LuoError, Orchestrator, Outgoing, SessionName, Token, create_error, open_error,
-    preserve_error, retrieve_error, retrieve_session_error,
+    Adopted, Incoming, LuoError, Orchestrator, Outgoing, SessionName, Token, create_error,
+    open_error, preserve_error, retrieve_error, retrieve_session_error,
 };
 
 const TMPFS_MAGIC: i64 = 0x0102_1994;
@@ -50,9 +51,39 @@ struct Kept {
     blocks: u64,
 }
 
+/// The kernel's end of a session's descriptor: it hears when the last duplicate
+/// of that is closed, whoever has it.
+#[derive(Debug)]
+struct Link {
+    end: UnixStream,
+    inode: u64,
+}
+
+impl Link {
+    fn new() -> (Self, OwnedFd) {
+        let (end, theirs) = UnixStream::pair().expect("pair");
+        end.set_nonblocking(true).expect("non-blocking");
+        let inode = fstat(&theirs).expect("fstat").st_ino;
+        (Self { end, inode }, theirs.into())
+    }
+
+    fn is_open(&self) -> bool {
+        let mut byte = [0u8; 1];
+        let flags = rustix::net::RecvFlags::PEEK;
+        !matches!(rustix::net::recv(&self.end, &mut byte, flags), Ok((_, 0)))
+    }
+}
+
+#[derive(Debug)]
+struct Leaving {
+    link: Link,
+    files: BTreeMap<u64, Kept>,
+}
+
 #[derive(Debug, Default)]
 struct Arrived {
-    taken: bool,
+    /// Somebody got it.
+    link: Option<Link>,
     files: BTreeMap<u64, Result<OwnedFd, i32>>,
 }
 
@@ -61,7 +92,7 @@ struct State {
     boot: u64,
     device_taken: bool,
     unreadable: bool,
-    outgoing: BTreeMap<String, BTreeMap<u64, Kept>>,
+    outgoing: BTreeMap<String, Leaving>,
     incoming: BTreeMap<String, Arrived>,
     faults: BTreeMap<Fault, i32>,
     /// Sessions of which nothing is retrieved for now.
@@ -87,7 +118,17 @@ struct Session {
     kernel: FakeKernel,
     boot: u64,
     name: String,
-    incoming: bool,
+    /// Taken by `drop` alone.
+    fd: Option<OwnedFd>,
+}
+
+impl State {
+    /// Lets go of sessions that nobody has open any more.
+    fn purge(&mut self) {
+        self.outgoing.retain(|_, leaving| leaving.link.is_open());
+        let is_open = |a: &Arrived| a.link.as_ref().is_none_or(Link::is_open);
+        self.incoming.retain(|_, arrived| is_open(arrived));
+    }
 }
 
 fn errno(code: i32) -> io::Error {
@@ -143,18 +184,39 @@ impl FakeKernel {
 
     /// How many sessions the next kernel would get, and how many files in them.
     pub fn outgoing(&self) -> (usize, usize) {
-        let state = self.lock();
+        let mut state = self.lock();
+        state.purge();
         (
             state.outgoing.len(),
-            state.outgoing.values().map(BTreeMap::len).sum(),
+            state.outgoing.values().map(|l| l.files.len()).sum(),
         )
+    }
+
+    /// A session of the kernel before by its descriptor, as [`super::adopt`].
+    ///
+    /// # Errors
+    /// The same.
+    pub fn adopt(&self, fd: OwnedFd) -> io::Result<Adopted> {
+        let inode = fstat(&fd)?.st_ino;
+        let state = self.lock();
+        let is_it = |a: &Arrived| a.link.as_ref().is_some_and(|l| l.inode == inode);
+        let found = state.incoming.iter().find(|(_, a)| is_it(a));
+        let name = found.ok_or(io::ErrorKind::InvalidInput)?.0.clone();
+        let session_name = name.parse().map_err(io::Error::other)?;
+        let session = Session {
+            kernel: self.clone(),
+            boot: state.boot,
+            name,
+            fd: Some(fd),
+        };
+        Ok((session_name, Box::new(session)))
     }
 
     /// Tokens in an outgoing session.
     pub fn tokens(&self, name: &str) -> Vec<u64> {
         let state = self.lock();
-        let files = state.outgoing.get(name);
-        files.map_or_else(Vec::new, |files| files.keys().copied().collect())
+        let leaving = state.outgoing.get(name);
+        leaving.map_or_else(Vec::new, |l| l.files.keys().copied().collect())
     }
 
     /// Jumps. Handles of the old kernel are dead from here on.
@@ -164,13 +226,14 @@ impl FakeKernel {
     /// kernel refuses.
     pub fn kexec(&self) {
         let mut state = self.lock();
+        state.purge();
         let outgoing = std::mem::take(&mut state.outgoing);
         let faults = std::mem::take(&mut state.faults);
         state.boot += 1;
         state.device_taken = false;
         state.unreadable = faults.contains_key(&Fault::Deserialize);
         state.incoming = BTreeMap::new();
-        for (name, files) in outgoing {
+        for (name, Leaving { files, .. }) in outgoing {
             if faults.contains_key(&Fault::Vanish(name.clone())) {
                 continue;
             }
@@ -283,12 +346,30 @@ impl Drop for FakeDevice {
 }
 
 impl FakeDevice {
-    fn session(&self, name: &SessionName, incoming: bool) -> Session {
+    fn session(&self, name: &SessionName, fd: OwnedFd) -> Session {
         Session {
             kernel: self.kernel.clone(),
             boot: self.boot,
             name: name.to_string(),
-            incoming,
+            fd: Some(fd),
+        }
+    }
+
+    /// Gets a session that the kernel before handed over, as a descriptor.
+    ///
+    /// # Errors
+    /// As [`Orchestrator::retrieve_session`].
+    pub fn retrieve_fd(&self, name: &SessionName) -> Result<OwnedFd, LuoError> {
+        let mut state = self.kernel.lock();
+        let refused = |code| Err(retrieve_session_error(errno(code), name));
+        match state.incoming.get_mut(&name.to_string()) {
+            None => refused(libc::ENOENT),
+            Some(Arrived { link: Some(_), .. }) => refused(libc::EINVAL),
+            Some(arrived) => {
+                let (link, fd) = Link::new();
+                arrived.link = Some(link);
+                Ok(fd)
+            }
         }
     }
 }
@@ -296,43 +377,43 @@ impl FakeDevice {
 impl Orchestrator for FakeDevice {
     fn create_session(&self, name: &SessionName) -> Result<Box<dyn Outgoing>, LuoError> {
         let mut state = self.kernel.lock();
+        state.purge();
         let fault = Fault::Create(name.to_string());
         let known = state.outgoing.contains_key(&name.to_string());
         let known = known.then_some(libc::EEXIST);
         if let Some(code) = state.faults.get(&fault).copied().or(known) {
             return Err(create_error(errno(code), name));
         }
-        state.outgoing.insert(name.to_string(), BTreeMap::new());
-        Ok(Box::new(self.session(name, false)))
+        let (link, fd) = Link::new();
+        let files = BTreeMap::new();
+        let leaving = Leaving { link, files };
+        state.outgoing.insert(name.to_string(), leaving);
+        Ok(Box::new(self.session(name, fd)))
     }
 
     fn retrieve_session(&self, name: &SessionName) -> Result<Box<dyn Incoming>, LuoError> {
-        let mut state = self.kernel.lock();
-        let refused = |code| Err(retrieve_session_error(errno(code), name));
-        match state.incoming.get_mut(&name.to_string()) {
-            None => refused(libc::ENOENT),
-            Some(arrived) if arrived.taken => refused(libc::EINVAL),
-            Some(arrived) => {
-                arrived.taken = true;
-                Ok(Box::new(self.session(name, true)))
-            }
-        }
+        let fd = self.retrieve_fd(name)?;
+        Ok(Box::new(self.session(name, fd)))
     }
 }
 
 impl Outgoing for Session {
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        self.fd.as_ref().expect("open").as_fd()
+    }
+
     fn preserve(&self, fd: BorrowedFd<'_>, token: Token) -> Result<(), LuoError> {
         let mut state = self.kernel.lock();
         assert_eq!(state.boot, self.boot, "a session of a kernel that is gone");
         let refused = |code| Err(preserve_error(errno(code), token));
-        if state.outgoing[&self.name].contains_key(&token.0) {
+        if state.outgoing[&self.name].files.contains_key(&token.0) {
             return refused(libc::EEXIST);
         }
         let inode = fstat(fd).map_or(0, |s| s.st_ino);
         let preserved: BTreeSet<u64> = state
             .outgoing
             .values()
-            .flat_map(|files| files.values().map(|kept| kept.inode))
+            .flat_map(|leaving| leaving.files.values().map(|kept| kept.inode))
             .collect();
         if preserved.contains(&inode) {
             return refused(libc::EBUSY);
@@ -343,8 +424,8 @@ impl Outgoing for Session {
         }
         match may_be_carried(fd) {
             Ok(kept) => {
-                let files = state.outgoing.entry(self.name.clone()).or_default();
-                files.insert(token.0, kept);
+                let leaving = state.outgoing.get_mut(&self.name);
+                leaving.expect("open").files.insert(token.0, kept);
                 Ok(())
             }
             Err(code) => refused(code),
@@ -396,13 +477,9 @@ impl Incoming for Session {
 impl Drop for Session {
     fn drop(&mut self) {
         let mut state = self.kernel.lock();
-        if state.boot != self.boot {
-            return;
-        }
-        if self.incoming {
-            state.incoming.remove(&self.name);
-        } else {
-            state.outgoing.remove(&self.name);
+        drop(self.fd.take());
+        if state.boot == self.boot {
+            state.purge();
         }
     }
 }

@@ -28,15 +28,18 @@
 mod abi;
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
+mod handed;
 
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::str::FromStr;
 
 use abi::{Argument, NAME_LEN};
+
+pub use handed::{Adopted, Handed};
 
 /// Where the device is.
 pub const DEVICE: &str = "/dev/liveupdate";
@@ -187,6 +190,10 @@ pub trait Outgoing: Send + Sync + fmt::Debug {
     /// [`LuoError::Seals`], [`LuoError::NoRoom`]; the file is as it was, but for
     /// holes that may be filled.
     fn preserve(&self, fd: BorrowedFd<'_>, token: Token) -> Result<(), LuoError>;
+
+    /// Its own descriptor: as long as anybody has a duplicate of it open, the
+    /// session stands, and goes along at the jump.
+    fn descriptor(&self) -> BorrowedFd<'_>;
 }
 
 /// A session from the kernel before. Dropping it finishes it, and frees what
@@ -315,6 +322,26 @@ impl Orchestrator for LiveUpdate {
     }
 }
 
+/// What the kernel calls an open session in /proc, before its name.
+const LINK: &str = "anon_inode:[luo_session] ";
+
+/// A session that somebody else, PID 1 for instance, got from the kernel before,
+/// and its name as the kernel tells it: whatever else is said of the descriptor
+/// is only a word for it.
+///
+/// # Errors
+/// `InvalidInput`: the descriptor is no session's.
+pub fn adopt(fd: OwnedFd) -> io::Result<Adopted> {
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let link = fs::read_link(path)?;
+    let name = named(&link.to_string_lossy()).ok_or(io::ErrorKind::InvalidInput)?;
+    Ok((name, Box::new(Session { fd })))
+}
+
+fn named(link: &str) -> Option<SessionName> {
+    link.strip_prefix(LINK)?.parse().ok()
+}
+
 /// One open session; the kernel knows which of the two kinds.
 #[derive(Debug)]
 struct Session {
@@ -328,8 +355,11 @@ impl Session {
 }
 
 impl Outgoing for Session {
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
     fn preserve(&self, fd: BorrowedFd<'_>, token: Token) -> Result<(), LuoError> {
-        use std::os::fd::AsRawFd;
         let mut argument = abi::File {
             size: size_of::<abi::File>() as u32,
             fd: fd.as_raw_fd(),

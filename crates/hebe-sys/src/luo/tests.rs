@@ -180,3 +180,85 @@ fn a_preserved_file_must_not_shrink() {
     ftruncate(&file, 4096).expect("no kernel to refuse it");
     kernel.kexec();
 }
+
+#[test]
+fn a_session_is_known_by_the_name_that_the_kernel_gives_it() {
+    let named = |link: &str| super::named(link).map(|name| name.to_string());
+    let link = "anon_inode:[luo_session] hebe.vm.000";
+    assert_eq!(named(link).as_deref(), Some("hebe.vm.000"));
+    for other in [
+        "anon_inode:[luo_session]",
+        "anon_inode:[luo_session] ",
+        "anon_inode:[eventfd]",
+        "/memfd:[luo_session] hebe.vm.000 (deleted)",
+        "socket:[17]",
+    ] {
+        assert_eq!(named(other), None, "{other}");
+    }
+    let refused = adopt(memfd(1)).expect_err("a memfd");
+    assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
+}
+
+#[test]
+fn a_session_stands_as_long_as_anybody_has_it_open() {
+    let kernel = FakeKernel::default();
+    let device = kernel.open().expect("old");
+    let session = device.create_session(&name("a")).expect("made");
+    session.preserve(memfd(1).as_fd(), Token(1)).expect("kept");
+    let copy = session.descriptor().try_clone_to_owned().expect("copy");
+    drop(session);
+    assert_eq!(kernel.outgoing(), (1, 1), "somebody holds it still");
+    let again = device.create_session(&name("a"));
+    assert!(matches!(again, Err(LuoError::SessionExists(_))));
+    drop(copy);
+    assert_eq!(kernel.outgoing(), (0, 0));
+}
+
+#[test]
+fn sessions_that_were_handed_over_come_first_and_once() {
+    let kernel = FakeKernel::default();
+    let device = kernel.open().expect("old");
+    let sessions: Vec<_> = ["a", "b"]
+        .map(|n| {
+            let session = device.create_session(&name(n)).expect("made");
+            session.preserve(memfd(1).as_fd(), Token(1)).expect("kept");
+            session
+        })
+        .into();
+    kernel.kexec();
+    drop((device, sessions));
+    // Somebody else gets one of them, and hands it over.
+    let device = kernel.open().expect("new");
+    let fd = device.retrieve_fd(&name("a")).expect("there");
+    drop(device);
+    let adopted = kernel.adopt(fd).expect("a session");
+    assert_eq!(adopted.0, name("a"));
+    let refused = kernel.adopt(memfd(1)).expect_err("none");
+    assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
+    let open = {
+        let kernel = kernel.clone();
+        move || Ok(Box::new(kernel.open()?) as Box<dyn Orchestrator>)
+    };
+    let handed = Handed::new([adopted], Box::new(open));
+    let a = handed.retrieve_session(&name("a")).expect("handed over");
+    a.retrieve(Token(1)).expect("its file");
+    let again = handed.retrieve_session(&name("a"));
+    assert!(matches!(again, Err(LuoError::SessionTaken(_))));
+    // Nobody needed the device so far.
+    drop(kernel.open().expect("free"));
+    let b = handed.retrieve_session(&name("b")).expect("the kernel's");
+    b.retrieve(Token(1)).expect("its file");
+    for (missing, taken) in [("b", true), ("c", false)] {
+        let error = handed.retrieve_session(&name(missing)).expect_err("none");
+        assert_eq!(matches!(error, LuoError::SessionTaken(_)), taken);
+    }
+}
+
+#[test]
+fn what_was_not_handed_over_says_why_the_device_cannot_be_had() {
+    let handed = Handed::new([], Box::new(|| Err(LuoError::Taken)));
+    for _ in 0..2 {
+        let refused = handed.retrieve_session(&name("a")).expect_err("taken");
+        assert!(matches!(refused, LuoError::Taken));
+    }
+}
