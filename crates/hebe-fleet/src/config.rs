@@ -1,9 +1,13 @@
 //! `fleet.toml`: the group of this host, and who keeps its slots.
 
+use std::path::PathBuf;
+
 use hebe_policy::fleet::holder::Times;
 use hebe_policy::fleet::slots::FleetName;
 use hebe_policy::span::Span;
 use serde::Deserialize;
+
+use crate::http::TlsFiles;
 
 /// Shortest lease, in seconds: below it, a slow answer is a lost lease.
 const LEASE_MIN_S: u64 = 5;
@@ -44,20 +48,75 @@ pub struct FleetConfig {
     pub fleetlock: Option<FleetLockConfig>,
 }
 
-/// Where etcd is.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+/// Where etcd is, and how this host shows who it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EtcdConfig {
-    /// Its members, such as `http://10.0.0.1:2379`, tried in this order.
+    /// Its members, such as `https://10.0.0.1:2379`, tried in this order.
     pub endpoints: Vec<String>,
+    /// With https: who vouches for the members, in PEM.
+    pub ca: Option<PathBuf>,
+    /// This host's certificate, in PEM.
+    pub certificate: Option<PathBuf>,
+    /// Its private key, in PEM.
+    pub key: Option<PathBuf>,
+    /// A user of etcd.
+    pub user: Option<String>,
+    /// The user's password is the first line of this file.
+    pub password_file: Option<PathBuf>,
 }
 
-/// Where a FleetLock server is.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+/// Where a FleetLock server is, and how this host shows who it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FleetLockConfig {
     /// Its base, such as `http://10.0.0.1:3333`.
     pub url: String,
+    /// With https: who vouches for the server, in PEM.
+    pub ca: Option<PathBuf>,
+    /// This host's certificate, in PEM.
+    pub certificate: Option<PathBuf>,
+    /// Its private key, in PEM.
+    pub key: Option<PathBuf>,
+}
+
+impl EtcdConfig {
+    /// The files that TLS needs.
+    pub fn tls(&self) -> TlsFiles<'_> {
+        TlsFiles {
+            ca: self.ca.as_deref(),
+            certificate: self.certificate.as_deref(),
+            key: self.key.as_deref(),
+        }
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        if self.endpoints.is_empty() {
+            return Err(ConfigError::NoEndpoint);
+        }
+        for url in &self.endpoints {
+            address(url, &self.tls())?;
+        }
+        match (&self.user, &self.password_file) {
+            (None, None) => Ok(()),
+            (Some(_), Some(_)) => match self.endpoints.iter().find(|url| is_overheard(url)) {
+                Some(url) => Err(ConfigError::Overheard(url.clone())),
+                None => Ok(()),
+            },
+            _ => Err(ConfigError::HalfALogin),
+        }
+    }
+}
+
+impl FleetLockConfig {
+    /// The files that TLS needs.
+    pub fn tls(&self) -> TlsFiles<'_> {
+        TlsFiles {
+            ca: self.ca.as_deref(),
+            certificate: self.certificate.as_deref(),
+            key: self.key.as_deref(),
+        }
+    }
 }
 
 fn one() -> u32 {
@@ -93,10 +152,31 @@ pub enum ConfigError {
     #[error("[etcd] has no endpoint: write endpoints = [\"http://HOST:2379\"]")]
     NoEndpoint,
     /// Not reachable this way.
-    #[error(
-        "'{0}' is not of the form http://HOST:PORT: Hebe speaks plain HTTP to the lock server, so give it a tunnel or a proxy on this host where the network is not trusted"
-    )]
+    #[error("'{0}' is not of the form http://HOST:PORT or https://HOST:PORT")]
     BadUrl(String),
+    /// Nobody vouches for the server.
+    #[error(
+        "'{0}' has no authority to vouch for it: write ca = \"FILE\", the certificate (PEM) of whoever signed the server's"
+    )]
+    NoAuthority(String),
+    /// One of certificate and key.
+    #[error(
+        "a certificate is of no use without its key, nor the other way round: write both certificate = \"FILE\" and key = \"FILE\", or neither"
+    )]
+    HalfACertificate,
+    /// One of user and password.
+    #[error(
+        "a user needs a password, and the other way round: write both user = \"NAME\" and password_file = \"FILE\", or neither"
+    )]
+    HalfALogin,
+    /// Certificates for plain HTTP.
+    #[error(
+        "'{0}' is plain HTTP, for which ca, certificate and key mean nothing: write https://, or take them away"
+    )]
+    PlainWithFiles(String),
+    /// A password that others could read.
+    #[error("the password would go to '{0}' unencrypted: write https://")]
+    Overheard(String),
     /// Too short or too long.
     #[error("lease = \"{0}\" is not between 5s and 1h")]
     BadLease(Span),
@@ -135,9 +215,8 @@ impl FleetConfig {
             return Err(ConfigError::GiveUpTooShort(self.give_up_after));
         }
         match (&self.etcd, &self.fleetlock) {
-            (Some(etcd), None) if etcd.endpoints.is_empty() => Err(ConfigError::NoEndpoint),
-            (Some(etcd), None) => etcd.endpoints.iter().try_for_each(|url| plain_http(url)),
-            (None, Some(fleetlock)) => plain_http(&fleetlock.url),
+            (Some(etcd), None) => etcd.check(),
+            (None, Some(fleetlock)) => address(&fleetlock.url, &fleetlock.tls()),
             _ => Err(ConfigError::OneServer),
         }
     }
@@ -167,13 +246,38 @@ impl FleetConfig {
     }
 }
 
-fn plain_http(url: &str) -> Result<(), ConfigError> {
-    let rest = url.strip_prefix("http://").unwrap_or_default();
-    let rest = rest.strip_suffix('/').unwrap_or(rest);
-    if rest.is_empty() || rest.contains(['@', '?', '#', ' ']) {
+/// The part of a URL behind its scheme.
+fn place(url: &str) -> Option<&str> {
+    let rest = url.strip_prefix("http://").or(url.strip_prefix("https://"));
+    rest.map(|rest| rest.strip_suffix('/').unwrap_or(rest))
+}
+
+fn address(url: &str, tls: &TlsFiles<'_>) -> Result<(), ConfigError> {
+    let place = place(url).unwrap_or_default();
+    if place.is_empty() || place.contains(['@', '?', '#', ' ']) {
         return Err(ConfigError::BadUrl(url.to_owned()));
     }
-    Ok(())
+    if tls.certificate.is_some() != tls.key.is_some() {
+        return Err(ConfigError::HalfACertificate);
+    }
+    match (url.starts_with("https:"), tls.ca.is_some()) {
+        (true, false) => Err(ConfigError::NoAuthority(url.to_owned())),
+        (false, true) => Err(ConfigError::PlainWithFiles(url.to_owned())),
+        (false, false) if tls.key.is_some() => Err(ConfigError::PlainWithFiles(url.to_owned())),
+        _ => Ok(()),
+    }
+}
+
+/// Whether others could read what goes there: all plain HTTP that leaves this
+/// machine.
+fn is_overheard(url: &str) -> bool {
+    let host = place(url).unwrap_or_default();
+    let own = ["127.0.0.1", "localhost", "[::1]"];
+    let ends = |rest: &str| rest.is_empty() || rest.starts_with([':', '/']);
+    let is_own = own
+        .iter()
+        .any(|own| host.strip_prefix(own).is_some_and(ends));
+    url.starts_with("http:") && !is_own
 }
 
 #[cfg(test)]
@@ -193,6 +297,12 @@ mod tests {
         assert_eq!((fleet.at_most, fleet.always), (1, false));
         assert_eq!(fleet.times(Span::seconds(7)).lease_ms, Some(30_000));
         assert_eq!(fleet.host_name("n1").expect("name").as_str(), "n1");
+        let login = "user = \"u\"\npassword_file = \"p\"\n";
+        let files = "ca = \"c\"\ncertificate = \"c\"\nkey = \"k\"\n";
+        let far = GOOD.replace("http://127.0.0.1", "https://etcd.example");
+        for text in [format!("{GOOD}{login}"), format!("{far}{files}{login}")] {
+            assert_eq!(config(&text).check(), Ok(()), "{text}");
+        }
         let lock = config("group = \"g\"\n[fleetlock]\nurl = \"http://lock.example/base/\"\n");
         assert_eq!(lock.check(), Ok(()));
         assert_eq!(lock.times(lock.patience).lease_ms, None);
@@ -217,8 +327,18 @@ mod tests {
                 "group = \"g\"\n[etcd]\nendpoints = []\n".to_owned(),
                 "no endpoint",
             ),
-            (GOOD.replace("http://", "https://"), "plain HTTP"),
+            (GOOD.replace("http://", "https://"), "ca ="),
             (GOOD.replace("127.0.0.1", "me:secret@h"), "http://HOST:PORT"),
+            (GOOD.replace("http://", "ftp://"), "http://HOST:PORT"),
+            (format!("{GOOD}ca = \"c\"\n"), "plain HTTP"),
+            (format!("{GOOD}key = \"k\"\n"), "certificate ="),
+            (format!("{GOOD}certificate = \"c\"\n"), "key ="),
+            (format!("{GOOD}user = \"u\"\n"), "password_file ="),
+            (
+                format!("{GOOD}user = \"u\"\npassword_file = \"p\"\n")
+                    .replace("127.0.0.1", "127.0.0.100"),
+                "unencrypted",
+            ),
         ] {
             let error = config(&text).check().expect_err(&text).to_string();
             assert!(error.contains(word), "{word}: {error}");

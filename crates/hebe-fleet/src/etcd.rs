@@ -2,23 +2,55 @@
 //! of its v3 API (`/v3/…`, since etcd 3.4). Keys and values are base64 there,
 //! and 64-bit numbers are strings.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
-use crate::http::{Answer, Client, shown};
+use crate::config::EtcdConfig;
+use crate::http::{Answer, Client, Silent, password, shown};
 use crate::slots::FleetError;
 
 /// etcd's code for something that is not there (gRPC's NOT_FOUND).
 const CODE_NOT_FOUND: i64 = 5;
+/// Its code for what this user may not do (PERMISSION_DENIED).
+const CODE_DENIED: i64 = 7;
+/// Its code for a token that it does not know (UNAUTHENTICATED).
+const CODE_TOKEN: i64 = 16;
+/// Words of refusals that have no code of their own: wrong name or password,
+/// none where one is wanted, one where none is wanted.
+const LOGIN_WORDS: [&str; 4] = [
+    "authentication failed",
+    "user name is empty",
+    "user name not found",
+    "authentication is not enabled",
+];
+/// A token that was given before users or roles were changed.
+const OLD_TOKEN: &str = "revision in header is old";
 
 /// A client. It tries one member after the other.
 #[derive(Clone, Debug)]
 pub struct Etcd {
     client: Client,
     endpoints: Vec<String>,
+    login: Option<Login>,
+}
+
+/// A user, and the token that etcd gave for it, good for some minutes.
+#[derive(Clone)]
+struct Login {
+    user: String,
+    password: String,
+    token: Arc<Mutex<Option<String>>>,
+}
+
+impl std::fmt::Debug for Login {
+    /// Without what is nobody's business.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Login").field("user", &self.user).finish()
+    }
 }
 
 /// A key as it was read.
@@ -48,8 +80,24 @@ pub struct Range {
 pub enum Condition {
     /// No key with this prefix was written after this revision.
     QuietSince(String, i64),
-    /// This key was last written at this revision.
+    /// This key was last written at this revision, 0 for a key that is not
+    /// there.
     WrittenAt(String, i64),
+}
+
+impl Condition {
+    fn json(&self) -> Value {
+        match self {
+            Self::QuietSince(prefix, revision) => json!({
+                "key": base64(prefix), "range_end": range_end(prefix), "target": "MOD",
+                "result": "LESS", "mod_revision": (revision + 1).to_string(),
+            }),
+            Self::WrittenAt(key, revision) => json!({
+                "key": base64(key), "target": "MOD",
+                "result": "EQUAL", "mod_revision": revision.to_string(),
+            }),
+        }
+    }
 }
 
 /// A change.
@@ -59,6 +107,17 @@ pub enum Change {
     Put(String, Vec<u8>, i64),
     /// Key.
     Delete(String),
+}
+
+impl Change {
+    fn json(&self) -> Value {
+        match self {
+            Self::Put(key, value, lease) => json!({"request_put": {
+                "key": base64(key), "value": base64(value), "lease": lease.to_string(),
+            }}),
+            Self::Delete(key) => json!({"request_delete_range": {"key": base64(key)}}),
+        }
+    }
 }
 
 fn base64(bytes: impl AsRef<[u8]>) -> String {
@@ -100,14 +159,34 @@ fn range_of(body: &Value) -> Option<Range> {
     })
 }
 
+/// Why one member did not do as asked.
+enum Miss {
+    /// It did not answer, or cannot; another one may.
+    Next(String),
+    /// All would say the same.
+    Final(FleetError),
+}
+
 impl Etcd {
-    /// A client of these members, each request of which ends within `timeout`.
-    pub fn new(endpoints: &[String], timeout: Duration) -> Self {
-        let trimmed = endpoints.iter().map(|url| url.trim_end_matches('/'));
-        Self {
-            client: Client::new(timeout),
+    /// A client as `config` says, each request of which ends within `timeout`.
+    ///
+    /// # Errors
+    /// When a file that it names cannot be used.
+    pub fn new(config: &EtcdConfig, timeout: Duration) -> Result<Self, FleetError> {
+        let login = match (&config.user, &config.password_file) {
+            (Some(user), Some(file)) => Some(Login {
+                user: user.clone(),
+                password: password(file)?,
+                token: Arc::default(),
+            }),
+            _ => None,
+        };
+        let trimmed = config.endpoints.iter().map(|url| url.trim_end_matches('/'));
+        Ok(Self {
+            client: Client::new(timeout, &config.tls())?,
             endpoints: trimmed.map(str::to_owned).collect(),
-        }
+            login,
+        })
     }
 
     /// Posts to the first member that answers. A member that does not answer
@@ -115,18 +194,50 @@ impl Etcd {
     fn post(&self, path: &str, body: &Value) -> Result<Value, FleetError> {
         let mut why = Vec::new();
         for endpoint in &self.endpoints {
-            match self.client.post(&format!("{endpoint}{path}"), &[], body) {
-                Ok(answer) if answer.status == 200 && answer.body.is_object() => {
-                    return Ok(answer.body);
-                }
-                Ok(answer) if number(&answer.body["code"]) == CODE_NOT_FOUND => {
-                    return Err(FleetError::NotThere);
-                }
-                Ok(answer) => why.push(format!("{endpoint}: {}", refusal(&answer))),
-                Err(silent) => why.push(format!("{endpoint}: {}", silent.why)),
+            match self.post_to(endpoint, path, body) {
+                Ok(answer) => return Ok(answer),
+                Err(Miss::Final(error)) => return Err(error),
+                Err(Miss::Next(reason)) => why.push(format!("{endpoint}: {reason}")),
             }
         }
         Err(FleetError::Silent(why.join("; ")))
+    }
+
+    /// Posts to one member; once more with a new token if it does not take the
+    /// old one, for then it did nothing.
+    fn post_to(&self, endpoint: &str, path: &str, body: &Value) -> Result<Value, Miss> {
+        let url = format!("{endpoint}{path}");
+        let silent = |silent: Silent| Miss::Next(silent.why);
+        let Some(login) = &self.login else {
+            return answered(self.client.post(&url, &[], body).map_err(silent)?);
+        };
+        let known = login
+            .token
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        if let Some(token) = known {
+            let headers = [("authorization", token.as_str())];
+            let answer = self.client.post(&url, &headers, body).map_err(silent)?;
+            if !wants_new_token(&answer) {
+                return answered(answer);
+            }
+        }
+        let token = self.authenticate(endpoint, login)?;
+        let headers = [("authorization", token.as_str())];
+        answered(self.client.post(&url, &headers, body).map_err(silent)?)
+    }
+
+    fn authenticate(&self, endpoint: &str, login: &Login) -> Result<String, Miss> {
+        let url = format!("{endpoint}/v3/auth/authenticate");
+        let body = json!({"name": login.user, "password": login.password});
+        let answer = self.client.post(&url, &[], &body);
+        let answer = answered(answer.map_err(|silent| Miss::Next(silent.why))?)?;
+        let Some(token) = answer["token"].as_str() else {
+            return Err(Miss::Next("no token in its answer".to_owned()));
+        };
+        *login.token.lock().unwrap_or_else(PoisonError::into_inner) = Some(token.to_owned());
+        Ok(token.to_owned())
     }
 
     /// All keys with a prefix, as a majority of the members sees them.
@@ -139,31 +250,18 @@ impl Etcd {
         range_of(&answer).ok_or_else(|| FleetError::Odd("keys that are no text".into()))
     }
 
-    /// Makes a change under a condition; whether it was made. A change under
-    /// [`Condition::WrittenAt`] or [`Condition::QuietSince`] that writes what
-    /// the condition is about is made once at most, however often it is sent.
+    /// Makes changes under conditions, all or none; whether they were made. A
+    /// change under [`Condition::WrittenAt`] or [`Condition::QuietSince`] that
+    /// writes what the condition is about is made once at most, however often
+    /// it is sent.
     ///
     /// # Errors
     /// When nobody answers: it may have been made. [`FleetError::NotThere`]
     /// when its lease is over: it was not.
-    pub fn change(&self, condition: &Condition, change: &Change) -> Result<bool, FleetError> {
-        let compare = match condition {
-            Condition::QuietSince(prefix, revision) => json!({
-                "key": base64(prefix), "range_end": range_end(prefix), "target": "MOD",
-                "result": "LESS", "mod_revision": (revision + 1).to_string(),
-            }),
-            Condition::WrittenAt(key, revision) => json!({
-                "key": base64(key), "target": "MOD",
-                "result": "EQUAL", "mod_revision": revision.to_string(),
-            }),
-        };
-        let act = match change {
-            Change::Put(key, value, lease) => json!({"request_put": {
-                "key": base64(key), "value": base64(value), "lease": lease.to_string(),
-            }}),
-            Change::Delete(key) => json!({"request_delete_range": {"key": base64(key)}}),
-        };
-        let body = json!({"compare": [compare], "success": [act]});
+    pub fn change(&self, conditions: &[Condition], changes: &[Change]) -> Result<bool, FleetError> {
+        let compare: Vec<Value> = conditions.iter().map(Condition::json).collect();
+        let success: Vec<Value> = changes.iter().map(Change::json).collect();
+        let body = json!({"compare": compare, "success": success});
         let answer = self.post("/v3/kv/txn", &body)?;
         Ok(answer["succeeded"].as_bool().unwrap_or(false))
     }
@@ -200,6 +298,27 @@ impl Etcd {
             Err(error) => Err(error),
         }
     }
+}
+
+/// What a member's answer comes to.
+fn answered(answer: Answer) -> Result<Value, Miss> {
+    if answer.status == 200 && answer.body.is_object() {
+        return Ok(answer.body);
+    }
+    let code = number(&answer.body["code"]);
+    let reason = refusal(&answer);
+    if code == CODE_NOT_FOUND {
+        return Err(Miss::Final(FleetError::NotThere));
+    }
+    let login = LOGIN_WORDS.iter().any(|words| reason.contains(words));
+    if login || code == CODE_DENIED || code == CODE_TOKEN {
+        return Err(Miss::Final(FleetError::NotAllowed(reason)));
+    }
+    Err(Miss::Next(reason))
+}
+
+fn wants_new_token(answer: &Answer) -> bool {
+    number(&answer.body["code"]) == CODE_TOKEN || refusal(answer).contains(OLD_TOKEN)
 }
 
 /// Why a member did not do as asked.

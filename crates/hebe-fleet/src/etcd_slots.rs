@@ -107,7 +107,7 @@ impl EtcdSlots {
         let lease = self.etcd.lease(self.lease_s)?;
         let condition = Condition::QuietSince(self.prefix.clone(), range.revision);
         let put = Change::Put(self.key(&slot.host), json(slot), lease);
-        if self.etcd.change(&condition, &put)? {
+        if self.etcd.change(&[condition], &[put])? {
             return Ok(Taken::Leased);
         }
         // Left alone it would end by itself.
@@ -139,10 +139,8 @@ impl EtcdSlots {
             return Ok(true);
         }
         let condition = Condition::WrittenAt(entry.key.clone(), entry.mod_revision);
-        if self
-            .etcd
-            .change(&condition, &Change::Put(entry.key, json(slot), 0))?
-        {
+        let put = Change::Put(entry.key, json(slot), 0);
+        if self.etcd.change(&[condition], &[put])? {
             return Ok(true);
         }
         Err(FleetError::Changed)
@@ -189,7 +187,10 @@ impl EtcdSlots {
 
     fn delete(&self, entry: Entry) -> Result<(), FleetError> {
         let condition = Condition::WrittenAt(entry.key.clone(), entry.mod_revision);
-        if !self.etcd.change(&condition, &Change::Delete(entry.key))? {
+        if !self
+            .etcd
+            .change(&[condition], &[Change::Delete(entry.key)])?
+        {
             return Err(FleetError::Changed);
         }
         if entry.lease != 0 {

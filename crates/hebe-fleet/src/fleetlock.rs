@@ -11,6 +11,7 @@ use std::time::Duration;
 use hebe_policy::fleet::slots::{FleetName, Full, Slot};
 use serde_json::json;
 
+use crate::config::FleetLockConfig;
 use crate::http::{Client, shown};
 use crate::note::Note;
 use crate::slots::{FleetError, Taken};
@@ -26,21 +27,24 @@ pub struct FleetLock {
 }
 
 impl FleetLock {
-    /// For `host` of `group`, at the server with this base URL.
+    /// For `host` of `group`, at the server that `config` names.
+    ///
+    /// # Errors
+    /// When a file that it names cannot be used.
     pub fn new(
-        url: &str,
+        config: &FleetLockConfig,
         group: &FleetName,
         host: &FleetName,
         timeout: Duration,
         note: PathBuf,
-    ) -> Self {
-        Self {
-            client: Client::new(timeout),
-            url: url.trim_end_matches('/').to_owned(),
+    ) -> Result<Self, FleetError> {
+        Ok(Self {
+            client: Client::new(timeout, &config.tls())?,
+            url: config.url.trim_end_matches('/').to_owned(),
             group: group.clone(),
             host: host.clone(),
             note: Note::at(note),
-        }
+        })
     }
 
     /// `Ok(None)` for yes, else what the server says.

@@ -245,8 +245,8 @@ impl<'a> Order<'a> {
                     why,
                     may_pass: true,
                 },
-                // It is read first: nobody was asked, and waiting mends nothing.
-                Err(error @ FleetError::Note { .. }) => Event::Full {
+                // Nothing was given, and waiting mends nothing.
+                Err(error @ (FleetError::Note { .. } | FleetError::NotAllowed(_))) => Event::Full {
                     why: error.to_string(),
                     may_pass: false,
                 },

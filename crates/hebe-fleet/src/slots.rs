@@ -23,6 +23,19 @@ pub enum FleetError {
     /// The slots changed while this was decided; nothing was done.
     #[error("the group's slots changed meanwhile")]
     Changed,
+    /// etcd knows this host, and lets it do nothing; or does not know it.
+    #[error(
+        "etcd does not let this host in: {0}; see user and password_file in fleet.toml, and the user's roles in etcd"
+    )]
+    NotAllowed(String),
+    /// A file that shows who this host or the server is.
+    #[error("{path}, which fleet.toml names, cannot be used: {why}")]
+    Credentials {
+        /// Where it is.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
     /// An answer that makes no sense.
     #[error("the lock server answers with {0}: is it one?")]
     Odd(String),
@@ -68,22 +81,18 @@ pub enum Slots {
 impl Slots {
     /// Whoever `config` names, which was checked; `note` is where this host
     /// writes down what a FleetLock server does not.
-    pub fn open(config: &FleetConfig, host: &FleetName, note: PathBuf) -> Self {
+    ///
+    /// # Errors
+    /// When a file that it names cannot be used.
+    pub fn open(config: &FleetConfig, host: &FleetName, note: PathBuf) -> Result<Self, FleetError> {
         let timeout = Duration::from_secs(config.request_timeout.as_s());
-        match (&config.etcd, &config.fleetlock) {
-            (_, Some(server)) => Self::FleetLock(FleetLock::new(
-                &server.url,
-                &config.group,
-                host,
-                timeout,
-                note,
-            )),
-            (etcd, None) => {
-                let endpoints = etcd.as_ref().map(|e| e.endpoints.as_slice());
-                let etcd = Etcd::new(endpoints.unwrap_or_default(), timeout);
-                Self::Etcd(EtcdSlots::new(etcd, &config.group, config.lease))
-            }
+        if let Some(server) = &config.fleetlock {
+            let slots = FleetLock::new(server, &config.group, host, timeout, note)?;
+            return Ok(Self::FleetLock(slots));
         }
+        let etcd = Etcd::new(&config.etcd.clone().unwrap_or_default(), timeout)?;
+        let slots = EtcdSlots::new(etcd, &config.group, config.lease);
+        Ok(Self::Etcd(slots))
     }
 
     /// Asks for `slot`, in phase held.

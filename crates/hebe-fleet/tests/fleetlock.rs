@@ -126,7 +126,10 @@ fn config(url: &str) -> FleetConfig {
         request_timeout: Span::seconds(1),
         always: false,
         etcd: None,
-        fleetlock: Some(FleetLockConfig { url: url.into() }),
+        fleetlock: Some(FleetLockConfig {
+            url: url.into(),
+            ..FleetLockConfig::default()
+        }),
     };
     config.check().expect("sound");
     config
@@ -141,7 +144,7 @@ fn times(config: &FleetConfig) -> Times {
 }
 
 fn slots(config: &FleetConfig, host: &str, dir: &Path) -> Slots {
-    Slots::open(config, &name(host), dir.join(host).join("slot.json"))
+    Slots::open(config, &name(host), dir.join(host).join("slot.json")).expect("client")
 }
 
 fn wants(config: &FleetConfig, host: &str, boot_id: &str) -> Slot {

@@ -84,7 +84,7 @@ fn put_slot(server: &Server, host: &str, slot: &Value) {
         0,
     );
     let always = Condition::QuietSince("/nothing/".into(), 0);
-    assert!(server.client().change(&always, &put).expect("answer"));
+    assert!(server.client().change(&[always], &[put]).expect("answer"));
 }
 
 #[test]
@@ -222,7 +222,7 @@ fn a_host_without_a_sound_group_is_told_what_to_write() {
         ("group = \"a/b\"\n", "no name of a host or group"),
         (&format!("at_most = 0\n{good}"), "at_most = 0"),
         (&format!("most = 0\n{good}"), "most"),
-        (&good.replace("http:", "https:"), "plain HTTP"),
+        (&good.replace("http:", "https:"), "ca ="),
     ] {
         a.configure(text);
         a.says("fleet status", 1, word);

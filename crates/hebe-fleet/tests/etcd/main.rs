@@ -1,6 +1,7 @@
 //! Slots in a real etcd. `cargo xtask test --only fleet` fetches one; else see
 //! [`server::program`].
 
+mod access;
 mod faults;
 mod server;
 
@@ -38,6 +39,7 @@ fn config(endpoints: &[String], at_most: u32) -> FleetConfig {
         always: false,
         etcd: Some(EtcdConfig {
             endpoints: endpoints.to_vec(),
+            ..EtcdConfig::default()
         }),
         fleetlock: None,
     }
@@ -51,7 +53,7 @@ fn times(config: &FleetConfig, patience_s: u64) -> Times {
 }
 
 fn slots(config: &FleetConfig, host: &str) -> Slots {
-    Slots::open(config, &name(host), "/nonexistent/note".into())
+    Slots::open(config, &name(host), "/nonexistent/note".into()).expect("client")
 }
 
 fn slot(config: &FleetConfig, host: &str, boot_id: &str) -> Slot {
@@ -315,10 +317,10 @@ fn what_cannot_be_read_counts_and_is_told() {
     let config = config(&server.endpoints, 1);
     let a = slots(&config, "a");
     let etcd = server.client();
-    let always = Condition::QuietSince("/other".into(), 0);
+    let always = [Condition::QuietSince("/other".into(), 0)];
     for value in ["{", "{\"version\": 2}", "{\"version\": 1}"] {
         let put = Change::Put("/hebe/fleet/1/rack1/b".into(), value.into(), 0);
-        assert!(etcd.change(&always, &put).expect("answer"));
+        assert!(etcd.change(&always, &[put]).expect("answer"));
         let all = a.all().expect("answer");
         assert!(
             matches!(&all[..], [Found::Unreadable { host, .. }] if host == "b"),
@@ -340,36 +342,36 @@ fn a_request_that_comes_late_changes_nothing() {
     let quiet_since = |revision| Condition::QuietSince("/g/".into(), revision);
     let before = seen(&etcd);
     assert!(
-        etcd.change(&quiet_since(before), &put("/g/a", "1"))
+        etcd.change(&[quiet_since(before)], &[put("/g/a", "1")])
             .expect("answer")
     );
     // Twice, or after somebody else's.
     assert!(
         !etcd
-            .change(&quiet_since(before), &put("/g/a", "1"))
+            .change(&[quiet_since(before)], &[put("/g/a", "1")])
             .expect("answer")
     );
     assert!(
         !etcd
-            .change(&quiet_since(before), &put("/g/b", "1"))
+            .change(&[quiet_since(before)], &[put("/g/b", "1")])
             .expect("answer")
     );
     // Other groups do not disturb, nor does what goes.
     let now = seen(&etcd);
     assert!(
-        etcd.change(&quiet_since(now), &put("/h/a", "1"))
+        etcd.change(&[quiet_since(now)], &[put("/h/a", "1")])
             .expect("answer")
     );
     let entry = etcd.range("/g/").expect("answer").entries.remove(0);
-    let written = Condition::WrittenAt("/g/a".into(), entry.mod_revision);
-    let delete = Change::Delete("/g/a".into());
+    let written = [Condition::WrittenAt("/g/a".into(), entry.mod_revision)];
+    let delete = [Change::Delete("/g/a".into())];
     assert!(etcd.change(&written, &delete).expect("answer"));
     assert!(
         !etcd.change(&written, &delete).expect("answer"),
         "it is gone"
     );
     assert!(
-        etcd.change(&quiet_since(now), &put("/g/b", "1"))
+        etcd.change(&[quiet_since(now)], &[put("/g/b", "1")])
             .expect("answer")
     );
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use hebe_fleet::config::EtcdConfig;
 use hebe_fleet::etcd::Etcd;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
@@ -72,6 +73,8 @@ pub struct Server {
     members: Vec<Member>,
     /// Where clients reach each member.
     pub endpoints: Vec<String>,
+    /// With which files and login.
+    pub access: EtcdConfig,
     _dir: TempDir,
 }
 
@@ -83,11 +86,18 @@ fn free_port() -> u16 {
 impl Server {
     /// Starts a cluster and waits until it answers; none without etcd.
     pub fn start(size: usize) -> Option<Self> {
+        Self::start_with(size, EtcdConfig::default(), &[])
+    }
+
+    /// [`Server::start`], with further flags of etcd, for clients that come with
+    /// `access`: over TLS if that names an authority.
+    pub fn start_with(size: usize, access: EtcdConfig, flags: &[(&str, String)]) -> Option<Self> {
         let program = program()?;
         let dir = tempfile::tempdir().expect("folder");
-        let urls = |_| format!("http://127.0.0.1:{}", free_port());
-        let endpoints: Vec<String> = (0..size).map(urls).collect();
-        let peers: Vec<String> = (0..size).map(urls).collect();
+        let url = |scheme: &str| format!("{scheme}://127.0.0.1:{}", free_port());
+        let scheme = if access.ca.is_some() { "https" } else { "http" };
+        let endpoints: Vec<String> = (0..size).map(|_| url(scheme)).collect();
+        let peers: Vec<String> = (0..size).map(|_| url("http")).collect();
         let cluster: Vec<String> = (0..size).map(|i| format!("m{i}={}", peers[i])).collect();
         let member = |i: usize| Member {
             program: program.clone(),
@@ -104,6 +114,7 @@ impl Server {
                 ("initial-cluster", cluster.join(",")),
             ]
             .into_iter()
+            .chain(flags.iter().cloned())
             .map(|(key, value)| format!("--{key}={value}"))
             .collect(),
             log: dir.path().join(format!("m{i}.log")),
@@ -112,6 +123,7 @@ impl Server {
         let mut server = Self {
             members: (0..size).map(member).collect(),
             endpoints,
+            access,
             _dir: dir,
         };
         server.members.iter_mut().for_each(Member::start);
@@ -119,9 +131,17 @@ impl Server {
         Some(server)
     }
 
+    /// How clients reach it.
+    pub fn config(&self) -> EtcdConfig {
+        EtcdConfig {
+            endpoints: self.endpoints.clone(),
+            ..self.access.clone()
+        }
+    }
+
     /// A client of all members.
     pub fn client(&self) -> Etcd {
-        Etcd::new(&self.endpoints, Duration::from_secs(1))
+        Etcd::new(&self.config(), Duration::from_secs(1)).expect("client")
     }
 
     /// Waits until a majority answers.

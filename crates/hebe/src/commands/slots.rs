@@ -45,7 +45,7 @@ impl Fleet {
         let name = config.host_name(&machine).map_err(wrong)?;
         let note = host.layout.state.join("fleet").join("slot.json");
         Ok(Some(Self {
-            slots: Slots::open(&config, &name, note),
+            slots: Slots::open(&config, &name, note).map_err(|e| Failure(e.to_string()))?,
             boot_id: VmId(host.system.boot_id()).to_string(),
             machine: machine_id(),
             host: name,
