@@ -8,6 +8,7 @@
 mod cpuid;
 mod machine;
 mod pod;
+mod rate;
 mod routing;
 mod settle;
 mod tsc;

@@ -19,6 +19,7 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
 use crate::pod::{WrongLength, from_bytes, to_bytes};
+use crate::rate;
 use crate::routing::Router;
 use crate::vcpu::Vcpu;
 
@@ -210,16 +211,23 @@ impl Machine {
 
     /// A new vCPU; `index` is its APIC id.
     pub fn create_vcpu(&self, index: u8) -> Result<Vcpu, MachineError> {
+        rate::of_new_vcpus(&self.vm);
         let fd = self
             .vm
             .create_vcpu(u64::from(index))
             .map_err(kvm("create a vCPU"))?;
+        rate::of_vcpu(&fd);
         Ok(Vcpu::new(
             fd,
             index,
             self.xsave_len,
             self.msr_indices.clone(),
         ))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn vm_fd(&self) -> &VmFd {
+        &self.vm
     }
 
     /// Signals `event` when the guest writes anything at `address`.

@@ -228,6 +228,11 @@ impl Vcpu {
         self.index
     }
 
+    #[cfg(test)]
+    pub(crate) fn tsc_khz(&self) -> Option<u32> {
+        self.fd.get_tsc_khz().ok()
+    }
+
     /// A handle that stops this vCPU from other threads.
     pub fn kick_handle(&self) -> Kick {
         self.kick.clone()
