@@ -580,7 +580,7 @@ mod tests {
         let host = Host {
             layout: Layout::below(dir.path()),
             store: Arc::new(DeviceStore::new(Some("/no/such/store".into()))),
-            system: Arc::new(Machine),
+            system: Arc::new(Machine::default()),
         };
         let next = NextKernel {
             kernel: image,
@@ -603,7 +603,7 @@ mod tests {
         let host = Host {
             layout: Layout::below(Path::new("/no/such")),
             store: Arc::new(DeviceStore::new(Some("/no/such/store".into()))),
-            system: Arc::new(Machine),
+            system: Arc::new(Machine::default()),
         };
         let kept = VmVerdict {
             vm: "web".parse().expect("name"),

@@ -9,6 +9,7 @@ use std::time::Duration;
 use hebe_api::ClientError;
 use hebe_snapshot::SnapshotError;
 use hebe_store::luo::HolePolicy;
+use hebe_sys::fdstore::Given;
 use hebe_types::{ByteSize, SegmentId, VmName};
 use serde::Deserialize;
 
@@ -153,6 +154,21 @@ pub struct LiveUpdateConfig {
     pub holes: Holes,
     /// Most memory of one VM that may be filled; without it, as much as there is.
     pub fill_max: Option<ByteSize>,
+    /// Who holds what the kernel is to carry, up to the jump.
+    pub carrier: CarrierChoice,
+}
+
+/// See [`LiveUpdateConfig::carrier`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CarrierChoice {
+    /// PID 1 where it can and takes the host down, otherwise Hebe itself.
+    #[default]
+    Auto,
+    /// Hebe's own process, which therefore leaves by itself.
+    Own,
+    /// systemd's file descriptor store, or nobody.
+    Systemd,
 }
 
 /// See [`LiveUpdateConfig::holes`].
@@ -224,7 +240,15 @@ impl Host {
         Self {
             layout,
             store,
-            system: Arc::new(Machine),
+            system: Arc::new(Machine::default()),
+        }
+    }
+
+    /// The same, with what systemd gave this process at its start.
+    pub fn given(self, given: Given) -> Self {
+        Self {
+            system: Arc::new(Machine::new(given)),
+            ..self
         }
     }
 

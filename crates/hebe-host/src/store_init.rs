@@ -133,7 +133,7 @@ mod tests {
         layout.store = Some(path.clone());
         let host = Host {
             store: Arc::new(DeviceStore::new(Some(path))),
-            system: Arc::new(Machine),
+            system: Arc::new(Machine::default()),
             layout,
         };
         let first = init(&host, &InitOptions::default()).expect("made");

@@ -6,12 +6,14 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use hebe_sys::fdstore::{FdStore, Given, ServiceStore};
 use hebe_sys::kexec::{self, KexecError};
 use hebe_sys::luo::{self, LiveUpdate, LuoError, Orchestrator};
-use hebe_sys::{clock, proc};
+use hebe_sys::{clock, fdstore, proc};
 use hebe_types::{ByteSize, Stamp};
 
 pub use hebe_sys::kexec::Leave;
@@ -94,6 +96,20 @@ pub trait System: Send + Sync {
     fn orchestrator(&self) -> Result<Box<dyn Orchestrator>, LuoError> {
         Err(LuoError::NotOffered)
     }
+    /// Who holds open files for the service that this process is part of, also
+    /// over a kexec; why there is nobody.
+    fn fd_store(&self) -> Result<Arc<dyn FdStore>, String> {
+        Err("PID 1 is not systemd".into())
+    }
+    /// Whether the service in which VMs are frozen has such a store, and room in
+    /// it for so many; what there is, or why there is none. Any process may ask.
+    fn fd_store_of(&self, _unit: &str, _room: usize) -> Result<String, String> {
+        Err("PID 1 is not systemd".into())
+    }
+    /// Whether PID 1 handed sessions of the kernel before over to this process.
+    fn was_handed_sessions(&self) -> bool {
+        false
+    }
     /// Starts the process that holds what the kernel before handed over, and
     /// waits until it has all of it; how many VMs that are, whole or not.
     fn start_keeper(&self, _host: &Host) -> Result<usize, String> {
@@ -106,8 +122,19 @@ pub trait System: Send + Sync {
 }
 
 /// The real machine.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Machine;
+#[derive(Clone, Debug, Default)]
+pub struct Machine {
+    given: Arc<Given>,
+}
+
+impl Machine {
+    /// With what systemd gave this process.
+    pub fn new(given: Given) -> Self {
+        Self {
+            given: Arc::new(given),
+        }
+    }
+}
 
 impl System for Machine {
     fn load_kernel(
@@ -219,7 +246,20 @@ impl System for Machine {
     }
 
     fn start_keeper(&self, host: &Host) -> Result<usize, String> {
-        crate::luo::asking::start(&host.layout)
+        crate::luo::asking::start(&host.layout, &self.given)
+    }
+
+    fn fd_store(&self) -> Result<Arc<dyn FdStore>, String> {
+        Ok(Arc::new(ServiceStore::open(&self.given)?))
+    }
+
+    fn fd_store_of(&self, unit: &str, room: usize) -> Result<String, String> {
+        fdstore::room_in(unit, room)
+    }
+
+    fn was_handed_sessions(&self) -> bool {
+        let mut fds = self.given.fds.iter();
+        fds.any(|(name, _)| crate::luo::store::is_ours(name))
     }
 
     fn available_memory(&self) -> Option<ByteSize> {
@@ -276,7 +316,7 @@ mod tests {
 
     #[test]
     fn a_missing_kernel_is_named() {
-        let error = Machine
+        let error = Machine::default()
             .load_kernel(Path::new("/no/such/vmlinuz"), None, "")
             .expect_err("missing");
         assert!(error.to_string().contains("/no/such/vmlinuz"), "{error}");
@@ -284,7 +324,7 @@ mod tests {
 
     #[test]
     fn free_space_is_that_of_the_nearest_directory() {
-        let space = Machine.free_space(Path::new("/tmp/not/there/yet"));
+        let space = Machine::default().free_space(Path::new("/tmp/not/there/yet"));
         assert!(space.expect("statvfs").bytes() > 0);
     }
 }

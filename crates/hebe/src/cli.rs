@@ -8,6 +8,7 @@ mod plan;
 mod reboot;
 mod seed;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -158,7 +159,7 @@ Examples:
         hide = true,
         after_help = "Example:\n  hebe keeper       # not by hand: it takes what only `hebe resume` knows to use"
     )]
-    Keeper,
+    Keeper(KeeperArgs),
     /// Print a completion script for a shell.
     #[command(after_help = "\
 Examples:
@@ -250,6 +251,17 @@ pub enum StoreArg {
 }
 
 /// Flags of `stop`.
+/// Of `keeper`, which `hebe` starts.
+#[derive(Debug, Args)]
+pub struct KeeperArgs {
+    /// A session that systemd handed over: its descriptor, and its name there.
+    #[arg(long, value_name = "NUMBER=NAME")]
+    pub session: Vec<String>,
+    /// Where systemd listens.
+    #[arg(long, value_name = "ADDRESS")]
+    pub notify: Option<OsString>,
+}
+
 #[derive(Debug, Args)]
 pub struct StopArgs {
     /// The VMs.

@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use hebe_host::Host;
 use hebe_sys::clock::stamp_now;
+use hebe_sys::fdstore::Given;
 use hebe_sys::proc::raise_file_limit;
 
 /// Ends with what is wrong with the command line; as JSON, too, where that was
@@ -25,6 +26,8 @@ fn wrong(error: &clap::Error) -> ! {
 fn main() -> ExitCode {
     // First of all: the timeline's "user space" is this instant.
     let started = stamp_now();
+    // SAFETY: nothing has run yet in this process, which has one thread.
+    let given = unsafe { Given::take() };
     // VMs in store `luo` have many files; a VMM inherits the limit.
     let _ = raise_file_limit();
     let parsed = cli::Cli::try_parse();
@@ -33,7 +36,7 @@ fn main() -> ExitCode {
         Err(error) => wrong(&error),
     };
     let out = output::Output::new(cli.json);
-    let mut host = Host::here();
+    let mut host = Host::here().given(given);
     host.layout.no_sandbox = cli.command.no_sandbox();
     host.layout.unnoted = cli.command.unnoted();
     if host.layout.no_sandbox {

@@ -2,22 +2,48 @@
 
 use std::fs;
 use std::io::{self, BufRead, BufReader};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use hebe_api::{read_frame, write_frame};
 use hebe_store::luo::SegmentFiles;
-use hebe_sys::{fdpass, proc};
+use hebe_sys::fdstore::Given;
+use hebe_sys::{fdpass, luo, proc};
 use hebe_types::SegmentId;
 
 use super::keeper::{Answer, Ask, Listing, TAKE_WAIT, WAIT, WORD};
+use super::store::is_ours;
 use crate::host::{Host, Layout};
 use crate::listing::with_cause;
 use crate::notes;
 
+/// Takes what PID 1 handed over to this process, if it did, before anybody asks
+/// for it: from then on the keeper holds it, until each VM has its VMM.
+///
+/// # Errors
+/// Why it could not be taken; PID 1 goes on holding it.
+pub fn take_handed(host: &Host) -> Result<(), String> {
+    if !host.system.was_handed_sessions() {
+        return Ok(());
+    }
+    ensure(host).map_or(Ok(()), Err)
+}
+
+/// The sessions of Hebe's own among what PID 1 handed over, each with its name in
+/// PID 1's store. What they are called there is PID 1's word; the kernel's counts.
+fn sessions(given: &Given) -> Vec<(&str, OwnedFd)> {
+    let ours = given.fds.iter().filter_map(|(name, fd)| {
+        let (session, _) = luo::adopt(fd.try_clone().ok()?).ok()?;
+        let fd = is_ours(&session.to_string()).then(|| fd.try_clone())?;
+        Some((name.as_str(), fd.ok()?))
+    });
+    ours.collect()
+}
+
 /// Starts the keeper's process and waits for what it says.
-pub(crate) fn start(layout: &Layout) -> Result<usize, String> {
+pub(crate) fn start(layout: &Layout, given: &Given) -> Result<usize, String> {
     let started = |e: io::Error| format!("the keeper cannot be started: {e}");
     let dir = layout.run.join("host");
     fs::create_dir_all(&dir).map_err(started)?;
@@ -25,9 +51,18 @@ pub(crate) fn start(layout: &Layout) -> Result<usize, String> {
     let program = std::env::current_exe().map_err(started)?;
     let mut command = Command::new(program);
     command.arg(WORD);
+    let mut handed = Vec::new();
+    for (name, fd) in sessions(given) {
+        command.arg("--session");
+        command.arg(format!("{}={name}", fd.as_raw_fd()));
+        handed.push(fd);
+    }
+    if let Some(address) = given.notify.as_ref().filter(|_| !handed.is_empty()) {
+        command.arg("--notify").arg(address);
+    }
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     command.stderr(Stdio::from(log));
-    let mut child = proc::spawn_detached(command, Vec::new()).map_err(started)?;
+    let mut child = proc::spawn_detached(command, handed).map_err(started)?;
     let mut word = String::new();
     if let Some(stdout) = child.stdout.take() {
         // Ends when the keeper said it, or ended.

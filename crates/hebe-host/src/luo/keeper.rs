@@ -20,9 +20,10 @@
 //! nothing, and whatever it needs is open before.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Write};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -32,7 +33,8 @@ use std::time::Duration;
 use hebe_api::{read_frame, write_frame};
 use hebe_store::SegmentSpec;
 use hebe_store::luo::{self, Arrival, ArrivedHost, ArrivedVm, Lost};
-use hebe_sys::luo::Orchestrator;
+use hebe_sys::fdstore::Notify;
+use hebe_sys::luo::{Adopted, Handed, LuoError, Orchestrator};
 use hebe_sys::{fdpass, proc};
 use hebe_types::{ByteSize, SegmentId, VmId, VmName};
 use serde::{Deserialize, Serialize};
@@ -196,6 +198,19 @@ pub fn keep(
     place: Place,
     said: impl Write + Send,
 ) -> io::Result<()> {
+    keep_then(orchestrator, place, said, || ())
+}
+
+/// [`keep`]; `arrived` is called when all is retrieved that there is.
+///
+/// # Errors
+/// The same.
+pub fn keep_then(
+    orchestrator: Box<dyn Orchestrator>,
+    place: Place,
+    said: impl Write + Send,
+    arrived: impl FnOnce() + Send,
+) -> io::Result<()> {
     // Before anything is retrieved: from then on this process must not fail.
     let listener = listen(&place.socket)?;
     let keeper = Keeper {
@@ -211,7 +226,10 @@ pub fn keep(
         place,
     };
     thread::scope(|scope| {
-        scope.spawn(|| keeper.retrieve(orchestrator, said));
+        scope.spawn(|| {
+            keeper.retrieve(orchestrator, said);
+            arrived();
+        });
         keeper.serve(&listener, scope);
     });
     // Under its own name it is nobody else's: there is one keeper per boot.
@@ -470,18 +488,69 @@ fn kept(segment: SegmentId, held: &Held) -> Kept {
     }
 }
 
+/// Where VMs are retrieved from: the sessions that another process got from the
+/// kernel, and the device for what that did not.
+///
+/// # Errors
+/// The device cannot be opened, and nothing was handed over.
+pub fn source(host: &Host, handed: Vec<Adopted>) -> Result<Box<dyn Orchestrator>, LuoError> {
+    if handed.is_empty() {
+        return super::orchestrator(host);
+    }
+    let system = Arc::clone(&host.system);
+    let open = move || system.orchestrator();
+    Ok(Box::new(Handed::new(handed, Box::new(open))))
+}
+
+/// What the keeper's process was started with.
+#[derive(Debug, Default)]
+pub struct Start {
+    /// Sessions that PID 1 handed over, with their names in its store.
+    pub sessions: Vec<(String, OwnedFd)>,
+    /// Where PID 1 listens.
+    pub notify: Option<OsString>,
+}
+
+impl Start {
+    /// The sessions, and what tells PID 1 that it need not hold them any more.
+    fn take(self) -> (Vec<Adopted>, impl FnOnce() + Send) {
+        let mut names = Vec::new();
+        let mut adopted = Vec::new();
+        for (name, fd) in self.sessions {
+            match hebe_sys::luo::adopt(fd) {
+                Ok(session) => {
+                    names.push(name);
+                    adopted.push(session);
+                }
+                Err(error) => eprintln!("{name} is no session: {error}"),
+            }
+        }
+        let let_go = move || {
+            let Some(address) = self.notify else { return };
+            let told = Notify::connect(&address)
+                .and_then(|pid1| names.iter().try_for_each(|name| pid1.remove(name)));
+            if let Err(error) = told {
+                // They are finished, and hold nothing.
+                eprintln!("systemd was not told to let go of its descriptors: {error}");
+            }
+        };
+        (adopted, let_go)
+    }
+}
+
 /// What the keeper's process does, from its start to its end; `said` is told how
 /// many VMs it holds, or why none.
-pub fn run(host: &Host, mut said: impl Write + Send) -> io::Result<()> {
+pub fn run(host: &Host, start: Start, mut said: impl Write + Send) -> io::Result<()> {
     // An end in good order would be none: what it holds has no other holder.
     let _ = proc::hold_signals();
     let _ = proc::raise_file_limit();
     // It holds every VM's memory, and little of its own.
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
-    match super::orchestrator(host) {
+    let (handed, let_go) = start.take();
+    match source(host, handed) {
         Ok(orchestrator) => {
             eprintln!("SIGTERM is not obeyed as long as VMs are held: resume or drop them");
-            keep(orchestrator, Place::of(host), said)
+            keep_then(orchestrator, Place::of(host), said, let_go)
         }
         Err(error) => writeln!(said, "error {}", with_cause(&error)),
     }

@@ -5,11 +5,17 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use hebe_store::luo::{VM_SESSIONS, host_session};
 use hebe_types::{ByteSize, SegmentId, VmId, VmName};
 
 use super::asking;
 use super::keeper::{FIRST_KEPT, Kept};
 use crate::stores::{NewSegment, StoreAccess, StoreTrouble, StoreView};
+
+/// Whether a name in PID 1's store is that of one of Hebe's sessions.
+pub(crate) fn is_ours(name: &str) -> bool {
+    name == host_session().to_string() || name.starts_with(VM_SESSIONS)
+}
 
 /// A store, and beside it what the keeper on `socket` holds.
 pub struct WithKept {

@@ -45,7 +45,7 @@ pub fn operate(arguments: &[String]) -> ExitCode {
     let host = Host {
         layout,
         store: Arc::new(DeviceStore::new(Some(root.join("store")))),
-        system: Arc::new(Machine),
+        system: Arc::new(Machine::default()),
     };
     let web = name("web");
     let done = match order.as_str() {

@@ -73,7 +73,17 @@ pub struct Lost {
     /// Why.
     pub reason: CarryError,
     /// What is left of it stays in memory as long as this is held.
-    _session: Option<Box<dyn Incoming>>,
+    session: Option<Box<dyn Incoming>>,
+}
+
+impl Drop for Lost {
+    fn drop(&mut self) {
+        if let Some(session) = &self.session {
+            // Who handed the session over may have it open, too. Where that
+            // fails, it ends with its last descriptor.
+            let _ = session.finish();
+        }
+    }
 }
 
 impl ArrivedVm {
@@ -180,7 +190,7 @@ fn vm(
     let mut name = expected.map(|owner| owner.spec.name.clone());
     let mut vm = expected.map(|owner| owner.spec.vm);
     let mut retrieve = || {
-        let lost = |reason, _session| Lost { reason, _session };
+        let lost = |reason, session| Lost { reason, session };
         let session = orchestrator
             .retrieve_session(&vm_session(slot))
             .map_err(|why| lost(why.into(), None))?;

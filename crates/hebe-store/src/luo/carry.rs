@@ -9,10 +9,10 @@
 //! the VMs run on as if nothing had been. They must be alive at the jump: a
 //! session whose process ended carries nothing.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use hebe_sys::clock::stamp_now;
-use hebe_sys::luo::{Orchestrator, Outgoing};
+use hebe_sys::luo::{Orchestrator, Outgoing, SessionName};
 use hebe_types::{ByteSize, VmName};
 
 use super::file::{self, MemoryFile};
@@ -34,7 +34,7 @@ pub struct Carrier<'a> {
 #[derive(Debug)]
 pub struct CarriedHost {
     head: MemoryFile,
-    _session: Box<dyn Outgoing>,
+    session: Box<dyn Outgoing>,
 }
 
 /// One VM's session.
@@ -110,10 +110,7 @@ impl<'a> Carrier<'a> {
         let head = MemoryFile::new(file::make("hebe-head", manifest::head_len(slots))?);
         manifest::write_head(&head, &self.sender, slots).map_err(StoreError::media("write"))?;
         preserve(&*session, Piece::Head, head.fd())?;
-        Ok(CarriedHost {
-            head,
-            _session: session,
-        })
+        Ok(CarriedHost { head, session })
     }
 
     /// Preserves a VM as planned. Takes long, and may be called for many VMs at
@@ -180,17 +177,18 @@ impl<'a> Carrier<'a> {
     }
 }
 
-fn preserve(
-    session: &dyn Outgoing,
-    piece: Piece,
-    fd: std::os::fd::BorrowedFd<'_>,
-) -> Result<(), CarryError> {
+fn preserve(session: &dyn Outgoing, piece: Piece, fd: BorrowedFd<'_>) -> Result<(), CarryError> {
     session
         .preserve(fd, piece.token())
         .map_err(CarryError::piece(piece))
 }
 
 impl CarriedHost {
+    /// Its session: who else has this open holds it beside this value.
+    pub fn session(&self) -> (SessionName, BorrowedFd<'_>) {
+        (host_session(), self.session.descriptor())
+    }
+
     /// Enters a VM, so that it is missed if it does not arrive.
     ///
     /// # Errors
@@ -198,6 +196,15 @@ impl CarriedHost {
     pub fn enter(&mut self, vm: &CarriedVm) -> Result<(), CarryError> {
         let entered = manifest::write_entry(&self.head, &vm.owner);
         Ok(entered.map_err(StoreError::media("write"))?)
+    }
+
+    /// Takes a VM out again, which is kept in another way than by its session.
+    ///
+    /// # Errors
+    /// [`CarryError::Store`]: the next kernel misses it.
+    pub fn strike(&mut self, vm: &CarriedVm) -> Result<(), CarryError> {
+        let struck = manifest::strike_entry(&self.head, &vm.owner, vm.sender.carrier);
+        Ok(struck.map_err(StoreError::media("write"))?)
     }
 
     /// Replaces the report: opaque text for the next kernel.
@@ -221,6 +228,11 @@ impl CarriedVm {
     /// The slot that its session is named by.
     pub fn slot(&self) -> u32 {
         self.owner.spec.id.0
+    }
+
+    /// Its session, as [`CarriedHost::session`].
+    pub fn session(&self) -> (SessionName, BorrowedFd<'_>) {
+        (vm_session(self.slot()), self.session.descriptor())
     }
 
     /// What it took so far.

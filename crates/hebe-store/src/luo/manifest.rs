@@ -248,6 +248,19 @@ pub(super) fn write_entry(media: &impl Media, owner: &Owner) -> io::Result<()> {
     mirror::update(media, &place, &current, record.as_bytes()).map(drop)
 }
 
+/// Takes a VM out of the head: nobody is to miss it.
+pub(super) fn strike_entry(
+    media: &impl Media,
+    owner: &Owner,
+    carrier: CarrierId,
+) -> io::Result<()> {
+    let slot = owner.spec.id.0;
+    let place = record_place(slot);
+    let current = mirror::read(media, &place)?;
+    let record = RecordV1::free(slot, carrier.0);
+    mirror::update(media, &place, &current, record.as_bytes()).map(drop)
+}
+
 /// A manifest, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Manifest {

@@ -101,10 +101,13 @@ pub fn host_session() -> SessionName {
     name("hebe.host".to_owned())
 }
 
+/// What the names of all VMs' sessions begin with.
+pub const VM_SESSIONS: &str = "hebe.vm.";
+
 /// The session of the VM in a slot. It is named by slot, so that VMs are found
 /// even where the roster cannot be read.
 pub fn vm_session(slot: u32) -> SessionName {
-    name(format!("hebe.vm.{slot:03}"))
+    name(format!("{VM_SESSIONS}{slot:03}"))
 }
 
 fn name(text: String) -> SessionName {

@@ -36,7 +36,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-pub use show::{Manager, UnitStore, manager, own_unit, unit_store};
+pub use show::{Manager, UnitStore, manager, own_unit, room_in, unit_store};
 
 /// The first systemd that hands stores over a kexec.
 pub const FIRST_VERSION: u32 = 261;
@@ -127,6 +127,20 @@ impl Given {
         }
         given
     }
+}
+
+/// A descriptor that was handed on to a child, by the word that says which:
+/// `NUMBER=NAME`. `None` where the word is another.
+///
+/// # Safety
+/// A number in it is an open descriptor of which nobody else knows.
+pub unsafe fn inherited(word: &str) -> Option<(String, OwnedFd)> {
+    let (number, name) = word.split_once('=')?;
+    let number: i32 = number.parse().ok().filter(|n| *n >= LISTEN_FDS_START)?;
+    // SAFETY: as the caller says.
+    let fd = unsafe { OwnedFd::from_raw_fd(number) };
+    let _ = rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC);
+    Some((name.to_owned(), fd))
 }
 
 /// PID 1's socket for words of services.

@@ -67,6 +67,19 @@ impl UnitStore {
     }
 }
 
+impl UnitStore {
+    /// Whether so many go into it, when what is in it now was taken out.
+    fn has_room(&self, unit: &str, wanted: usize) -> Result<(), String> {
+        if self.max >= wanted {
+            return Ok(());
+        }
+        Err(format!(
+            "{unit}'s file descriptor store takes {}, and {wanted} are needed: raise FileDescriptorStoreMax=",
+            self.max
+        ))
+    }
+}
+
 /// Asks PID 1 who it is.
 ///
 /// # Errors
@@ -86,6 +99,23 @@ pub fn manager() -> Result<Manager, String> {
 pub fn unit_store(unit: &str) -> Result<UnitStore, String> {
     let wanted = "--property=LoadState,FileDescriptorStoreMax,FileDescriptorStorePreserve,NFileDescriptorStore";
     parse_unit(&show(&[wanted, "--", unit])?)
+}
+
+/// Whether PID 1 carries what `unit` puts into its store, and takes so many; in
+/// words, what there is.
+///
+/// # Errors
+/// One sentence.
+pub fn room_in(unit: &str, wanted: usize) -> Result<String, String> {
+    let manager = manager()?;
+    manager.may_carry()?;
+    let store = unit_store(unit)?;
+    store.may_carry(unit)?;
+    store.has_room(unit, wanted)?;
+    Ok(format!(
+        "PID 1 is systemd {}, and {unit} has a file descriptor store of {}",
+        manager.version, store.max
+    ))
 }
 
 /// The service that this process is part of, as its control group says.
@@ -201,6 +231,9 @@ mod tests {
             assert!(why.contains(words), "{why}");
         }
         assert!(parse_unit("LoadState=loaded\n").is_err());
+        assert_eq!(good.has_room("hebe.service", 256), Ok(()));
+        let full = good.has_room("hebe.service", 257).expect_err("too many");
+        assert!(full.contains("FileDescriptorStoreMax="), "{full}");
     }
 
     #[test]

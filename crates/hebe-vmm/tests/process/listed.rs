@@ -26,7 +26,7 @@ fn host(root: &Path) -> Host {
     Host {
         layout,
         store: Arc::new(DeviceStore::new(None)),
-        system: Arc::new(Machine),
+        system: Arc::new(Machine::default()),
     }
 }
 

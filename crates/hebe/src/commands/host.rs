@@ -2,11 +2,13 @@
 
 use hebe_host::Host;
 use hebe_host::check::host_check;
+use hebe_host::luo::keeper;
 use hebe_host::preflight::{Check, Level};
+use hebe_sys::fdstore;
 use serde::Serialize;
 
 use super::reboot::checks_table;
-use crate::cli::HostCommand;
+use crate::cli::{HostCommand, KeeperArgs};
 use crate::output::{Exit, Failure, Outcome, Output};
 
 #[derive(Serialize)]
@@ -45,9 +47,16 @@ fn check(host: &Host, out: &Output) -> Outcome {
 }
 
 /// `hebe keeper`.
-pub fn keeper(host: &Host) -> Outcome {
+pub fn keeper(host: &Host, args: KeeperArgs) -> Outcome {
     let said = std::io::stdout();
-    let kept = hebe_host::luo::keeper::run(host, said);
+    // SAFETY: whoever starts a keeper names descriptors that it leaves to it, and
+    // this process has not looked at them yet.
+    let inherited = |word: &String| unsafe { fdstore::inherited(word) };
+    let start = keeper::Start {
+        sessions: args.session.iter().filter_map(inherited).collect(),
+        notify: args.notify,
+    };
+    let kept = keeper::run(host, start, said);
     kept.map_err(|e| Failure(format!("the keeper ends: {e}")))?;
     Ok(Exit::Done)
 }

@@ -39,7 +39,7 @@ pub fn run(host: &Host, command: Command, out: &Output, started: Stamp) -> Outco
         Command::Fleet(command) => fleet::fleet(host, &command, out),
         Command::Plan(args) => plan::plan(&args, out),
         Command::Man { dir } => man::man(dir.as_deref(), out),
-        Command::Keeper => host::keeper(host),
+        Command::Keeper(args) => host::keeper(host, args),
         Command::Completions { shell } => {
             use clap::CommandFactory;
             let mut script = Vec::new();

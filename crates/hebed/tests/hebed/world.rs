@@ -46,7 +46,7 @@ impl World {
         let host = Host {
             layout,
             store: Arc::new(DeviceStore::new(Some(store))),
-            system: Arc::new(Machine),
+            system: Arc::new(Machine::default()),
         };
         init(&host, &InitOptions::default()).expect("a store");
         Self { root, host }
