@@ -12,10 +12,10 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use hebe_image::build::sources::{self, Source};
 
 use crate::cache;
 use crate::progress::Progress;
-use crate::sources::{self, Source};
 
 /// How often a download is tried.
 const TRIES: u32 = 4;
@@ -242,9 +242,20 @@ pub fn unpack(debs: &[PathBuf], dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Every source entry of this machine.
+pub fn machine_sources() -> Result<Vec<Source>> {
+    let all = sources::read_machine(Path::new("/etc/apt")).context("cannot read apt's sources")?;
+    if all.is_empty() {
+        bail!(
+            "no apt sources under /etc/apt; name what this machine has with --qemu, --kernel and --modules"
+        );
+    }
+    Ok(all)
+}
+
 /// Finds the machine's own source entry.
 pub fn own_source(distribution: &Distribution) -> Result<Source> {
-    let all = sources::read_machine(Path::new("/etc/apt"))?;
+    let all = machine_sources()?;
     sources::own_source(&all, &distribution.codename).with_context(|| {
         format!(
             "no apt source of this machine names the suite '{}'; name what this machine has with --qemu, --kernel and --modules",

@@ -365,6 +365,22 @@ impl Assets {
         cached_kernel(name, &dir)
     }
 
+    /// This machine's distribution.
+    pub(crate) fn distribution(&self) -> &Distribution {
+        &self.distribution
+    }
+
+    /// A folder in the cache that `fill` makes where there is none.
+    pub(crate) fn filled(
+        &self,
+        name: &str,
+        progress: &dyn Progress,
+        good: impl Fn(&Path) -> bool,
+        fill: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<PathBuf> {
+        self.cache.filled(name, progress, good, fill)
+    }
+
     /// Where something of this name is kept, if it is.
     pub(crate) fn kept(&self, name: &str) -> PathBuf {
         self.cache.root().join(name)

@@ -4,7 +4,8 @@
 //! stock `kvm_amd` module loads in it and real guests run under the product's
 //! own VMM. The *host* is the Debian kernel in the machine with an initramfs
 //! that holds the product's programs; its PID 1 is `lab-init`, which also
-//! plays PID 1 of the guests. [`scenario::Lab`] puts all of it together.
+//! plays PID 1 of the guests, or, with a [`system`], systemd on a Debian root
+//! disk. [`scenario::Lab`] puts all of it together.
 
 pub mod agent;
 pub mod apt;
@@ -24,5 +25,5 @@ pub mod probe;
 pub mod progress;
 pub mod scenario;
 pub mod serial;
-pub mod sources;
+pub mod system;
 pub mod trial;

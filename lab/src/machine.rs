@@ -96,7 +96,10 @@ pub struct MachineConfig {
     pub initrd: PathBuf,
     /// Its command line.
     pub cmdline: String,
-    /// Raw image behind `/dev/vda`.
+    /// Raw image of the first disk, never written to: what the machine writes
+    /// to the disk is kept as long as QEMU runs, over resets and kexec.
+    pub system: Option<PathBuf>,
+    /// Raw image of the next disk.
     pub disk: Option<PathBuf>,
     /// How many guests the forwarded ports are for.
     pub guests: u8,
@@ -187,6 +190,11 @@ impl Machine {
         let resets = config.dir.join("resets.log");
         if accelerator == Accelerator::Tcg {
             command.args(["-d", "cpu_reset", "-D"]).arg(&resets);
+        }
+        if let Some(system) = &config.system {
+            let drive = format!("if=virtio,format=raw,snapshot=on,file={}", system.display());
+            // The overlay grows with what is written: not in memory.
+            command.args(["-drive", &drive]).env("TMPDIR", &config.dir);
         }
         if let Some(disk) = &config.disk {
             command.args([

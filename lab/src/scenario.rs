@@ -17,10 +17,13 @@ use crate::assets::{Assets, Kernel, KernelName};
 use crate::binaries::{Binaries, HEBE, HEBE_VMM, Program, workspace_root};
 use crate::machine::{EmulatorFailure, GuestPorts, Machine, MachineConfig, host_cmdline};
 use crate::progress::Progress;
+use crate::system::{self, System};
 use crate::{disk, initramfs, peer, probe, serial};
 
 /// Longest time a host may take from reset or kexec to the end of its start-up.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// The same for a host with systemd.
+const SYSTEM_BOOT_LIMIT: Duration = Duration::from_secs(420);
 /// Longest time a guest may take to answer.
 pub const GUEST_LIMIT: Duration = Duration::from_secs(240);
 /// Longest wait for guests that were just started, and the part of each.
@@ -36,6 +39,9 @@ pub const FIRST_GUEST_BYTE: u8 = 101;
 pub struct LabOptions {
     /// The kernel that a reset starts.
     pub host: KernelName,
+    /// A Debian root disk with systemd as PID 1, instead of `lab-init` in the
+    /// initramfs.
+    pub system: Option<System>,
     /// Kernels that the host can be rebooted into, besides `host`.
     pub others: Vec<KernelName>,
     /// Kernels for guests.
@@ -78,6 +84,7 @@ impl Default for LabOptions {
     fn default() -> Self {
         Self {
             host: KernelName::V6_1Cloud,
+            system: None,
             others: Vec::new(),
             guest_kernels: vec![KernelName::V6_1Cloud],
             guest_disks: Vec::new(),
@@ -95,6 +102,22 @@ impl Default for LabOptions {
             parallel: false,
             append: String::new(),
             keep_files: false,
+        }
+    }
+}
+
+impl LabOptions {
+    /// Words for the command line of every kernel of this host.
+    fn append(&self) -> String {
+        let system = self.system.as_ref().map(|_| system::CMDLINE);
+        let words = system.into_iter().chain([self.append.as_str()]);
+        words.collect::<Vec<_>>().join(" ").trim().to_owned()
+    }
+
+    fn boot_limit(&self) -> Duration {
+        match self.system {
+            Some(_) => SYSTEM_BOOT_LIMIT,
+            None => BOOT_LIMIT,
         }
     }
 }
@@ -250,6 +273,8 @@ impl Lab {
             initramfs::host(&host, &binaries, tools.as_deref(), progress)?,
         )
         .context("cannot write the host's initramfs")?;
+        let system = options.system.as_ref();
+        let system = system.map(|s| s.image(assets, progress)).transpose()?;
         let image = folder.path.join("disk.img");
         let tree = folder.path.join("tree");
         fill_tree(
@@ -265,7 +290,7 @@ impl Lab {
         }
         disk::make_ext4(&image, options.disk_mib, Some(&tree), progress)?;
         fs::remove_dir_all(&tree).context("cannot remove the disk's source folder")?;
-        let mut append = options.append.clone();
+        let mut append = options.append();
         if options.store_init && options.product.contains(&HEBE) {
             append.push_str(" lab.store=init");
         }
@@ -275,6 +300,7 @@ impl Lab {
             kernel: host.image,
             initrd,
             cmdline: host_cmdline(options.reserve_mib, append.trim()),
+            system,
             disk: Some(image),
             guests: options.guests,
             guest_byte: FIRST_GUEST_BYTE,
@@ -285,7 +311,7 @@ impl Lab {
         progress.step(&format!("booting the lab host on {}", options.host));
         let start = Instant::now();
         let mut machine = Machine::start(&qemu, &config)?;
-        let boot = machine.wait_for_boot(None, BOOT_LIMIT)?;
+        let boot = machine.wait_for_boot(None, options.boot_limit())?;
         Ok(Self {
             machine,
             options,
@@ -334,7 +360,7 @@ impl Lab {
 
     /// The command line that another kernel of this host gets.
     pub fn host_cmdline(&self) -> String {
-        host_cmdline(self.options.reserve_mib, &self.options.append)
+        host_cmdline(self.options.reserve_mib, &self.options.append())
     }
 
     /// Jumps into another kernel by the agent alone, without the product: a
@@ -362,7 +388,8 @@ impl Lab {
     /// Waits until another boot of the host answers.
     pub fn wait_for_next_boot(&mut self) -> Result<HostStatus> {
         let before = self.boot.boot_id.clone();
-        self.boot = self.machine.wait_for_boot(Some(&before), BOOT_LIMIT)?;
+        let limit = self.options.boot_limit();
+        self.boot = self.machine.wait_for_boot(Some(&before), limit)?;
         Ok(self.boot.clone())
     }
 
@@ -527,6 +554,12 @@ fn fill_tree(
             &kernel,
             initramfs::host(&kernel, binaries, tools, progress)?,
         )?;
+        if options.system.is_some() {
+            system::place_modules(&kernel, tree)?;
+        }
+    }
+    if options.system.is_some() {
+        system::place_programs(binaries, tree)?;
     }
     for name in &options.guest_kernels {
         let kernel = assets.kernel(*name, progress)?;

@@ -9,6 +9,7 @@ use lab::agent::{Agent, ExecOutput};
 use lab::assets::{Assets, KernelName};
 use lab::progress::Progress;
 use lab::scenario::{GuestSpec, Lab, LabOptions};
+use lab::system::System;
 use lab::trial::{self, Method};
 
 use crate::ui::Spinner;
@@ -22,6 +23,12 @@ pub struct LabArgs {
     /// Kernel of the host.
     #[arg(long, default_value = "6.1-cloud")]
     host: KernelName,
+    /// A Debian root disk with systemd as PID 1: debian12, debian13 or a suite.
+    #[arg(long)]
+    system: Option<System>,
+    /// More packages for that root disk.
+    #[arg(long, value_delimiter = ',', requires = "system")]
+    packages: Vec<String>,
     /// Kernels that the host can be rebooted into (under /data/boot).
     #[arg(long, value_delimiter = ',', default_value = "7.3-cloud")]
     others: Vec<KernelName>,
@@ -77,6 +84,10 @@ pub fn run(assets: &Assets, args: &LabArgs, progress: &Spinner) -> Result<ExitCo
     let defaults = LabOptions::default();
     let options = LabOptions {
         host: args.host,
+        system: args.system.clone().map(|mut system| {
+            system.packages.extend(args.packages.iter().cloned());
+            system
+        }),
         others: args.others.clone(),
         guest_kernels: args.guest_kernels.clone(),
         guests: args.guests.max(4),

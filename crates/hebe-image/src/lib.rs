@@ -11,12 +11,15 @@
 //! 2. the first boot loader entry ([`bls`]);
 //! 3. `vmlinuz` and its initrd, where there is no configuration.
 //!
+//! [`build`] makes such images out of Debian's packages.
+//!
 //! Everything on an image is its guest's to write, and hostile: sizes, counts
 //! and depths have [`Limits`] and constants of this crate, everything read is
 //! counted against a [budget](source), nothing is ever written, and a reader
 //! that panics is a damaged image.
 
 pub mod bls;
+pub mod build;
 mod error;
 mod find;
 mod fs;

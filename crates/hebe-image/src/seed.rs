@@ -66,9 +66,7 @@ impl Seed {
     /// # Errors
     /// [`SeedError`].
     pub fn image(&self) -> Result<Vec<u8>, SeedError> {
-        if !is_hostname(&self.hostname) {
-            return Err(SeedError::Hostname(crate::error::shown(&self.hostname)));
-        }
+        check_hostname(&self.hostname)?;
         self.ssh_keys.iter().try_for_each(|key| check_key(key))?;
         let user_data = self.user_data.as_deref().unwrap_or(b"#cloud-config\n{}\n");
         if user_data.len() > USER_DATA_MAX || self.ssh_keys.len() > KEYS_MAX {
@@ -113,6 +111,13 @@ impl Seed {
     }
 }
 
+pub(crate) fn check_hostname(name: &str) -> Result<(), SeedError> {
+    match is_hostname(name) {
+        true => Ok(()),
+        false => Err(SeedError::Hostname(crate::error::shown(name))),
+    }
+}
+
 fn is_hostname(name: &str) -> bool {
     let label = |label: &str| {
         let allowed = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
@@ -123,7 +128,7 @@ fn is_hostname(name: &str) -> bool {
     name.len() <= 253 && name.split('.').all(label)
 }
 
-fn check_key(key: &str) -> Result<(), SeedError> {
+pub(crate) fn check_key(key: &str) -> Result<(), SeedError> {
     let kinds = ["ssh-", "ecdsa-", "sk-ssh-", "sk-ecdsa-"];
     let known = |word: &str| kinds.iter().any(|kind| word.starts_with(kind));
     // Options may stand before the kind.

@@ -99,11 +99,12 @@ fn data_disk() -> Result<()> {
 }
 
 /// Runs `hebe` to its end, its output to the log and the serial line.
-fn hebe(label: &str, arguments: &[&str]) {
-    if !Path::new("/bin/hebe").exists() {
+pub fn hebe(label: &str, arguments: &[&str]) {
+    let places = ["/bin/hebe", "/data/bin/hebe"];
+    let Some(program) = places.into_iter().find(|p| Path::new(p).exists()) else {
         return;
-    }
-    let output = Command::new("/bin/hebe")
+    };
+    let output = Command::new(program)
         .args(arguments)
         .stdin(Stdio::null())
         .output();

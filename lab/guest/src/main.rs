@@ -2,7 +2,8 @@
 //!
 //! PID 1 mounts, then forks: the child plays the role that the kernel command
 //! line names (`lab.role=guest`, else host), PID 1 itself only reaps orphans.
-//! So the role's own children are waited for by those who started them.
+//! So the role's own children are waited for by those who started them. With
+//! `lab.role=system` PID 1 becomes the init program of a root file system.
 
 mod agent;
 mod cpr;
@@ -11,6 +12,7 @@ mod guest;
 mod host;
 mod modules;
 mod sys;
+mod system;
 
 use std::process::exit;
 
@@ -19,12 +21,18 @@ use anyhow::Result;
 fn main() {
     let userspace_tsc = sys::tsc();
     if std::process::id() != 1 {
-        exit(tool(&std::env::args().collect::<Vec<_>>()));
+        exit(tool(&std::env::args().collect::<Vec<_>>(), userspace_tsc));
     }
     if let Err(e) = base_mounts() {
         eprintln!("LAB: PANIC {e:#}");
     }
-    let guest = sys::cmdline_value("lab.role").as_deref() == Some("guest");
+    let role = sys::cmdline_value("lab.role");
+    if role.as_deref() == Some("system")
+        && let Err(e) = system::enter()
+    {
+        println!("LAB: PANIC {e:#}");
+    }
+    let guest = role.as_deref() == Some("guest");
     // SAFETY: the process has one thread, so the child may go on freely.
     match unsafe { libc::fork() } {
         0 => {
@@ -43,13 +51,14 @@ fn main() {
 }
 
 /// Test aids, when the program is not init.
-fn tool(arguments: &[String]) -> i32 {
+fn tool(arguments: &[String], userspace_tsc: u64) -> i32 {
     let words: Vec<&str> = arguments.iter().skip(1).map(String::as_str).collect();
     let result = match words[..] {
         ["dax-fill", device] => dax::pattern(device, true),
         ["dax-check", device] => dax::pattern(device, false),
         ["dax-flip", device, offset] => dax::flip(device, offset),
         ["kexec-unload"] => sys::kexec_unload().map(|()| 0),
+        ["system-agent"] => system::agent(userspace_tsc).map(|()| 0),
         ["peer", ref more @ ..] => {
             return match cpr::tool(more) {
                 Ok(()) => 0,
@@ -83,16 +92,7 @@ fn base_mounts() -> Result<()> {
     sys::mount_pseudo("proc", "/proc", "")?;
     sys::mount_pseudo("sysfs", "/sys", "")?;
     // The kernel may have started init before /dev/console existed.
-    if let Ok(console) = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/console")
-    {
-        rustix::stdio::dup2_stdin(&console)?;
-        rustix::stdio::dup2_stdout(&console)?;
-        rustix::stdio::dup2_stderr(&console)?;
-    }
-    Ok(())
+    sys::take_console()
 }
 
 fn reap(role: i32) -> ! {

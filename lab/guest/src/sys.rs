@@ -31,6 +31,17 @@ pub fn realtime_ns() -> u64 {
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
+/// Makes the console standard input and output, where there is one.
+pub fn take_console() -> Result<()> {
+    let options = File::options().read(true).write(true).to_owned();
+    if let Ok(console) = options.open("/dev/console") {
+        rustix::stdio::dup2_stdin(&console)?;
+        rustix::stdio::dup2_stdout(&console)?;
+        rustix::stdio::dup2_stderr(&console)?;
+    }
+    Ok(())
+}
+
 /// Mounts a pseudo file system; its mount point is created.
 pub fn mount_pseudo(kind: &str, target: &str, data: &str) -> Result<()> {
     fs::create_dir_all(target).with_context(|| format!("cannot create {target}"))?;

@@ -4,9 +4,8 @@
 //! Both formats are read: deb822 (`*.sources`) and one-line (`*.list`), see
 //! sources.list(5). The result is always deb822.
 
+use std::io;
 use std::path::Path;
-
-use anyhow::{Context, Result, bail};
 
 /// One entry: where packages come from, and who signs them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -170,7 +169,10 @@ pub fn own_source(sources: &[Source], codename: &str) -> Option<Source> {
 }
 
 /// Reads every source entry under `etc_apt` (usually `/etc/apt`).
-pub fn read_machine(etc_apt: &Path) -> Result<Vec<Source>> {
+///
+/// # Errors
+/// A file that is there and cannot be read; that there is none is no error.
+pub fn read_machine(etc_apt: &Path) -> io::Result<Vec<Source>> {
     let mut sources = Vec::new();
     let main = etc_apt.join("sources.list");
     if let Ok(text) = std::fs::read_to_string(&main) {
@@ -183,21 +185,46 @@ pub fn read_machine(etc_apt: &Path) -> Result<Vec<Source>> {
     };
     files.sort();
     for file in files {
+        let read: fn(&str) -> Vec<Source> = match file.extension().and_then(|e| e.to_str()) {
+            Some("sources") => parse_deb822,
+            Some("list") => parse_list,
+            _ => continue,
+        };
         let text = std::fs::read_to_string(&file)
-            .with_context(|| format!("cannot read {}", file.display()))?;
-        match file.extension().and_then(|e| e.to_str()) {
-            Some("sources") => sources.extend(parse_deb822(&text)),
-            Some("list") => sources.extend(parse_list(&text)),
-            _ => {}
-        }
-    }
-    if sources.is_empty() {
-        bail!(
-            "no apt sources under {}; name what this machine has with --qemu, --kernel and --modules",
-            etc_apt.display()
-        );
+            .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", file.display())))?;
+        sources.extend(read(&text));
     }
     Ok(sources)
+}
+
+/// Suites without security and update suites of their own.
+const ROLLING: [&str; 4] = ["sid", "unstable", "experimental", "rc-buggy"];
+
+/// The entries for `suite`, derived from those through which the machine gets
+/// its own suite `own` with its updates and its security fixes.
+pub fn for_suite(sources: &[Source], own: &str, suite: &str) -> Vec<Source> {
+    let rolling = ROLLING.contains(&suite);
+    let renamed = |name: &String| {
+        let rest = name.strip_prefix(own)?;
+        match rest {
+            "" => Some(suite.to_owned()),
+            "-updates" | "-security" if !rolling => Some(format!("{suite}{rest}")),
+            _ => None,
+        }
+    };
+    let main = |s: &&Source| {
+        s.types.iter().any(|t| t == "deb") && s.components.iter().any(|c| c == "main")
+    };
+    let mut all: Vec<Source> = Vec::new();
+    for source in sources.iter().filter(main) {
+        let suites: Vec<String> = source.suites.iter().filter_map(renamed).collect();
+        let names: Vec<&str> = suites.iter().map(String::as_str).collect();
+        let source = source.with_suites(&names, false);
+        if !names.is_empty() && !all.contains(&source) {
+            all.push(source);
+        }
+    }
+    all
 }
 
 #[cfg(test)]
@@ -246,5 +273,23 @@ mod tests {
     fn a_foreign_entry_is_not_taken_for_the_machines_own() {
         let sources = parse_list("deb http://other.test stable main\n");
         assert_eq!(own_source(&sources, "trixie"), None);
+    }
+
+    #[test]
+    fn another_suite_is_reached_as_the_machines_own_is() {
+        let sources = parse_deb822(DEB822);
+        let of = |suite: &str| -> Vec<String> {
+            let all = for_suite(&sources, "bookworm", suite);
+            all.iter().map(|s| s.suites.join(" ")).collect()
+        };
+        assert_eq!(
+            of("bookworm"),
+            ["bookworm bookworm-updates", "bookworm-security"]
+        );
+        assert_eq!(of("trixie"), ["trixie trixie-updates", "trixie-security"]);
+        assert_eq!(of("unstable"), ["unstable"]);
+        let all = for_suite(&sources, "bookworm", "trixie");
+        assert!(all.iter().all(|s| s.components == ["main"]));
+        assert!(for_suite(&sources, "jammy", "jammy").is_empty());
     }
 }

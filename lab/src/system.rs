@@ -1,0 +1,225 @@
+//! Hosts with a real root disk: Debian, with systemd as PID 1.
+//!
+//! The root is an image that [`hebe_image::build`] makes, the same code as
+//! `hebe image build`; it is made once and kept in the cache, and a machine
+//! writes to a throw-away layer above it. It holds no kernel: the lab's kernels
+//! boot it, each with the lab's initramfs, whose `lab-init` loads modules,
+//! mounts the root and gives PID 1 to systemd. The lab's other disk is at
+//! `/data` as ever, with the programs in `/data/bin` and the kernels' modules in
+//! `/data/modules`, so that neither needs another root.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{Context, Result, bail};
+use hebe_image::build::{self, FileIn, Order, sources};
+
+use crate::apt::{self, Tool};
+use crate::assets::{Assets, Kernel};
+use crate::binaries::Binaries;
+use crate::disk;
+use crate::progress::Progress;
+
+/// What `lab-init` and systemd are told by the kernel's command line.
+pub const CMDLINE: &str =
+    "lab.role=system systemd.show_status=error systemd.log_target=journal rd.udev.log_level=3";
+/// Bytes of the root disk; it takes what is in it.
+const SIZE: u64 = 4 << 30;
+/// Changed whenever what this module puts into the image changes.
+const REVISION: u32 = 1;
+
+/// A Debian root disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct System {
+    /// Suite or code name.
+    pub suite: String,
+    /// Packages besides systemd and what goes with it.
+    pub packages: Vec<String>,
+}
+
+impl System {
+    /// Debian 12, with systemd 252.
+    pub fn debian12() -> Self {
+        Self::of_suite("bookworm")
+    }
+
+    /// Of any suite that the machine's own source has.
+    pub fn of_suite(suite: &str) -> Self {
+        let suite = suite.to_owned();
+        Self {
+            suite,
+            packages: Vec::new(),
+        }
+    }
+
+    /// The same with more packages; each set is another image in the cache.
+    pub fn with(mut self, packages: &[&str]) -> Self {
+        self.packages
+            .extend(packages.iter().map(|p| (*p).to_owned()));
+        self
+    }
+
+    /// Its image, made at first use.
+    pub fn image(&self, assets: &Assets, progress: &dyn Progress) -> Result<PathBuf> {
+        let order = self.order(assets)?;
+        let name = format!("system-{}-{:08x}", self.suite, fingerprint(&order));
+        let file = |dir: &Path| dir.join("disk.img");
+        let dir = assets.filled(
+            &name,
+            progress,
+            |dir| file(dir).is_file(),
+            |dir| {
+                let tool = |program, package| Tool { program, package };
+                apt::ensure_tools(
+                    &[
+                        tool("mmdebstrap", "mmdebstrap"),
+                        tool("mke2fs", "e2fsprogs"),
+                    ],
+                    progress,
+                )?;
+                progress.step(&format!("making a root disk of {}", self.suite));
+                let say = |text: &str| progress.step(&format!("root disk: {text}"));
+                build::build(&order, &file(dir), false, &say).context("no root disk")?;
+                Ok(())
+            },
+        )?;
+        Ok(file(&dir))
+    }
+
+    fn order(&self, assets: &Assets) -> Result<Order> {
+        let own = &assets.distribution().codename;
+        let sources = sources::for_suite(&apt::machine_sources()?, own, &self.suite);
+        let text = FileIn::text;
+        let mask = |unit: &str| {
+            (
+                format!("/etc/systemd/system/{unit}"),
+                "/dev/null".to_owned(),
+            )
+        };
+        Ok(Order {
+            suite: self.suite.clone(),
+            sources,
+            packages: self.packages.clone(),
+            size: SIZE,
+            hostname: "lab".to_owned(),
+            files: vec![
+                text("/etc/fstab", ""),
+                text("/etc/systemd/network/10-br0.netdev", BRIDGE),
+                text("/etc/systemd/network/20-uplink.network", UPLINK),
+                text("/etc/systemd/network/30-br0.network", ADDRESS),
+                text("/etc/systemd/system/lab-agent.service", AGENT),
+                text("/etc/profile.d/lab.sh", "PATH=$PATH:/data/bin\n"),
+            ],
+            links: [
+                "serial-getty@ttyS0.service",
+                "getty@tty1.service",
+                "apt-daily.timer",
+                "apt-daily-upgrade.timer",
+                "dpkg-db-backup.timer",
+                "e2scrub_all.timer",
+                "e2scrub_reap.service",
+                "fstrim.timer",
+                "systemd-networkd-wait-online.service",
+            ]
+            .into_iter()
+            .map(mask)
+            .chain([("/usr/lib/modules".to_owned(), "/data/modules".to_owned())])
+            .collect(),
+            units: vec![
+                "systemd-networkd.service".to_owned(),
+                "lab-agent.service".to_owned(),
+            ],
+            ..Order::default()
+        })
+    }
+}
+
+impl FromStr for System {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let suite = match text {
+            "debian12" => "bookworm",
+            "debian13" => "trixie",
+            other => other,
+        };
+        if suite.is_empty() || suite.starts_with('-') {
+            bail!("'{text}' is no system: use debian12, debian13 or a suite of Debian");
+        }
+        Ok(Self::of_suite(suite))
+    }
+}
+
+/// One number for all that is in an image.
+fn fingerprint(order: &Order) -> u32 {
+    let said = format!("{REVISION} {order:?}");
+    // FNV-1a: the same in every release of the compiler.
+    said.bytes().fold(0x811c_9dc5, |hash, byte| {
+        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    })
+}
+
+const BRIDGE: &str = "[NetDev]\nName=br0\nKind=bridge\nMACAddress=52:54:00:6c:61:0f\n\n[Bridge]\nSTP=no\nForwardDelaySec=0\n";
+const UPLINK: &str = "[Match]\nName=en* eth*\n\n[Network]\nBridge=br0\n";
+const ADDRESS: &str = "[Match]\nName=br0\n\n[Network]\nAddress=10.0.2.15/24\nGateway=10.0.2.2\nDNS=10.0.2.3\nLinkLocalAddressing=no\n";
+/// It is not stopped when the system goes down, so that this can be watched.
+/// What it starts is left alone when it ends.
+const AGENT: &str = "[Unit]\nDescription=Agent of the lab\nDefaultDependencies=no\nAfter=local-fs.target systemd-tmpfiles-setup.service\nRequiresMountsFor=/data\n\n[Service]\nExecStart=/data/bin/lab-init system-agent\nEnvironment=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/data/bin HOME=/root\nKillMode=process\nTasksMax=infinity\n\n[Install]\nWantedBy=sysinit.target\n";
+
+/// The programs, where a host with a system finds them.
+pub(crate) fn place_programs(binaries: &Binaries, tree: &Path) -> Result<()> {
+    for program in std::iter::once(&binaries.init).chain(&binaries.product) {
+        let name = program.file_name().context("a program without a name")?;
+        disk::place(program, &tree.join("bin").join(name))?;
+    }
+    Ok(())
+}
+
+/// A kernel's modules, which udev and modprobe find by a link in the root.
+pub(crate) fn place_modules(kernel: &Kernel, tree: &Path) -> Result<()> {
+    match &kernel.modules {
+        Some(from) => place_tree(from, &tree.join("modules").join(&kernel.release)),
+        None => Ok(()),
+    }
+}
+
+fn place_tree(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to).with_context(|| format!("cannot create {}", to.display()))?;
+    let entries = fs::read_dir(from).with_context(|| format!("cannot read {}", from.display()))?;
+    for entry in entries {
+        let entry = entry?;
+        let kind = entry.file_type()?;
+        let to = to.join(entry.file_name());
+        if kind.is_dir() {
+            place_tree(&entry.path(), &to)?;
+        } else if kind.is_file() {
+            disk::place(&entry.path(), &to)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_system_is_named_by_its_release_or_its_suite() {
+        let of = |text: &str| text.parse::<System>().map(|s| s.suite);
+        assert_eq!(of("debian12").expect("a name"), "bookworm");
+        assert_eq!(of("unstable").expect("a suite"), "unstable");
+        assert!(of("").is_err() && of("--x").is_err());
+    }
+
+    #[test]
+    fn another_content_is_another_image() {
+        let order = Order::default();
+        let more = Order {
+            packages: vec!["nginx-light".to_owned()],
+            ..Order::default()
+        };
+        assert_eq!(fingerprint(&order), fingerprint(&Order::default()));
+        assert_ne!(fingerprint(&order), fingerprint(&more));
+    }
+}
