@@ -381,11 +381,6 @@ impl Assets {
         self.cache.filled(name, progress, good, fill)
     }
 
-    /// Where something of this name is kept, if it is.
-    pub(crate) fn kept(&self, name: &str) -> PathBuf {
-        self.cache.root().join(name)
-    }
-
     fn fetch_kernel(
         &self,
         dir: &Path,

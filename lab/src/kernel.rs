@@ -82,12 +82,6 @@ pub fn build(assets: &Assets, jobs: usize, progress: &dyn Progress) -> Result<Ke
     assets::cached_kernel(KernelName::Lab, &dir)
 }
 
-/// Whether [`build`] would have nothing to build.
-pub fn is_ready(assets: &Assets) -> bool {
-    std::env::var_os(PREBUILT).is_some_and(|v| !v.is_empty())
-        || is_of_fragment(&assets.kept(&folder()))
-}
-
 fn folder() -> String {
     format!("kernel-{}", KernelName::Lab)
 }

@@ -10,6 +10,7 @@ mod test;
 mod tidy;
 mod ui;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -39,6 +40,22 @@ struct OverrideArgs {
     /// That kernel's lib/modules/RELEASE folder.
     #[arg(long, global = true, value_name = "DIR")]
     modules: Option<PathBuf>,
+}
+
+impl OverrideArgs {
+    /// As they were given, for another run of this program.
+    fn again(&self) -> Vec<OsString> {
+        let flags = [
+            ("--qemu", &self.qemu),
+            ("--kernel", &self.kernel),
+            ("--modules", &self.modules),
+        ];
+        let given = flags.into_iter().filter_map(|(flag, path)| {
+            let path = path.as_ref()?;
+            Some([flag.into(), path.clone().into_os_string()])
+        });
+        given.flatten().collect()
+    }
 }
 
 #[derive(Subcommand)]
@@ -72,6 +89,7 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<ExitCode> {
     let progress = ui::Spinner::new();
+    let again = cli.overrides.again();
     let overrides = Overrides {
         qemu: cli.overrides.qemu,
         kernel: cli.overrides.kernel,
@@ -80,7 +98,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let assets = || Assets::open(overrides);
     match cli.command {
         Command::Bench(args) => bench::run(&assets()?, &args, &progress),
-        Command::Test(args) => test::run(&assets()?, &args, &progress),
+        Command::Test(args) => test::run(&assets()?, &args, &again, &progress),
         Command::Demo(args) => demo::run(&assets()?, &args, &progress),
         Command::Setup(args) => setup::run(&assets()?, &args, &progress),
         Command::Lab(args) => match args.attach {

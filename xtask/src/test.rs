@@ -1,5 +1,8 @@
 //! `cargo xtask test`: everything that CI runs, in one command.
 
+mod lanes;
+
+use std::ffi::OsString;
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
@@ -12,6 +15,7 @@ use lab::progress::Progress;
 
 use crate::lab_tests;
 use crate::ui::{self, Spinner};
+use lanes::Verdict;
 
 /// What to test.
 #[derive(Args)]
@@ -25,21 +29,25 @@ pub struct TestArgs {
     /// Say which checks there are.
     #[arg(long)]
     list: bool,
-}
-
-/// How a check ended that did not fail.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// All of it ran.
-    Passed,
-    /// It did not run, and why; a failure with `--full`.
-    Skipped(String),
+    /// This check, by its whole name, as a part of another run.
+    #[arg(long, value_name = "NAME", hide = true)]
+    check: Option<String>,
 }
 
 /// One check.
 struct Check {
     name: &'static str,
-    run: fn(&Scene) -> Result<Outcome>,
+    run: fn(&Scene) -> Result<()>,
+    /// About how long it takes in the emulated machine; 0 for what runs here.
+    lab_minutes: u32,
+}
+
+impl Check {
+    /// It takes one processor, that of its emulated machine, so that two such
+    /// checks can go on at once.
+    fn is_in_lab(&self) -> bool {
+        self.lab_minutes > 0
+    }
 }
 
 /// What a check works with.
@@ -58,14 +66,17 @@ const EMULATOR_FAILURES: u32 = 2;
 const CHECKS: [Check; 13] = [
     Check {
         name: "format",
+        lab_minutes: 0,
         run: |_| cargo(&["fmt", "--all", "--check"], &[]),
     },
     Check {
         name: "tidy",
-        run: |_| passed(crate::tidy::run()),
+        lab_minutes: 0,
+        run: |_| crate::tidy::run(),
     },
     Check {
         name: "clippy",
+        lab_minutes: 0,
         run: |_| {
             cargo(
                 &[
@@ -84,6 +95,7 @@ const CHECKS: [Check; 13] = [
     },
     Check {
         name: "docs",
+        lab_minutes: 0,
         run: |_| {
             let flags = [("RUSTDOCFLAGS", "-D warnings")];
             cargo(
@@ -94,44 +106,69 @@ const CHECKS: [Check; 13] = [
     },
     Check {
         name: "unit, property and contract tests",
+        lab_minutes: 0,
         run: |_| cargo(&["test", "--workspace", "--locked", "--quiet"], &[]),
     },
     Check {
         name: "fleet: real etcd",
+        lab_minutes: 0,
         run: fleet,
     },
     Check {
         name: "lab: orders that are refused",
-        run: |scene| passed(lab_tests::refusals::run(scene)),
+        lab_minutes: 1,
+        run: lab_tests::refusals::run,
     },
     Check {
         name: "lab: three methods, both kernel directions",
-        run: |scene| passed(lab_tests::methods::run(scene)),
+        lab_minutes: 6,
+        run: lab_tests::methods::run,
     },
     Check {
         name: "lab: the agent in guests",
-        run: |scene| passed(lab_tests::agent::run(scene)),
+        lab_minutes: 2,
+        run: lab_tests::agent::run,
     },
     Check {
         name: "lab: damage and kills",
-        run: |scene| passed(lab_tests::faults::run(scene)),
+        lab_minutes: 3,
+        run: lab_tests::faults::run,
     },
     Check {
         name: "lab: live update, twice",
+        lab_minutes: 9,
         run: lab_tests::live_update::run,
     },
     Check {
         name: "lab: tests that run guests",
-        run: |scene| passed(lab_tests::kvm_tests::run(scene)),
+        lab_minutes: 3,
+        run: lab_tests::kvm_tests::run,
     },
     Check {
         name: "lab: suspend and resume loops",
-        run: |scene| passed(lab_tests::loops::run(scene)),
+        lab_minutes: 3,
+        run: lab_tests::loops::run,
     },
 ];
 
-/// Runs the checks; all of them, even after one failed.
-pub fn run(assets: &Assets, args: &TestArgs, progress: &Spinner) -> Result<ExitCode> {
+/// Runs the checks; all of them, even after one failed. `again` is what another
+/// run of this program has to be told.
+pub fn run(
+    assets: &Assets,
+    args: &TestArgs,
+    again: &[OsString],
+    progress: &Spinner,
+) -> Result<ExitCode> {
+    let context = Scene {
+        assets,
+        progress,
+        full: args.full,
+    };
+    if let Some(name) = &args.check {
+        let check = CHECKS.iter().find(|check| check.name == name);
+        let check = check.with_context(|| format!("there is no check '{name}'"))?;
+        return run_one(check, &context).map(|()| ExitCode::SUCCESS);
+    }
     let wanted = |check: &&Check| {
         args.only
             .as_ref()
@@ -148,53 +185,46 @@ pub fn run(assets: &Assets, args: &TestArgs, progress: &Spinner) -> Result<ExitC
         checks.iter().for_each(|check| println!("{}", check.name));
         return Ok(ExitCode::SUCCESS);
     }
-    let context = Scene {
-        assets,
-        progress,
-        full: args.full,
-    };
     let whole = Instant::now();
-    let (mut lines, mut failed, mut skipped) = (Vec::new(), 0, 0);
-    for check in &checks {
+    let (labs, others): (Vec<&Check>, Vec<&Check>) = checks.iter().partition(|c| c.is_in_lab());
+    let mut verdicts: Vec<Verdict> = Vec::new();
+    for check in others {
         println!("--- {}", check.name);
         let start = Instant::now();
         let result = run_one(check, &context);
         progress.clear();
-        let seconds = start.elapsed().as_secs_f64();
-        let line = match result {
-            Ok(Outcome::Passed) => format!("ok  {} ({seconds:.0} s)", check.name),
-            Ok(Outcome::Skipped(why)) => {
-                skipped += 1;
-                format!("skipped  {}: {why}", check.name)
-            }
-            Err(error) => {
-                failed += 1;
-                let why = ui::chain(&error);
-                format!("FAILED  {} ({seconds:.0} s): {why}", check.name)
-            }
-        };
-        println!("{line}");
-        lines.push(line);
+        verdicts.push(Verdict::of(check.name, start, result));
     }
-    // Once more, all in one place: what failed may lie far above.
-    println!("\n{}", lines.join("\n"));
-    println!(
-        "\n{} passed, {failed} failed, {skipped} did not run, in {:.0} minutes",
-        checks.len() - failed - skipped,
-        whole.elapsed().as_secs_f64() / 60.0,
-    );
-    // Whoever asks for everything is told when that is not what happened.
-    let good = failed == 0 && (skipped == 0 || !args.full);
-    Ok(if good {
+    // The slowest first, so that no lane is left alone with it in the end.
+    let mut names: Vec<(u32, &str)> = labs.iter().map(|c| (c.lab_minutes, c.name)).collect();
+    names.sort_by_key(|(minutes, _)| std::cmp::Reverse(*minutes));
+    let names: Vec<&str> = names.into_iter().map(|(_, name)| name).collect();
+    verdicts.extend(lanes::run(&names, args.full, again)?);
+    let failed = tell(&verdicts, whole);
+    Ok(if failed == 0 {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
     })
 }
 
+/// Says everything once more, all in one place: what failed may lie far above.
+/// How many failed.
+fn tell(verdicts: &[Verdict], whole: Instant) -> usize {
+    let failed = verdicts.iter().filter(|v| v.failed.is_some()).count();
+    println!();
+    verdicts.iter().for_each(|verdict| println!("{verdict}"));
+    println!(
+        "\nin {:.0} minutes:\n{} passed, {failed} failed",
+        whole.elapsed().as_secs_f64() / 60.0,
+        verdicts.len() - failed,
+    );
+    failed
+}
+
 /// Runs a check; again, [`EMULATOR_FAILURES`] times at most, where the emulator
 /// failed under it.
-fn run_one(check: &Check, scene: &Scene) -> Result<Outcome> {
+fn run_one(check: &Check, scene: &Scene) -> Result<()> {
     for _ in 0..EMULATOR_FAILURES {
         match (check.run)(scene) {
             Err(error) if error.is::<EmulatorFailure>() => {
@@ -209,12 +239,8 @@ fn run_one(check: &Check, scene: &Scene) -> Result<Outcome> {
     (check.run)(scene)
 }
 
-fn passed(result: Result<()>) -> Result<Outcome> {
-    result.map(|()| Outcome::Passed)
-}
-
 /// The tests of slots, which do nothing where there is no etcd, with one.
-fn fleet(scene: &Scene) -> Result<Outcome> {
+fn fleet(scene: &Scene) -> Result<()> {
     let etcd = scene.assets.etcd(scene.progress)?;
     let etcd = etcd.to_str().context("etcd's path is no text")?;
     let environment = [("HEBE_ETCD", etcd), ("HEBE_REQUIRE_ETCD", "1")];
@@ -224,10 +250,10 @@ fn fleet(scene: &Scene) -> Result<Outcome> {
             &environment,
         )?;
     }
-    Ok(Outcome::Passed)
+    Ok(())
 }
 
-fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> Result<Outcome> {
+fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(program)
         .args(arguments)
@@ -238,5 +264,5 @@ fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> Result<Outcome> {
     if !status.success() {
         bail!("cargo {} failed", arguments.join(" "));
     }
-    Ok(Outcome::Passed)
+    Ok(())
 }
