@@ -37,7 +37,7 @@ const HOST_DISK: [&str; 2] = ["ext4", "crc32c_generic?"];
 /// What can wait until the VMs run.
 const HOST_LATE: [&str; 3] = ["loop?", "vhost_net?", "virtio_rng?"];
 /// What a guest needs.
-const GUEST: [&str; 9] = [
+const GUEST: [&str; 10] = [
     "button?",
     "evdev?",
     "virtio_pci",
@@ -45,6 +45,7 @@ const GUEST: [&str; 9] = [
     "virtio_blk",
     "virtio_console?",
     "virtio_rng?",
+    "virtio_balloon?",
     "ext4",
     "crc32c_generic?",
 ];

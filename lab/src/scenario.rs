@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use hebe_types::{
-    ByteSize, ConsoleConfig, DiskConfig, MacAddr, NetConfig, RestartPolicy, StoreKind, VmConfig,
-    VmName, VsockConfig,
+    BalloonConfig, ByteSize, ConsoleConfig, DiskConfig, MacAddr, NetConfig, RestartPolicy,
+    StoreKind, VmConfig, VmName, VsockConfig,
 };
 use lab_guest::proto::HostStatus;
 use lab_guest::status::GuestStatus;
@@ -140,6 +140,8 @@ pub struct GuestSpec {
     /// It has sockets, an agent that serves them, pvpanic and a generation ID;
     /// the agent must be among [`LabOptions::guest_programs`].
     pub agent: bool,
+    /// It has a balloon.
+    pub balloon: bool,
     /// Where its RAM lives.
     pub store: StoreKind,
     /// Working set of the memory checker, in MiB.
@@ -166,6 +168,7 @@ impl GuestSpec {
             kernel,
             disk: false,
             agent: false,
+            balloon: false,
             store: StoreKind::Auto,
             memcheck_mib: 32,
             memcheck_ms: None,
@@ -221,6 +224,7 @@ impl GuestSpec {
             pvpanic: self.agent,
             generation_id: self.agent,
             vsock: self.agent.then(VsockConfig::default),
+            balloon: self.balloon.then(BalloonConfig::default),
             disks: self
                 .disk
                 .then(|| DiskConfig::raw(guest_disk_path(&self.name).into(), false))

@@ -226,6 +226,7 @@ mod tests {
             first_tx: None,
             resume: None,
             cage: None,
+            balloon: None,
         })
     }
 

@@ -6,6 +6,7 @@
 //! ends the connection. After [`Request::Console`] is answered with
 //! [`Response::Done`], the connection carries raw console bytes both ways.
 
+mod balloon;
 mod cage;
 mod frame;
 mod order;
@@ -13,9 +14,10 @@ mod words;
 
 use std::path::PathBuf;
 
-use hebe_types::{Stamp, VmId, VmName};
+use hebe_types::{ByteSize, Stamp, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
+pub use balloon::{BalloonStatus, GuestMemory};
 pub use cage::{CagePart, CageReport};
 pub use frame::{Client, ClientError, FRAME_LEN_MAX, read_frame, write_frame};
 pub use order::{Deadline, Order};
@@ -64,6 +66,15 @@ pub enum Request {
     /// with [`Response::SegmentFiles`]; the descriptors follow it
     /// (`hebe_sys::fdpass`). The VM is not touched.
     SegmentFiles,
+    /// Look at the VM's balloon, and set it. The guest is asked for its
+    /// statistics, and the answer holds those that it gave last:
+    /// [`BalloonStatus::answers`] tells new ones. Answered with
+    /// [`Response::Balloon`].
+    Balloon {
+        /// RAM that the guest is to be left with; `None` changes nothing.
+        #[serde(default)]
+        target: Option<ByteSize>,
+    },
 }
 
 /// What the VMM answers.
@@ -85,6 +96,8 @@ pub enum Response {
         /// The `hebe_store::SegmentSpec` as JSON.
         spec: String,
     },
+    /// The VM's balloon.
+    Balloon(BalloonStatus),
     /// Refused or failed; the VM is as it was.
     Failed {
         /// One sentence, with the way out.
@@ -139,6 +152,9 @@ pub struct VmStatus {
     /// How the VMM is confined; `None` from a release that did not confine it.
     #[serde(default)]
     pub cage: Option<CageReport>,
+    /// The balloon, if the VM has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Box<BalloonStatus>>,
 }
 
 /// Guest RAM touched by the VMM, in bytes, since it started.

@@ -56,14 +56,17 @@ impl Request {
     /// Whether the VM is not the same afterwards.
     pub fn changes_state(&self) -> bool {
         match self {
-            Self::Status | Self::Console | Self::SegmentFiles => false,
+            Self::Status | Self::Console | Self::SegmentFiles | Self::Balloon { target: None } => {
+                false
+            }
             Self::Pause
             | Self::Unpause
             | Self::Freeze
             | Self::Thaw
             | Self::Save { .. }
             | Self::PowerButton
-            | Self::Quit { .. } => true,
+            | Self::Quit { .. }
+            | Self::Balloon { target: Some(_) } => true,
         }
     }
 }
@@ -88,6 +91,10 @@ mod tests {
             Request::Quit { expected: None },
             Request::Console,
             Request::SegmentFiles,
+            Request::Balloon { target: None },
+            Request::Balloon {
+                target: Some(hebe_types::ByteSize::mib(64)),
+            },
         ]
     }
 

@@ -71,7 +71,7 @@ impl Response {
                 durable,
                 bytes_written: _,
             }) => bound(&mut [asked, vcpus_stopped, durable], now),
-            Self::Done | Self::SegmentFiles { .. } => {}
+            Self::Done | Self::SegmentFiles { .. } | Self::Balloon(_) => {}
         }
         self
     }

@@ -22,7 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::msix::Msix;
 use crate::virtio::fuzzed::{Config, Device, Meter, MeteredRam, Queues, Shared, VirtQueue};
 use crate::{
-    ConsoleHub, DeviceKind, Doorbells, MsiMessage, MsiVector, MsixBackend, Platform, Ram,
+    ConsoleHub, DeviceKind, Doorbells, MsiMessage, MsiVector, MsixBackend, Platform, Ram, Reclaim,
     VirtioPci, VsockHost,
 };
 
@@ -50,6 +50,19 @@ impl MsiVector for Silent {
 impl MsixBackend for Silent {
     fn new_vector(&self) -> io::Result<Arc<dyn MsiVector>> {
         Ok(Arc::new(Silent))
+    }
+}
+
+/// Takes what is RAM.
+struct Nobody;
+
+impl Reclaim for Nobody {
+    fn give_back(&self, addr: u64, len: u64) -> io::Result<u64> {
+        assert!(
+            addr.checked_add(len)
+                .is_some_and(|end| end <= RAM_LEN as u64)
+        );
+        Ok(len)
     }
 }
 
@@ -107,7 +120,9 @@ pub fn drive_queue(input: &[u8]) {
     let index = usize::from(header[2]) % device.queues();
     let mut queues = Queues::new(device.queues(), shared, Arc::new(AtomicBool::new(false)));
     queues.list[index] = Some(queue);
-    device.activate(u64::from(header[1]) << 8);
+    // Event index and indirect descriptors are the queue's; the rest is the
+    // device's, whose own bits lie from 0 on as well as higher.
+    device.activate(u64::from(header[1]) << 8 | u64::from(header[1] >> 2));
     for _ in 0..KICKS {
         if !serve(&mut *device, index, &mut queues) {
             break;
@@ -175,6 +190,7 @@ fn number_of(state: &DeviceV2) -> u8 {
         DeviceV2::Console(_) => 2,
         DeviceV2::Rng(_) => 3,
         DeviceV2::Vsock(_) => 4,
+        DeviceV2::Balloon(_) => 5,
     }
 }
 
@@ -184,7 +200,7 @@ fn new_ram() -> Ram {
 
 /// A device on a back end of its own; the other end of a NIC's wire is kept.
 fn kind(number: u8) -> (DeviceKind, Option<OwnedFd>) {
-    match number % 5 {
+    match number % 6 {
         0 => (DeviceKind::Block(disk()), None),
         1 => {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -203,6 +219,15 @@ fn kind(number: u8) -> (DeviceKind, Option<OwnedFd>) {
             (kind, None)
         }
         3 => (DeviceKind::Rng, None),
+        5 => {
+            let kind = DeviceKind::Balloon {
+                reclaim: Arc::new(Nobody),
+                ram: RAM_LEN as u64,
+                deflate_on_oom: true,
+                reporting: true,
+            };
+            (kind, None)
+        }
         _ => {
             let host = VsockHost::new(listener()).expect("host's side");
             (DeviceKind::Vsock { host, cid: 3 }, None)

@@ -1,7 +1,8 @@
 //! Bus, PCI, virtio devices and serial port.
 //!
 //! A guest sees a PCI bus ([`PciRoot`]) with virtio 1.x functions
-//! ([`VirtioPci`]: block, net, console, rng, vsock) and a 16550 ([`SerialPort`]).
+//! ([`VirtioPci`]: block, net, console, rng, vsock,
+//! balloon) and a 16550 ([`SerialPort`]).
 //! The VMM gives them what they need as a [`Platform`].
 //!
 //! **Suspend and resume.** Each device pauses with nothing in flight, is
@@ -28,7 +29,11 @@ mod virtio;
 
 pub use hub::{ConsoleHub, ConsoleLog, SCROLLBACK_LEN};
 pub use pci::PciRoot;
-pub use platform::{Doorbells, EventLog, MsiMessage, MsiVector, MsixBackend, Platform, Ram};
+pub use platform::{
+    Doorbells, EventLog, MsiMessage, MsiVector, MsixBackend, Platform, Ram, Reclaim,
+};
 pub use pvpanic::Pvpanic;
 pub use serial::{SERIAL_IRQ, SERIAL_PORT, SerialPort, SerialStateError};
-pub use virtio::{BAR_SIZE, Counters, DeviceError, DeviceKind, VirtioPci, VsockHost};
+pub use virtio::{
+    BAR_SIZE, BalloonFigures, Counters, DeviceError, DeviceKind, VirtioPci, VsockHost,
+};

@@ -41,6 +41,17 @@ pub trait Doorbells: Send + Sync {
     fn detach(&self, addr: u64, evt: &EventFd) -> io::Result<()>;
 }
 
+/// Takes memory of the guest that it does not use.
+pub trait Reclaim: Send + Sync {
+    /// Takes what lies from guest-physical `addr` on, which is RAM; the guest
+    /// finds zeros there afterwards. Returns the bytes that were taken, which
+    /// may be fewer, or none where this memory cannot be given back.
+    ///
+    /// # Errors
+    /// Nothing was taken, or a part; the rest is as it was.
+    fn give_back(&self, addr: u64, len: u64) -> io::Result<u64>;
+}
+
 /// Where devices report what an operator should know. Called rarely; must
 /// not block for long.
 pub trait EventLog: Send + Sync {

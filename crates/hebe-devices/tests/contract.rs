@@ -9,7 +9,9 @@ use common::{
     Driver, DriverQueue, F_EVENT_IDX, F_INDIRECT, Machine, NEEDS_RESET, encode, new_ram, wait,
 };
 use hebe_devices::{DeviceKind, Ram, VirtioPci};
-use subjects::{BlockSubject, ConsoleSubject, NetSubject, RngSubject, Subject, VsockSubject};
+use subjects::{
+    BalloonSubject, BlockSubject, ConsoleSubject, NetSubject, RngSubject, Subject, VsockSubject,
+};
 use vm_memory::{Bytes, GuestAddress};
 
 const SLOT: u8 = 3;
@@ -385,4 +387,5 @@ device_contract! {
     console: ConsoleSubject;
     rng: RngSubject;
     vsock: VsockSubject;
+    balloon: BalloonSubject;
 }

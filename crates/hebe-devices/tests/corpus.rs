@@ -22,7 +22,7 @@ fn no_guest_breaks_a_queue() {
         println!("{}", path.display());
         drive_queue(&input);
         // Every kind of device under this guest, not just the one it is for.
-        for kind in 0..4 {
+        for kind in [0, 1, 2, 3, 5] {
             let mut other = input.clone();
             other[0] = kind;
             drive_queue(&other);

@@ -9,6 +9,7 @@
 //! - [`Host`]: where everything lies, and the seams ([`stores::StoreAccess`],
 //!   [`system::System`]) behind which tests put fakes.
 //! - [`definitions`], [`launch`], [`ops`], [`listing`]: one VM.
+//! - [`balloon`]: memory that a guest gives back.
 //! - [`preflight`], [`reboot`], [`resume_all`]: all of them.
 //! - [`timeline`], [`report`], [`gantt`]: the report that spans both kernels.
 //! - [`luo`]: VMs whose memory Linux itself carries into the next kernel.
@@ -16,6 +17,7 @@
 //! - [`ageing`]: samples of how it is doing.
 
 pub mod ageing;
+pub mod balloon;
 pub mod check;
 mod checks;
 pub mod cmdline;

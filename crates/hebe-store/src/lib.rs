@@ -49,6 +49,7 @@
 mod alloc;
 mod error;
 mod exec;
+mod giving;
 mod guard;
 mod hold;
 mod layout;

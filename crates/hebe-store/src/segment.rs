@@ -50,6 +50,10 @@ pub struct Segment {
     memfd: Option<OwnedFd>,
     /// Those of a segment in files of its own; none for one in a store.
     files: Vec<OwnedFd>,
+    /// Of its own, be they `files` or `memfd`: their lengths.
+    own_lens: Vec<u64>,
+    /// It is made of huge pages.
+    huge: bool,
     _mappings: Vec<Mapping>,
 }
 
@@ -102,6 +106,7 @@ impl Segment {
             files.push((fd, file_len(fd)?));
         }
         let mut segment = Self::map_from(&files, spec)?;
+        segment.own_lens = files.iter().map(|(_, len)| *len).collect();
         segment.advise_hugepages();
         segment.files = fds;
         Ok(segment)
@@ -149,6 +154,8 @@ impl Segment {
         }
         segment.exec.prepare().map_err(StoreError::media("write"))?;
         segment.memfd = Some(fd);
+        segment.own_lens = vec![spec.end()];
+        segment.huge = hugepages;
         Ok(segment)
     }
 
@@ -198,6 +205,8 @@ impl Segment {
             ram,
             memfd: None,
             files: Vec::new(),
+            own_lens: Vec::new(),
+            huge: false,
             _mappings: mappings,
         })
     }
@@ -216,6 +225,18 @@ impl Segment {
     /// The execution-state area.
     pub fn exec(&self) -> &ExecArea {
         &self.exec
+    }
+
+    /// The files that are its alone, with their lengths, in the order of its
+    /// address space; none for one in a store.
+    pub(crate) fn own_files(&self) -> Vec<(BorrowedFd<'_>, u64)> {
+        let fds = self.memfd.iter().chain(&self.files).map(AsFd::as_fd);
+        fds.zip(self.own_lens.iter().copied()).collect()
+    }
+
+    /// It is made of huge pages.
+    pub(crate) fn is_huge(&self) -> bool {
+        self.huge
     }
 
     fn advise_hugepages(&self) {
@@ -251,7 +272,7 @@ pub(crate) fn file_len(fd: BorrowedFd<'_>) -> Result<u64, StoreError> {
 
 /// The parts of an extent, each in one file: the file, how far into the extent
 /// it begins, and its place in the file.
-fn pieces<'a>(
+pub(crate) fn pieces<'a>(
     files: &'a [(BorrowedFd<'a>, u64)],
     extent: Extent,
 ) -> impl Iterator<Item = (BorrowedFd<'a>, u64, Extent)> {

@@ -117,6 +117,9 @@ pub struct VmConfig {
     /// Sockets between host and guest; none unless asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
+    /// A balloon, by which the guest gives memory back; none unless asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
     /// Block devices, in order.
     #[serde(default, rename = "disk")]
     pub disks: Vec<DiskConfig>,
@@ -170,6 +173,26 @@ pub struct VsockConfig {
 impl Default for VsockConfig {
     fn default() -> Self {
         Self { cid: 3 }
+    }
+}
+
+/// Memory that the guest does not need goes back to the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BalloonConfig {
+    /// A guest that runs out of memory takes some back by itself.
+    pub deflate_on_oom: bool,
+    /// The guest reports memory that it freed, and the host takes it until the
+    /// guest uses it again.
+    pub reporting: bool,
+}
+
+impl Default for BalloonConfig {
+    fn default() -> Self {
+        Self {
+            deflate_on_oom: true,
+            reporting: true,
+        }
     }
 }
 
@@ -417,6 +440,7 @@ mod tests {
             pvpanic: false,
             generation_id: false,
             vsock: None,
+            balloon: None,
             disks: vec![DiskConfig::raw("/d".into(), false)],
             nets: vec![NetConfig {
                 tap: "tap0".into(),
@@ -461,7 +485,7 @@ mod tests {
     #[test]
     fn sockets_are_off_unless_asked_for_and_leave_no_trace_then() {
         let off = toml::to_string(&sample()).expect("text");
-        for key in ["vsock", "pvpanic", "generation_id"] {
+        for key in ["vsock", "pvpanic", "generation_id", "balloon"] {
             assert!(!off.contains(key), "{off}");
         }
         let on = format!("{off}\n[vsock]\n");
@@ -470,6 +494,29 @@ mod tests {
         assert_eq!(config.for_vmm().vsock, config.vsock, "the VMM needs it");
         let text = toml::to_string(&config).expect("text");
         assert_eq!(toml::from_str::<VmConfig>(&text).as_ref(), Ok(&config));
+    }
+
+    #[test]
+    fn a_balloon_is_there_only_if_asked_for() {
+        let off = toml::to_string(&sample()).expect("text");
+        let read = |more: &str| toml::from_str::<VmConfig>(&format!("{off}\n{more}"));
+        let config = read("[balloon]\n").expect("definition");
+        let both = BalloonConfig {
+            deflate_on_oom: true,
+            reporting: true,
+        };
+        assert_eq!(config.balloon, Some(both));
+        assert_eq!(config.for_vmm().balloon, config.balloon);
+        let text = toml::to_string(&config).expect("text");
+        assert_eq!(toml::from_str::<VmConfig>(&text).as_ref(), Ok(&config));
+        let config = read("[balloon]\nreporting = false\n").expect("definition");
+        assert!(
+            config
+                .balloon
+                .is_some_and(|b| b.deflate_on_oom && !b.reporting)
+        );
+        let unknown = read("[balloon]\ntarget = '1GiB'\n").expect_err("unknown key");
+        assert!(unknown.to_string().contains("target"), "{unknown}");
     }
 
     #[test]

@@ -11,8 +11,8 @@ mod size;
 mod stamp;
 
 pub use config::{
-    ConfigError, ConsoleConfig, DEVICES_MAX, DiskConfig, DiskFormat, NetConfig, RebootMethod,
-    RestartPolicy, StoreKind, VmConfig, VsockConfig,
+    BalloonConfig, ConfigError, ConsoleConfig, DEVICES_MAX, DiskConfig, DiskFormat, NetConfig,
+    RebootMethod, RestartPolicy, StoreKind, VmConfig, VsockConfig,
 };
 pub use ids::{InvalidName, MacAddr, SegmentId, VmId, VmName};
 pub use layout::{Extent, Gpa, MMIO_HOLE_END, MMIO_HOLE_START, RamRange, ram_ranges};

@@ -176,6 +176,7 @@ fn answer(vm: &mut Vm, order: &Order, file: Option<&File>) -> Result<Response, V
             vm.press_power_button()?;
             Response::Done
         }
+        (Request::Balloon { target }, _) => Response::Balloon(vm.balloon(*target)?),
         // Served elsewhere, or refused before this.
         (
             Request::Console | Request::SegmentFiles | Request::Quit { .. } | Request::Save { .. },

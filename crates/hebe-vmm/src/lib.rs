@@ -17,6 +17,7 @@
 
 mod acpi;
 pub mod args;
+mod balloon;
 mod board;
 pub mod cage;
 mod control;

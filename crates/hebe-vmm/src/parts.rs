@@ -2,7 +2,7 @@
 //!
 //! PCI slots follow from the definition alone, so that a resume finds every
 //! device where it was: console in 1, entropy in 2, then disks, then NICs;
-//! sockets in 28.
+//! sockets in 28, the balloon in 29.
 
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock};
@@ -22,6 +22,7 @@ use vm_memory::{GuestAddress, GuestRegionMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::acpi::Acpi;
+use crate::balloon::Giver;
 use crate::board::Board;
 use crate::held::Held;
 use crate::interrupts::{KvmDoorbells, Vectors};
@@ -33,6 +34,7 @@ const SLOT_ENTROPY: u8 = 2;
 const SLOT_FIRST_DISK: u8 = 3;
 /// Behind the last that disks and NICs can have.
 const SLOT_VSOCK: u8 = 28;
+const SLOT_BALLOON: u8 = 29;
 const _: () = assert!(SLOT_FIRST_DISK as usize + DEVICES_MAX <= SLOT_VSOCK as usize);
 /// Distance of two devices' BARs in the PCI window.
 const BAR_STRIDE: u64 = 0x1_0000;
@@ -45,6 +47,15 @@ pub enum Disks {
     /// Any that are large enough: whoever orders that knows better than their
     /// inode numbers and times.
     Any,
+}
+
+/// Where a VM is put together, and of what.
+pub(crate) struct Site<'a> {
+    pub(crate) identity: &'a Identity,
+    pub(crate) held: &'a Held,
+    pub(crate) machine: &'a Arc<Machine>,
+    pub(crate) segment: &'a Arc<Segment>,
+    pub(crate) events: &'a Sender<Event>,
 }
 
 pub(crate) struct Parts {
@@ -81,18 +92,19 @@ fn too_large() -> VmError {
 }
 
 /// Fresh devices.
-pub(crate) fn build(
-    identity: &Identity,
-    held: &Held,
-    machine: &Arc<Machine>,
-    ram: Ram,
-    events: &Sender<Event>,
-) -> Result<Parts, VmError> {
+pub(crate) fn build(site: &Site<'_>, ram: Ram) -> Result<Parts, VmError> {
+    let &Site {
+        identity,
+        held,
+        machine,
+        events,
+        ..
+    } = site;
     let hub = console_hub(held)?;
     let platform = platform(machine, ram);
     let pci = PciRoot::new();
     let mut devices = Vec::new();
-    for (slot, kind) in kinds(identity, held, &hub)? {
+    for (slot, kind) in kinds(site, &hub)? {
         let bar = layout::PCI_WINDOW_START + u64::from(slot) * BAR_STRIDE;
         let device = VirtioPci::new(slot, bar, kind, &platform)?;
         pci.add(device.clone())?;
@@ -121,19 +133,23 @@ pub(crate) fn build(
 
 /// Devices as the state describes them, paused.
 pub(crate) fn restore(
-    identity: &Identity,
-    held: &Held,
-    machine: &Arc<Machine>,
+    site: &Site<'_>,
     ram: Ram,
     reader: &mut StateReader,
     disks: Disks,
-    events: &Sender<Event>,
 ) -> Result<Parts, VmError> {
+    let &Site {
+        identity,
+        held,
+        machine,
+        events,
+        ..
+    } = site;
     let hub = console_hub(held)?;
     let platform = platform(machine, ram);
     let pci = PciRoot::restore(&reader.take::<PciRootV1>(0)?);
     let mut devices = Vec::new();
-    for (slot, kind) in kinds(identity, held, &hub)? {
+    for (slot, kind) in kinds(site, &hub)? {
         let mut state: VirtioV2 = reader.take(u32::from(slot))?;
         if disks == Disks::Any {
             state.accept_any_disk();
@@ -205,12 +221,9 @@ fn pin(machine: &Machine, number: u32) -> Result<EventFd, VmError> {
 }
 
 /// What is in which slot.
-fn kinds(
-    identity: &Identity,
-    held: &Held,
-    hub: &Arc<ConsoleHub>,
-) -> Result<Vec<(u8, DeviceKind)>, VmError> {
-    let config: &VmConfig = &identity.config;
+fn kinds(site: &Site<'_>, hub: &Arc<ConsoleHub>) -> Result<Vec<(u8, DeviceKind)>, VmError> {
+    let held = site.held;
+    let config: &VmConfig = &site.identity.config;
     let mut kinds = Vec::new();
     if config.console.virtio {
         let takes_input = !config.console.serial;
@@ -244,6 +257,15 @@ fn kinds(
         })?;
         let cid = u64::from(vsock.cid);
         kinds.push((SLOT_VSOCK, DeviceKind::Vsock { host, cid }));
+    }
+    if let Some(balloon) = &config.balloon {
+        let kind = DeviceKind::Balloon {
+            reclaim: Arc::new(Giver(site.segment.clone())),
+            ram: config.memory.bytes(),
+            deflate_on_oom: balloon.deflate_on_oom,
+            reporting: balloon.reporting,
+        };
+        kinds.push((SLOT_BALLOON, kind));
     }
     Ok(kinds)
 }

@@ -12,13 +12,13 @@ use hebe_state::v1::machine::{AcpiV1, ClockV1, IrqchipV1, VcpuV1, VmV1};
 use hebe_state::{SectionKind, StateError, StateReader};
 use hebe_store::{Segment, StoreError};
 use hebe_sys::clock::stamp_now;
-use hebe_types::{RamRange, VmConfig, VmId, ram_ranges};
+use hebe_types::{ByteSize, RamRange, VmConfig, VmId, ram_ranges};
 
 use crate::board::Board;
 use crate::held::Held;
 use crate::image;
 use crate::log;
-use crate::parts::{self, Disks, Parts};
+use crate::parts::{self, Disks, Parts, Site};
 use crate::vcpus::{Vcpus, VcpusError};
 
 /// What ends a VM, or its VMM.
@@ -127,6 +127,19 @@ pub enum VmError {
         "the VM is frozen in memory that ends with its VMM: `hebe resume` lets it run again, `hebe drop --yes` gives it up"
     )]
     LastHolder,
+    /// It was not defined with one.
+    #[error("the VM has no balloon: add [balloon] to its definition and start it anew")]
+    NoBalloon,
+    /// The guest cannot be left with more than there is.
+    #[error(
+        "the VM has {memory} of RAM, so {target} cannot be left to its guest: say at most {memory}"
+    )]
+    BalloonTarget {
+        /// What was asked for.
+        target: ByteSize,
+        /// What there is.
+        memory: ByteSize,
+    },
     /// The VMM was told to end.
     #[error("the VMM is ending: wait for it")]
     Quitting,
@@ -276,7 +289,14 @@ impl Vm {
         };
         let entry = hebe_boot::load(&plan, &ram)?;
         drop(found);
-        let parts = parts::build(&identity, &held, &machine, ram, events)?;
+        let site = Site {
+            identity: &identity,
+            held: &held,
+            machine: &machine,
+            segment: &segment,
+            events,
+        };
+        let parts = parts::build(&site, ram)?;
         let mut vcpus = Vec::new();
         for index in 0..config.vcpus {
             let vcpu = machine.create_vcpu(index)?;
@@ -338,16 +358,14 @@ impl Vm {
         let ram_known = stamp_now();
         let vcpus = restore_vcpus(&mut reader, &machine, &identity.config)?;
         let vcpus_restored = stamp_now();
-        let devices_ram = ram.clone();
-        let parts = parts::restore(
-            &identity,
-            &held,
-            &machine,
-            devices_ram,
-            &mut reader,
-            origin.disks,
+        let site = Site {
+            identity: &identity,
+            held: &held,
+            machine: &machine,
+            segment: &segment,
             events,
-        )?;
+        };
+        let parts = parts::restore(&site, ram.clone(), &mut reader, origin.disks)?;
         reader.finish()?;
         // The last thing that can fail before the VM is whole, and the first
         // that touches its RAM.
@@ -488,6 +506,7 @@ impl Vm {
                 .min_by_key(|s| s.tsc),
             resume: self.resume_report.clone(),
             cage: self.cage.clone(),
+            balloon: self.balloon_status().map(Box::new),
         }
     }
 

@@ -2,6 +2,7 @@
 
 mod age;
 mod agent;
+mod balloon;
 mod check;
 mod fleet;
 mod plan;
@@ -16,6 +17,7 @@ use hebe_types::{ByteSize, VmName};
 
 pub use age::{AGE_HELP, AgeArgs};
 pub use agent::{AgentArgs, AgentOrder};
+pub use balloon::BalloonArgs;
 pub use fleet::{FleetCommand, RollArgs};
 pub use plan::{PLAN_HELP, PlanArgs};
 pub use reboot::{MethodArg, RebootArgs};
@@ -107,6 +109,12 @@ Examples:
   hebe agent web time                  # set its clock to the host's
   hebe agent web freeze --for 20 && cp disk.img copy.img && hebe agent web thaw")]
     Agent(AgentArgs),
+    /// Look at a VM's balloon, or set it.
+    #[command(after_help = "\
+Examples:
+  hebe balloon web                     # how it stands, and the guest's statistics
+  hebe balloon web --target 1GiB       # leave its guest with 1 GiB")]
+    Balloon(BalloonArgs),
     /// Suspend a VM on memory: its RAM stays where it is.
     #[command(
         after_help = "Examples:\n  hebe suspend web db\n  hebe suspend web && hebe resume web"
@@ -188,7 +196,7 @@ pub struct RunArgs {
     /// A definition in TOML.
     #[arg(required_unless_present_any = ["kernel", "disk"], conflicts_with_all = [
         "name", "memory", "vcpus", "kernel", "initrd", "cmdline", "disk", "net", "store",
-        "user_data", "hostname", "ssh_key", "vsock",
+        "user_data", "hostname", "ssh_key", "vsock", "balloon",
     ])]
     pub file: Option<PathBuf>,
     /// The VM's name.
@@ -219,6 +227,9 @@ pub struct RunArgs {
     /// Sockets between host and guest, as its agent needs them.
     #[arg(long)]
     pub vsock: bool,
+    /// A balloon: what the guest does not need goes back to the host.
+    #[arg(long)]
+    pub balloon: bool,
     /// Where its RAM lives.
     #[arg(long, value_enum, default_value_t = StoreArg::Auto)]
     pub store: StoreArg,
@@ -406,7 +417,9 @@ mod tests {
             "hebe run web.toml",
             "hebe run --name a --kernel /k --net tap0@br0",
             "hebe run --name a --disk d",
-            "hebe run --name a --disk d --vsock",
+            "hebe run --name a --disk d --vsock --balloon",
+            "hebe balloon web",
+            "hebe balloon web --target 512MiB --json",
             "hebe run --name a --disk d --hostname h --user-data u --ssh-key k --ssh-key l",
             "hebe resume --all --autostart",
             "hebe resume web --from file",
@@ -441,6 +454,8 @@ mod tests {
             "hebe run --name a --disk d --initrd i",
             "hebe run --name a --kernel /k --memory lots",
             "hebe agent web",
+            "hebe balloon",
+            "hebe balloon web --target lots",
             "hebe agent web thaw --for 3",
             "hebe agent web freeze --for 61",
             "hebe reboot --method lukewarm",
@@ -465,6 +480,7 @@ mod tests {
             "hebe run web.toml --net tap0",
             "hebe run web.toml --store memfd",
             "hebe run web.toml --vsock",
+            "hebe run web.toml --balloon",
             "hebe run web.toml --memory 4MiB",
             "hebe run web.toml --hostname h",
             "hebe run web.toml --user-data u",

@@ -114,6 +114,7 @@ fn vms(survey: &Survey, registry: &mut Registry) {
             memory.get_or_create_owned(&labels).set(size.0 as f64);
         }
     }
+    balloons(survey, registry);
     registry.register("vm_up", "Whether the VM runs", up);
     registry.register_with_unit("vm_memory", "RAM of the VM", Unit::Bytes, memory);
     if let Some(store) = &survey.store {
@@ -125,6 +126,31 @@ fn vms(survey: &Survey, registry: &mut Registry) {
         gauge.set(used as f64);
         registry.register_with_unit("store", "The store", Unit::Bytes, bytes);
     }
+}
+
+/// Of VMs that have one; the guest's own words among them.
+fn balloons(survey: &Survey, registry: &mut Registry) {
+    let bytes = Gauges::default();
+    for row in survey.rows.values() {
+        let Some(balloon) = row.status.as_ref().and_then(|s| s.balloon.as_ref()) else {
+            continue;
+        };
+        let given = balloon.inflated.0.saturating_add(balloon.reported.0);
+        let parts = [
+            ("actual", Some(balloon.actual.0)),
+            ("target", Some(balloon.target.0)),
+            ("given", Some(given)),
+            ("resident", balloon.resident.map(|size| size.0)),
+        ];
+        for (part, value) in parts {
+            let Some(value) = value else { continue };
+            let mut labels = label("vm", row.name.as_str());
+            labels.extend(label("part", part));
+            bytes.get_or_create_owned(&labels).set(value as f64);
+        }
+    }
+    let help = "Balloons: RAM left to the guest, wanted, given back since the VMM began, in use";
+    registry.register_with_unit("vm_balloon", help, Unit::Bytes, bytes);
 }
 
 fn host(figures: &HostFigures, registry: &mut Registry) {
@@ -160,6 +186,7 @@ fn host(figures: &HostFigures, registry: &mut Registry) {
 mod tests {
     use std::collections::BTreeSet;
 
+    use hebe_api::{BalloonStatus, RamMeter, VmStatus, VmmState};
     use hebe_flow::life::Life;
     use hebe_host::listing::VmRow;
     use hebe_host::stores::StoreView;
@@ -174,6 +201,25 @@ mod tests {
         let mut host = Host::here();
         host.layout = hebe_host::host::Layout::below(dir.path());
         let vm: VmName = "web".parse().expect("name");
+        let status = VmStatus {
+            name: vm.clone(),
+            id: hebe_types::VmId([7; 16]),
+            state: VmmState::Running,
+            pid: 1,
+            version: String::new(),
+            resumes: 0,
+            failed: None,
+            guest_panicked: false,
+            stopped_devices: Vec::new(),
+            ram_meter: RamMeter::default(),
+            first_tx: None,
+            resume: None,
+            cage: None,
+            balloon: Some(Box::new(BalloonStatus {
+                resident: Some(ByteSize(1)),
+                ..BalloonStatus::default()
+            })),
+        };
         let row = VmRow {
             name: vm.clone(),
             state: VmState::Running,
@@ -184,7 +230,7 @@ mod tests {
             pid: None,
             id: None,
             life: Life::Running,
-            status: None,
+            status: Some(status),
         };
         let store = StoreView {
             path: "/dev/dax0.0".into(),

@@ -146,6 +146,7 @@ impl Rig {
             pvpanic: false,
             generation_id: false,
             vsock: None,
+            balloon: None,
             disks: Vec::new(),
             nets: Vec::new(),
         };

@@ -9,6 +9,7 @@ use hebe_block::BlockBackend;
 use hebe_state::v2::devices::DeviceV2;
 use hebe_types::Stamp;
 
+use super::balloon::Balloon;
 use super::queue::{Chain, QueueError, VirtQueue};
 use super::shared::Shared;
 
@@ -131,6 +132,16 @@ pub(crate) trait Device: Send {
     fn queues(&self) -> usize;
     /// The device configuration.
     fn config(&self) -> Vec<u8>;
+    /// The driver may write into the configuration.
+    fn config_is_writable(&self) -> bool {
+        false
+    }
+    /// It wrote there, `at` bytes from its beginning.
+    fn config_written(&mut self, _at: usize, _data: &[u8]) {}
+    /// The balloon, if it is one.
+    fn balloon(&mut self) -> Option<&mut Balloon> {
+        None
+    }
     /// The driver is ready and accepted `features`.
     fn activate(&mut self, _features: u64) {}
     /// The driver reset the device.

@@ -7,6 +7,7 @@ use hebe_block::BlockBackend;
 use hebe_state::v2::devices::DeviceV2;
 use hebe_types::MacAddr;
 
+use super::balloon::Balloon;
 use super::block::Block;
 use super::console::Console;
 use super::device::Device;
@@ -14,7 +15,7 @@ use super::error::DeviceError;
 use super::net::Net;
 use super::rng::Rng;
 use super::vsock::{Vsock, VsockHost};
-use crate::ConsoleHub;
+use crate::{ConsoleHub, Reclaim};
 
 /// A kind of device and what it stands on.
 pub enum DeviceKind {
@@ -45,6 +46,17 @@ pub enum DeviceKind {
         /// The guest's context id, 3 or more.
         cid: u64,
     },
+    /// A balloon.
+    Balloon {
+        /// Takes what the guest gives back.
+        reclaim: Arc<dyn Reclaim>,
+        /// Bytes of guest RAM.
+        ram: u64,
+        /// A guest in need takes memory out of it by itself.
+        deflate_on_oom: bool,
+        /// The guest may report memory that it freed.
+        reporting: bool,
+    },
 }
 
 /// Identity of a kind: virtio device id, PCI class, name in reports.
@@ -61,6 +73,7 @@ impl DeviceKind {
             Self::Block(_) => (2, [0x01, 0x80, 0x00], "block"),
             Self::Console { .. } => (3, [0x07, 0x80, 0x00], "console"),
             Self::Rng => (4, [0xff, 0x00, 0x00], "rng"),
+            Self::Balloon { .. } => (5, [0xff, 0x00, 0x00], "balloon"),
             Self::Vsock { .. } => (19, [0x07, 0x80, 0x00], "vsock"),
         };
         KindInfo { id, class, name }
@@ -74,6 +87,12 @@ impl DeviceKind {
             Self::Console { hub, takes_input } => Box::new(Console::new(hub, takes_input)),
             Self::Rng => Box::new(Rng::default()),
             Self::Vsock { host, cid } => Box::new(Vsock::new(host, cid)),
+            Self::Balloon {
+                reclaim,
+                ram,
+                deflate_on_oom,
+                reporting,
+            } => Box::new(Balloon::new(reclaim, ram, deflate_on_oom, reporting)),
         }
     }
 
@@ -96,6 +115,15 @@ impl DeviceKind {
             (Self::Vsock { host, .. }, DeviceV2::Vsock(saved)) => {
                 Box::new(Vsock::restore(saved, host))
             }
+            (
+                Self::Balloon {
+                    reclaim,
+                    ram,
+                    deflate_on_oom,
+                    reporting,
+                },
+                DeviceV2::Balloon(saved),
+            ) => Box::new(Balloon::new(reclaim, ram, deflate_on_oom, reporting).restored(saved)),
             (_, saved) => {
                 return Err(DeviceError::Kind {
                     slot,
@@ -115,5 +143,6 @@ fn state_name(state: &DeviceV2) -> &'static str {
         DeviceV2::Console(_) => "console",
         DeviceV2::Rng(_) => "rng",
         DeviceV2::Vsock(_) => "vsock",
+        DeviceV2::Balloon(_) => "balloon",
     }
 }

@@ -9,6 +9,7 @@
 //! while it holds the engine's lock. So whoever holds that lock knows that
 //! nothing is in flight: that is how pause and reset drain.
 
+mod balloon;
 pub(crate) mod block;
 pub(crate) mod console;
 mod device;
@@ -25,6 +26,7 @@ mod transport;
 pub(crate) mod vsock;
 mod worker;
 
+pub use balloon::BalloonFigures;
 pub use device::Counters;
 pub use error::DeviceError;
 pub use function::BAR_SIZE;

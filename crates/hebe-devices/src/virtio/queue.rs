@@ -76,6 +76,11 @@ impl Chain {
         Cursor::new(&self.writable)
     }
 
+    /// The places that the device may write, as the driver gave them.
+    pub(crate) fn writable_segments(&self) -> &[Segment] {
+        &self.writable
+    }
+
     /// Takes the last writable byte off: where a block request's status goes.
     pub(crate) fn split_last_writable(&mut self) -> Option<GuestAddress> {
         let last = self.writable.last_mut()?;

@@ -23,6 +23,11 @@ impl Meter {
         self.ring.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// Bytes that were given back to the host: the guest finds zeros there.
+    pub(crate) fn given(&self, bytes: u64) {
+        self.data(bytes);
+    }
+
     fn data(&self, bytes: u64) {
         self.data.fetch_add(bytes, Ordering::Relaxed);
     }

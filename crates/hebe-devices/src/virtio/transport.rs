@@ -9,6 +9,7 @@ use hebe_state::v1::devices::TransportV1;
 use hebe_state::v2::devices::VirtioV2;
 use hebe_types::Stamp;
 
+use super::balloon::BalloonFigures;
 use super::device::{Counters, Device, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use super::error::DeviceError;
 use super::function::{
@@ -45,6 +46,8 @@ pub struct VirtioPci {
     platform: Platform,
     shared: Arc<Shared>,
     worker: Worker,
+    /// The driver may write into the device configuration.
+    config_is_writable: bool,
     function: Mutex<Function>,
     /// Where BAR 0 answers; 0 while it does not.
     mapped_at: AtomicU64,
@@ -109,6 +112,7 @@ impl VirtioPci {
         let msix = msix.map_err(host)?;
         let queues = device.queues();
         let offered = offered(&*device);
+        let config_is_writable = device.config_is_writable();
         let config = Config {
             bytes: device.config(),
             generation,
@@ -123,6 +127,7 @@ impl VirtioPci {
             platform: platform.clone(),
             shared,
             worker,
+            config_is_writable,
             function: Mutex::new(Function {
                 space: config_space(info, queues, config_len),
                 registers: Registers::new(offered, queues),
@@ -296,6 +301,33 @@ impl VirtioPci {
         self.worker.engine().device.counters()
     }
 
+    /// How the balloon stands; `None` for other devices. While the device is
+    /// paused as it was then.
+    pub fn balloon(&self) -> Option<BalloonFigures> {
+        let mut engine = self.worker.engine();
+        let active = engine.active;
+        engine.device.balloon().map(|b| b.figures(active))
+    }
+
+    /// Wants so many pages of 4 KiB in the balloon, and tells the driver. Only
+    /// while the VM runs. Other devices do nothing.
+    pub fn set_balloon(&self, pages: u32) {
+        let mut engine = self.worker.engine();
+        if let Some(balloon) = engine.device.balloon() {
+            balloon.want(pages);
+            self.shared.change_config(engine.device.config());
+        }
+    }
+
+    /// Asks the guest for its memory statistics, which come when its driver
+    /// gives them. Only while the VM runs. Other devices do nothing.
+    pub fn ask_statistics(&self) {
+        let queue = self.worker.engine().device.balloon().and_then(|b| b.ask());
+        if let Some(queue) = queue {
+            self.worker.kick(queue);
+        }
+    }
+
     /// Reads configuration space.
     pub(crate) fn config_read(&self, at: usize, data: &mut [u8]) {
         let window = {
@@ -367,6 +399,12 @@ impl VirtioPci {
                 if let Effect::Status(status) = registers.write(offset, data, &self.shared) {
                     self.write_status(registers, status);
                 }
+            }
+            DEVICE_AT..NOTIFY_AT if self.config_is_writable => {
+                let mut engine = self.worker.engine();
+                let at = usize::try_from(offset - DEVICE_AT).unwrap_or(usize::MAX);
+                engine.device.config_written(at, data);
+                lock(&self.shared.config).bytes = engine.device.config();
             }
             NOTIFY_AT..TABLE_AT => {
                 let queue = (offset - NOTIFY_AT) / NOTIFY_MULTIPLIER;

@@ -7,10 +7,10 @@ use std::cell::RefCell;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use hebe_block::BlockBackend;
-use hebe_devices::{ConsoleHub, DeviceKind, Ram, VsockHost};
+use hebe_devices::{ConsoleHub, DeviceKind, Ram, Reclaim, VsockHost};
 use hebe_types::MacAddr;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use vm_memory::{Bytes, GuestAddress};
@@ -309,5 +309,78 @@ impl Subject for VsockSubject {
         seen.extend(waiting.iter_mut().filter_map(granted));
         seen.sort_unstable();
         assert_eq!(*seen, (0..count).collect::<Vec<_>>());
+    }
+}
+
+/// Notes what it is given, and gives what it is told to.
+#[derive(Default)]
+pub struct Taker {
+    pub taken: Mutex<Vec<(u64, u64)>>,
+    /// Refuses, as a kernel that is about to carry this memory.
+    pub refuses: std::sync::atomic::AtomicBool,
+}
+
+impl Taker {
+    pub fn ranges(&self) -> Vec<(u64, u64)> {
+        self.taken.lock().expect("ranges").clone()
+    }
+}
+
+impl Reclaim for Taker {
+    fn give_back(&self, addr: u64, len: u64) -> std::io::Result<u64> {
+        if self.refuses.load(std::sync::atomic::Ordering::SeqCst) {
+            return Err(std::io::ErrorKind::PermissionDenied.into());
+        }
+        self.taken.lock().expect("ranges").push((addr, len));
+        Ok(len)
+    }
+}
+
+/// Request `n` puts two neighbouring pages and a lone one into the balloon.
+pub struct BalloonSubject {
+    pub taker: Arc<Taker>,
+}
+
+impl BalloonSubject {
+    fn first_page(n: u32) -> u32 {
+        0xc00 + n % 64 * 8
+    }
+
+    pub fn with(deflate_on_oom: bool, reporting: bool, taker: &Arc<Taker>) -> DeviceKind {
+        DeviceKind::Balloon {
+            reclaim: taker.clone(),
+            ram: crate::common::RAM_LEN as u64,
+            deflate_on_oom,
+            reporting,
+        }
+    }
+}
+
+impl Subject for BalloonSubject {
+    const QUEUE: u16 = 0;
+
+    fn new() -> Self {
+        let taker = Arc::default();
+        Self { taker }
+    }
+
+    fn kind(&self) -> DeviceKind {
+        Self::with(true, true, &self.taker)
+    }
+
+    fn prepare(&self, ram: &Ram, n: u32) -> Vec<Buffer> {
+        let first = Self::first_page(n);
+        let pages = [first + 4, first + 1, first];
+        put(ram, area(n), &pages.map(u32::to_le_bytes).concat());
+        vec![(area(n), 4, false), (area(n) + 4, 8, false)]
+    }
+
+    fn check(&self, _ram: &Ram, count: u32) {
+        let each = |n| {
+            let at = u64::from(Self::first_page(n)) * 4096;
+            [(at, 8192), (at + 4 * 4096, 4096)]
+        };
+        let wanted: Vec<_> = (0..count).flat_map(each).collect();
+        assert_eq!(self.taker.ranges(), wanted);
     }
 }

@@ -285,6 +285,7 @@ impl Fake {
             first_tx: self.resume.as_ref().map(|r| r.running),
             resume: self.resume.clone(),
             cage: None,
+            balloon: None,
         }
     }
 

@@ -72,6 +72,19 @@ pub enum DeviceV2 {
     /// Sockets. Later than the others: a release that does not know it
     /// refuses the state.
     Vsock(VsockV2),
+    /// Balloon. Later than the others, as [`DeviceV2::Vsock`].
+    Balloon(BalloonV2),
+}
+
+/// Balloon: which pages are in it is the guest's to know.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonV2 {
+    /// `num_pages`: pages of 4 KiB that the host wants in it.
+    pub wanted_pages: u32,
+    /// `actual`: pages that the guest says are in it.
+    pub actual_pages: u32,
+    /// `poison_val`: what the guest fills free pages with.
+    pub poison: u32,
 }
 
 /// Sockets between host and guest. Connections do not outlive their VMM, and
@@ -330,6 +343,28 @@ mod tests {
         let bytes = postcard::to_stdvec(&device).expect("encode");
         assert_eq!(bytes, [4, 0xac, 2]);
         assert_eq!(postcard::from_bytes(&bytes), Ok(device));
+    }
+
+    /// What this release writes for a balloon. Never edited.
+    const GOLDEN_BALLOON: &str = include_str!("../../golden/balloon-v2.hex");
+
+    #[test]
+    fn a_balloon_is_the_sixth_kind_of_device() {
+        let device = DeviceV2::Balloon(BalloonV2 {
+            wanted_pages: 0x0001_2345,
+            actual_pages: 300,
+            poison: 0xaaaa_aaaa,
+        });
+        let encoded = encode(&[function((29, device.clone()))]);
+        assert!(
+            encoded == unhex(GOLDEN_BALLOON),
+            "encoded now:\n{}",
+            hex(&encoded)
+        );
+        let bytes = unhex(GOLDEN_BALLOON);
+        let mut reader = StateReader::parse(&bytes).expect("parse");
+        assert_eq!(reader.take(29), Ok(function((29, device))));
+        assert_eq!(reader.finish(), Ok(()));
     }
 
     #[test]

@@ -210,7 +210,7 @@ pub(super) fn make_part(name: &VmName, index: usize, len: u64) -> Result<OwnedFd
 }
 
 /// Bytes of a file that have memory, swapped-out ones counted.
-pub(super) fn allocated(fd: BorrowedFd<'_>) -> Result<u64, StoreError> {
+pub(crate) fn allocated(fd: BorrowedFd<'_>) -> Result<u64, StoreError> {
     const BLOCK: u64 = 512;
     let stat = fstat(fd).map_err(|e| StoreError::media("look at")(e.into()))?;
     Ok(u64::try_from(stat.st_blocks).unwrap_or(0) * BLOCK)

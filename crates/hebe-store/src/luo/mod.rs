@@ -52,6 +52,8 @@ use hebe_types::{ByteSize, Stamp, VmName};
 use crate::StoreError;
 use crate::layout::SEGMENTS_MAX;
 
+pub(crate) use files::allocated;
+
 pub use arrive::{Arrival, ArrivedHost, ArrivedVm, Lost, arrive, host};
 pub use carry::{CarriedHost, CarriedVm, Carrier, Figures, Late};
 pub use files::SegmentFiles;

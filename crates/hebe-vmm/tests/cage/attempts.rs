@@ -8,6 +8,8 @@ use std::path::Path;
 
 use hebe_block::BlockBackend;
 use hebe_devices::VsockHost;
+use hebe_store::Segment;
+use hebe_types::{ByteSize, Gpa, VmId};
 use hebe_vmm::cage::narrow_vcpu;
 use libc::{c_long, c_ulong};
 
@@ -31,6 +33,8 @@ pub struct Open {
     vsock: UnixListener,
     /// A program of the host that has said what it wants.
     program: UnixStream,
+    /// Its RAM, in a file of its own, all of it in use.
+    memory: Segment,
     /// Where the first page of a store of two is mapped; its file is closed.
     segment: c_ulong,
 }
@@ -48,9 +52,21 @@ impl Open {
             program,
             disk: BlockBackend::open(&path, false).map_err(io::Error::other)?,
             record: File::create(dir.join("own/exit.json"))?,
+            memory: used_memory()?,
             segment: map_segment(&dir.join("own/store"))?,
         })
     }
+}
+
+fn used_memory() -> io::Result<Segment> {
+    let name = "web".parse().map_err(io::Error::other)?;
+    let segment = Segment::new_memfd(VmId([1; 16]), &name, ByteSize::mib(8), false);
+    let segment = segment.map_err(io::Error::other)?;
+    for ram in segment.ram() {
+        // SAFETY: the mapping of a segment that nobody else uses.
+        unsafe { ram.host.as_ptr().write_bytes(1, ram.len as usize) };
+    }
+    Ok(segment)
 }
 
 /// One thing that code in a VMM might do.
@@ -103,6 +119,15 @@ pub const ATTEMPTS: &[Attempt] = &[
         disk.settle()?;
         disk.check_found_again().map_err(io::Error::other)?;
         disk.identity().map(drop)
+    }),
+    attempt("give memory of the guest back", End::Works, |_, open| {
+        let segment = &open.memory;
+        let full = segment.resident();
+        segment.give_back(Gpa(0), 4 << 20)?;
+        match (full, segment.resident()) {
+            (Some(full), Some(left)) if left < full => Ok(()),
+            sizes => Err(io::Error::other(format!("{sizes:?}"))),
+        }
     }),
     attempt("serve sockets of the guest", End::Works, |_, open| {
         let (mut accepted, _) = open.vsock.accept()?;

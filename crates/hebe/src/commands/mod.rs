@@ -2,6 +2,7 @@
 
 mod age;
 mod agent;
+mod balloon;
 mod console;
 mod fleet;
 mod host;
@@ -30,6 +31,7 @@ pub fn run(host: &Host, command: Command, out: &Output, started: Stamp) -> Outco
         Command::Show { name } => vm::show(host, &name, out),
         Command::Drop { name, yes } => vm::drop_vm(host, &name, yes, out),
         Command::Console { name } => console::console(host, &name, out),
+        Command::Balloon(args) => balloon::balloon(host, &args, out),
         Command::Agent(args) => agent::agent(host, &args, out),
         Command::Suspend { names } => suspend::suspend(host, &names, out),
         Command::Resume(args) => suspend::resume(host, &args, out, started),

@@ -494,6 +494,7 @@ mod tests {
                 first_tx: None,
                 resume: None,
                 cage: None,
+                balloon: None,
             }),
         };
         Survey {

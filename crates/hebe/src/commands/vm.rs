@@ -9,13 +9,13 @@ use hebe_host::listing::{self, VmRow, VmState};
 use hebe_host::ops::{self, StopOptions};
 use hebe_host::{Host, HostError};
 use hebe_types::{
-    ConsoleConfig, DiskConfig, DiskFormat, NetConfig, RestartPolicy, StoreKind, VmConfig, VmName,
-    VsockConfig,
+    BalloonConfig, ConsoleConfig, DiskConfig, DiskFormat, NetConfig, RestartPolicy, StoreKind,
+    VmConfig, VmName, VsockConfig,
 };
 use serde::Serialize;
 
-use super::agent;
 use super::seed::seed;
+use super::{agent, balloon};
 use crate::cli::{RunArgs, StopArgs, StoreArg};
 use crate::output::{Exit, Failure, Outcome, Output, table};
 
@@ -96,6 +96,7 @@ fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
         pvpanic: false,
         generation_id: false,
         vsock: args.vsock.then(VsockConfig::default),
+        balloon: args.balloon.then(BalloonConfig::default),
         disks: args.disk.into_iter().map(disk).collect(),
         nets: args.net.into_iter().map(net).collect(),
     })
@@ -252,6 +253,9 @@ fn show_text(show: &Show) -> String {
         let cage = status.cage.as_ref().map(ToString::to_string);
         let none = || "OFF (this VMM's release has none)".to_owned();
         lines.push(("cage", cage.unwrap_or_else(none)));
+        if let Some(status) = &status.balloon {
+            lines.push(("balloon", balloon::line(status)));
+        }
         lines.push((
             "guest RAM touched",
             format!(
