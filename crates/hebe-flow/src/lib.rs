@@ -3,6 +3,8 @@
 //! - [`life`]: what may be ordered of a VM, and what becomes of it.
 //! - [`reboot`]: the reboot of the VMM layer, forward and back.
 //! - [`resume`]: what to do with each VM when the host comes up.
+//! - [`stopping`]: what becomes of each VM when the service manager takes the
+//!   host down.
 //! - [`supervise`]: which VMs a supervisor starts, and when.
 //!
 //! Whoever does the I/O owns the value, runs the effects and feeds results
@@ -13,4 +15,5 @@
 pub mod life;
 pub mod reboot;
 pub mod resume;
+pub mod stopping;
 pub mod supervise;
