@@ -13,6 +13,7 @@ use crate::host::Host;
 use crate::listing::with_cause;
 use crate::preflight::{Check, Level};
 use crate::stores::{StoreAccess, StoreTrouble};
+use crate::systemd;
 
 /// Modules that bring a reserved range up as a devdax device.
 const DAX_MODULES: &str = "nd_e820 nd_pmem device_dax dax_pmem";
@@ -32,6 +33,10 @@ pub fn host_check(host: &Host) -> Vec<Check> {
         check_vmm(&host.layout.vmm),
     ];
     checks.push(checks::host_config(host));
+    if systemd::booted() {
+        checks.push(check_armed(host.system.armed()));
+        checks.extend(check_places(host, Path::new("/proc")));
+    }
     checks.extend(check_dirs(host));
     checks
 }
@@ -239,6 +244,49 @@ fn check_vmm(path: &Path) -> Check {
     }
 }
 
+/// Without the unit a shutdown ends every VMM with its guest running.
+fn check_armed(armed: Result<(), String>) -> Check {
+    match armed {
+        Ok(()) => Check::ok(
+            "freeze-unit",
+            format!(
+                "{} keeps the VMs when systemd takes the host down",
+                systemd::UNIT
+            ),
+        ),
+        Err(why) => Check::bad(
+            "freeze-unit",
+            Level::Warn,
+            format!("when systemd takes the host down, its VMs are lost: {why}"),
+            format!(
+                "systemctl enable {0}, and systemctl start {0}",
+                systemd::UNIT
+            ),
+        ),
+    }
+}
+
+/// VMMs that a session or a service takes along when it is stopped, before the
+/// suspend event.
+fn check_places(host: &Host, proc: &Path) -> Vec<Check> {
+    let elsewhere = |name: &hebe_types::VmName| {
+        let pid = crate::vmm::process(&host.layout.socket(name))?;
+        let path = proc.join(pid.to_string()).join("cgroup");
+        let text = fs::read_to_string(path).ok()?;
+        let group = text.lines().find_map(|line| line.strip_prefix("0::"))?;
+        (!systemd::is_safe(group)).then(|| {
+            Check::bad(
+                format!("place:{name}"),
+                Level::Warn,
+                format!("the VMM of '{name}' is in {group}, and may end with it before its VM is suspended"),
+                format!("install hebe.slice, then `hebe suspend {name}` and `hebe resume {name}`"),
+            )
+        })
+    };
+    let names = crate::listing::run_dirs(host);
+    names.iter().filter_map(elsewhere).collect()
+}
+
 fn check_dirs(host: &Host) -> Vec<Check> {
     let mut checks = Vec::new();
     let state = &host.layout.state;
@@ -290,6 +338,7 @@ mod tests {
             check_dax(Path::new("/no/such/bus")),
             check_tun(Path::new("/no/such/tun")),
             check_vmm(Path::new("/no/such/vmm")),
+            check_armed(Err("it is inactive".into())),
         ];
         for check in bad {
             assert_ne!(check.level, Level::Ok, "{check:?}");
@@ -301,6 +350,7 @@ mod tests {
             check_lockdown("[none] integrity\n"),
             check_lockdown(""),
             check_reservation("memmap=256M!4G"),
+            check_armed(Ok(())),
         ];
         for check in good {
             assert_eq!(check.level, Level::Ok, "{check:?}");

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hebe_api::ClientError;
+use hebe_flow::stopping::Wish;
 use hebe_snapshot::SnapshotError;
 use hebe_store::luo::HolePolicy;
 use hebe_sys::fdstore::Given;
@@ -122,6 +123,41 @@ pub struct HostConfig {
     pub cage: Cage,
     /// How VMs in store `luo` are carried.
     pub live_update: LiveUpdateConfig,
+    /// What becomes of VMs when a service manager takes the host down.
+    pub shutdown: Shutdown,
+}
+
+/// What becomes of VMs when a service manager takes the host down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Shutdown {
+    /// Those whose memory does not survive.
+    pub vms: Wish,
+    /// How long a guest has to power off, in seconds.
+    pub timeout_s: u64,
+    /// At a kexec into a kernel that Hebe did not load.
+    pub foreign_kernel: ForeignKernel,
+}
+
+impl Default for Shutdown {
+    fn default() -> Self {
+        Self {
+            vms: Wish::Save,
+            timeout_s: 60,
+            foreign_kernel: ForeignKernel::Save,
+        }
+    }
+}
+
+/// What VMs in memory are worth where nobody knows the next kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ForeignKernel {
+    /// They are saved: it may not keep the reserved memory.
+    #[default]
+    Save,
+    /// They are frozen there: somebody answers for its command line.
+    Trust,
 }
 
 /// How a VMM is confined, where `--no-sandbox` does not say otherwise.

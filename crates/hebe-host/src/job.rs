@@ -4,19 +4,21 @@ use std::sync::Arc;
 
 use std::time::Duration;
 
-use hebe_api::{ClientError, FreezeReport, SaveReport};
+use hebe_api::{ClientError, FreezeReport, SaveReport, VmmState};
 use hebe_flow::life::Life;
 use hebe_flow::reboot::Fate;
+use hebe_flow::resume::SavedFact;
 use hebe_store::luo::SegmentFiles;
 use hebe_types::{Stamp, VmName};
 
 use crate::host::{Host, HostError};
 use crate::launch::ExitRecord;
-use crate::listing::{VmRow, with_cause};
+use crate::listing::{VmRow, VmState, with_cause};
 use crate::lock::VmLock;
 use crate::luo;
 use crate::ops::{self, StopOptions};
 use crate::pending;
+use crate::resuming::{ResumeOptions, resume_one};
 use crate::saved::SavedPaths;
 use crate::saving;
 use crate::stores::ExecView;
@@ -111,6 +113,64 @@ impl Job {
             }
             Err(trouble) => (Err(trouble), None),
         }
+    }
+
+    /// [`Job::suspend`] for one who cannot turn back: also a VM that stands
+    /// still already is brought to this fate. With `again`, something else was
+    /// tried before. What the VM is in afterwards is the answer.
+    pub(crate) fn keep(&self, fate: Fate, again: bool) -> (Result<Fate, String>, Option<Note>) {
+        let unknown = self
+            .row
+            .as_ref()
+            .is_some_and(|r| r.state == VmState::Unresponsive);
+        if again || unknown {
+            match self.stands() {
+                // What got no answer was carried out all the same.
+                Ok(Some(fate)) => return (Ok(fate), None),
+                Ok(None) => {}
+                // Whatever is asked next is waited for longer, and in vain.
+                Err(_) if self.has_ended(Duration::ZERO) => {}
+                Err(why) => return (Err(why), None),
+            }
+        } else if let Err(trouble) = self.wake() {
+            return (Err(trouble.why), None);
+        }
+        let (result, note) = self.suspend(fate);
+        (result.map(|()| fate).map_err(|t| t.why), note)
+    }
+
+    /// What its VMM says that it is in; `None` where its guest runs.
+    fn stands(&self) -> Result<Option<Fate>, String> {
+        let socket = self.host.layout.socket(&self.vm);
+        let status = vmm::status(&socket, vmm::STATUS_WAIT);
+        let state = status.map_err(|e| format!("its VMM does not answer: {}", with_cause(&e)))?;
+        Ok(match state.state {
+            VmmState::Frozen => Some(Fate::Keep),
+            VmmState::Saved => {
+                let paths = SavedPaths::new(&self.host.layout, &self.vm);
+                let whole = paths.fact() == Some(SavedFact::Complete);
+                if whole {
+                    return Ok(Some(Fate::Save));
+                }
+                vmm::let_run(&socket).map_err(|e| with_cause(&e))?;
+                None
+            }
+            VmmState::Running | VmmState::Paused => None,
+        })
+    }
+
+    /// What is frozen where it does not survive has to run, to be saved.
+    fn wake(&self) -> Result<(), Trouble> {
+        let life = self.row()?.life;
+        if matches!(life, Life::Frozen | Life::Held) {
+            resume_one(&self.host, &self.vm, ResumeOptions::default())?;
+        }
+        // It has no file that counts, or nothing were to be done with it.
+        if life == Life::SavedHeld {
+            let socket = self.host.layout.socket(&self.vm);
+            vmm::let_run(&socket).map_err(|e| Trouble::certain(with_cause(&e)))?;
+        }
+        Ok(())
     }
 
     /// Its guest powered itself off since the reboot began: it is down, and

@@ -278,6 +278,9 @@ pub fn launch(
     let dir = host.layout.vm_dir(&order.name);
     prepare_dir(host, &dir, order)?;
     let child = spawn(host, lock, order, &dir)?;
+    // While it starts. A VMM that stays where it is runs its VM as well; what
+    // a host's shutdown does to it then is said by `hebe host check`.
+    let _ = host.system.adopt(&order.name, child.id());
     wait_until_up(&host.layout.socket(&order.name), &dir, order, child, wait)
 }
 

@@ -11,6 +11,8 @@
 //! - [`definitions`], [`launch`], [`ops`], [`listing`]: one VM.
 //! - [`balloon`]: memory that a guest gives back.
 //! - [`preflight`], [`reboot`], [`resume_all`]: all of them.
+//! - [`stopping`]: the suspend event, where a service manager takes the host
+//!   down; [`systemd`]: that service manager.
 //! - [`timeline`], [`report`], [`gantt`]: the report that spans both kernels.
 //! - [`luo`]: VMs whose memory Linux itself carries into the next kernel.
 //! - [`check`]: is this machine ready?
@@ -41,9 +43,11 @@ mod resuming;
 pub mod saved;
 pub mod saving;
 pub mod segments;
+pub mod stopping;
 pub mod store_init;
 pub mod stores;
 pub mod system;
+pub mod systemd;
 pub mod timeline;
 pub mod vmm;
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use hebe_flow::life::Life;
 use hebe_flow::reboot::Fate;
 use hebe_types::{RebootMethod, VmName};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::checks;
 use crate::cmdline;
@@ -35,6 +35,8 @@ pub struct RebootOptions {
     pub timeout_s: u64,
     /// Power off guests that do not do it in time.
     pub force: bool,
+    /// Leave by this process itself, also where a service manager would do it.
+    pub direct: bool,
 }
 
 impl RebootOptions {
@@ -60,7 +62,8 @@ impl RebootOptions {
 }
 
 /// The next kernel.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct NextKernel {
     /// Its image.
     pub kernel: PathBuf,

@@ -22,6 +22,7 @@ use std::time::Duration;
 use hebe_api::VmmState;
 use hebe_flow::life::Life;
 use hebe_flow::reboot::{Effect, Fate, Input, Outcome, Phase, Reboot, VmPhase};
+use hebe_flow::stopping::Going;
 use hebe_sys::proc;
 use hebe_types::{RebootMethod, Stamp, VmId, VmName};
 
@@ -35,12 +36,17 @@ use crate::ops::{self, StopOptions};
 use crate::pending::Pending;
 use crate::preflight::{RebootOptions, Verdict, VmVerdict, preflight};
 use crate::report::{ReportPlace, keep_report};
+use crate::stopping::Order;
 use crate::system::Leave;
 use crate::timeline::{EventKind, KernelInfo, Side, Timeline, rate};
 use crate::vmm;
 
 /// How long a VMM may take to answer when everybody else is down.
 const LAST_LOOK_WAIT: Duration = Duration::from_secs(2);
+
+/// How often in a row, a second apart, the service manager must say that the
+/// host stays up, until that is believed.
+const STAYS_MAX: u32 = 5;
 
 /// How a reboot ended that did not leave the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,7 +71,10 @@ pub fn reboot(
     options: &RebootOptions,
     say: &(dyn Fn(&str) + Sync),
 ) -> Result<Infallible, RebootEnd> {
-    let began = Instants::now(host);
+    let asked = host.system.stamp();
+    if !options.direct && by_manager(host, options) {
+        return ordered(host, options, asked, say);
+    }
     let _only_one = host
         .lock_all()
         .map_err(|e| RebootEnd::Refused(with_cause(&e)))?;
@@ -76,24 +85,7 @@ pub fn reboot(
         .filter_map(|v| Some((v.vm.clone(), v.fate?)))
         .collect();
     let machine = Reboot::new(fates, verdict.next.is_some());
-    let before = KernelInfo {
-        release: host.system.release(),
-        boot_id: VmId(host.system.boot_id()).to_string(),
-    };
-    let mut timeline = Timeline::new(options.method, before);
-    timeline.note(began.stamp, Side::Before, None, EventKind::Asked);
-    let mut driver = Driver {
-        host,
-        options,
-        verdict,
-        survey,
-        timeline,
-        began,
-        say,
-        carry: None,
-        not_booted: BTreeSet::new(),
-        ended: BTreeSet::new(),
-    };
+    let mut driver = Driver::new(host, options.clone(), verdict, survey, Some(asked), say);
     match driver.run(machine) {
         Outcome::Refused(why) => Err(RebootEnd::Refused(why)),
         Outcome::Aborted {
@@ -106,6 +98,96 @@ pub fn reboot(
             notes,
         }),
     }
+}
+
+/// Whether the service manager is to carry the reboot out: host services then
+/// get their ordered stop, and its suspend event does the rest.
+fn by_manager(host: &Host, options: &RebootOptions) -> bool {
+    if host.system.armed().is_err() {
+        return false;
+    }
+    // What Linux carries over is held by sessions that end with their holder.
+    let carried = || {
+        let survey = listing::survey(host);
+        let mut rows = survey.rows.values();
+        rows.any(|row| row.store == Some(crate::luo::STORE) && row.life.has_vmm())
+    };
+    options.method != RebootMethod::Warm || crate::luo::carried_by_manager(host) || !carried()
+}
+
+/// Checks, loads the next kernel and writes the order down, for the service
+/// manager to carry out whenever it is asked to leave. VMs run on.
+///
+/// # Errors
+/// Refused; nothing has changed.
+pub fn stage(
+    host: &Host,
+    options: &RebootOptions,
+    say: &(dyn Fn(&str) + Sync),
+) -> Result<Leave, RebootEnd> {
+    stage_at(host, options, host.system.stamp(), say)
+}
+
+fn stage_at(
+    host: &Host,
+    options: &RebootOptions,
+    asked: Stamp,
+    say: &(dyn Fn(&str) + Sync),
+) -> Result<Leave, RebootEnd> {
+    let refused = |e: &dyn std::error::Error| RebootEnd::Refused(with_cause(e));
+    let _only_one = host.lock_all().map_err(|e| refused(&e))?;
+    let (verdict, _) = preflight(host, options, false);
+    if !verdict.passes() {
+        return Err(RebootEnd::Refused(verdict.why_not()));
+    }
+    let order = Order::new(host, options, &verdict, asked);
+    if let Some(next) = &order.next {
+        say(&format!("loading {}", next.kernel.display()));
+        let initrd = next.initrd.as_deref();
+        let loaded = host.system.load_kernel(&next.kernel, initrd, &next.cmdline);
+        loaded.map_err(|e| refused(&e))?;
+    }
+    if let Err(error) = order.write(host) {
+        let _ = host.system.unload_kernel();
+        return Err(refused(&error));
+    }
+    Ok(order.leave())
+}
+
+/// Has the service manager reboot the host. Host services go down first; then
+/// [`crate::stopping`] keeps the VMs.
+fn ordered(
+    host: &Host,
+    options: &RebootOptions,
+    asked: Stamp,
+    say: &(dyn Fn(&str) + Sync),
+) -> Result<Infallible, RebootEnd> {
+    let leave = stage_at(host, options, asked, say)?;
+    say("asking the service manager: host services stop first, then all VMs are suspended");
+    let why = match host.system.ask(leave) {
+        Ok(()) => wait_to_be_ended(host),
+        Err(why) => why,
+    };
+    Order::withdraw(host);
+    let undone = host.system.unload_kernel().map_err(|e| with_cause(&e));
+    Err(RebootEnd::Aborted {
+        why,
+        stranded: Vec::new(),
+        notes: undone.err().into_iter().collect(),
+    })
+}
+
+/// This process ends with the services; if it does not, the host stays up.
+fn wait_to_be_ended(host: &Host) -> String {
+    let mut stays = 0;
+    while stays < STAYS_MAX {
+        thread::sleep(Duration::from_secs(1));
+        match host.system.going() {
+            Ok(Going::Stays) => stays += 1,
+            _ => stays = 0,
+        }
+    }
+    "the service manager gave the reboot up".into()
 }
 
 /// One instant on the clocks from which the TSC's rate is measured.
@@ -130,14 +212,15 @@ struct Answer {
     notes: Vec<Note>,
 }
 
-struct Driver<'a> {
-    host: &'a Host,
-    options: &'a RebootOptions,
-    verdict: Verdict,
-    survey: Survey,
-    timeline: Timeline,
+/// What carries effects out, of a reboot and of [`crate::stopping`].
+pub(crate) struct Driver<'a> {
+    pub(crate) host: &'a Host,
+    options: RebootOptions,
+    pub(crate) verdict: Verdict,
+    pub(crate) survey: Survey,
+    pub(crate) timeline: Timeline,
     began: Instants,
-    say: &'a (dyn Fn(&str) + Sync),
+    pub(crate) say: &'a (dyn Fn(&str) + Sync),
     /// What Linux carries; as long as it is here, and no longer.
     carry: Option<Carry>,
     /// VMs that were told to power off and are not up again, when all that can
@@ -147,7 +230,38 @@ struct Driver<'a> {
     ended: BTreeSet<VmName>,
 }
 
-impl Driver<'_> {
+impl<'a> Driver<'a> {
+    /// Nothing done yet, of what was asked for at `asked`.
+    pub(crate) fn new(
+        host: &'a Host,
+        options: RebootOptions,
+        verdict: Verdict,
+        survey: Survey,
+        asked: Option<Stamp>,
+        say: &'a (dyn Fn(&str) + Sync),
+    ) -> Self {
+        let began = Instants::now(host);
+        let before = KernelInfo {
+            release: host.system.release(),
+            boot_id: VmId(host.system.boot_id()).to_string(),
+        };
+        let mut timeline = Timeline::new(verdict.method, before);
+        let asked = asked.unwrap_or(began.stamp);
+        timeline.note(asked, Side::Before, None, EventKind::Asked);
+        Self {
+            host,
+            options,
+            verdict,
+            survey,
+            timeline,
+            began,
+            say,
+            carry: None,
+            not_booted: BTreeSet::new(),
+            ended: BTreeSet::new(),
+        }
+    }
+
     fn run(&mut self, mut machine: Reboot) -> Outcome {
         let (sender, receiver) = channel();
         let mut effects: VecDeque<Effect> = machine.begin().into();
@@ -192,24 +306,28 @@ impl Driver<'_> {
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return None,
         };
         for note in answer.notes {
-            match note {
-                Note::Freeze(vm, report) => self.timeline.note_freeze(&vm, &report),
-                Note::Save(vm, report) => self.timeline.note_save(&vm, &report),
-                Note::Ended(vm) => {
-                    self.ended.insert(vm);
-                }
-                Note::Off { vm, asked, off } => {
-                    let instants = [
-                        (asked, EventKind::SuspendAsked),
-                        (off, EventKind::PoweredOff),
-                    ];
-                    for (at, kind) in instants {
-                        self.timeline.note(at, Side::Before, Some(&vm), kind);
-                    }
+            self.take_note(note);
+        }
+        Some(answer.input)
+    }
+
+    pub(crate) fn take_note(&mut self, note: Note) {
+        match note {
+            Note::Freeze(vm, report) => self.timeline.note_freeze(&vm, &report),
+            Note::Save(vm, report) => self.timeline.note_save(&vm, &report),
+            Note::Ended(vm) => {
+                self.ended.insert(vm);
+            }
+            Note::Off { vm, asked, off } => {
+                let instants = [
+                    (asked, EventKind::SuspendAsked),
+                    (off, EventKind::PoweredOff),
+                ];
+                for (at, kind) in instants {
+                    self.timeline.note(at, Side::Before, Some(&vm), kind);
                 }
             }
         }
-        Some(answer.input)
     }
 
     /// Runs one effect. Those of VMs answer later, through `sender`.
@@ -259,16 +377,7 @@ impl Driver<'_> {
         sender: &Sender<Answer>,
         work: impl FnOnce(&Job) -> (Result<(), Trouble>, Option<Note>) + Send + 'static,
     ) {
-        let job = Job {
-            host: self.host.clone(),
-            row: self.survey.rows.get(&vm).cloned(),
-            files: self.carry.as_ref().and_then(|carry| carry.files(&vm)),
-            stop: StopOptions {
-                timeout: Duration::from_secs(self.options.timeout_s),
-                force: self.options.force,
-            },
-            vm: vm.clone(),
-        };
+        let job = self.job(&vm);
         let sender = sender.clone();
         thread::spawn(move || {
             let (result, note) = work(&job);
@@ -284,7 +393,21 @@ impl Driver<'_> {
         });
     }
 
-    fn note(&mut self, kind: EventKind) {
+    /// What is done to one VM.
+    pub(crate) fn job(&self, vm: &VmName) -> Job {
+        Job {
+            host: self.host.clone(),
+            row: self.survey.rows.get(vm).cloned(),
+            files: self.carry.as_ref().and_then(|carry| carry.files(vm)),
+            stop: StopOptions {
+                timeout: Duration::from_secs(self.options.timeout_s),
+                force: self.options.force,
+            },
+            vm: vm.clone(),
+        }
+    }
+
+    pub(crate) fn note(&mut self, kind: EventKind) {
         let now = self.host.system.stamp();
         self.timeline.note(now, Side::Before, None, kind);
     }
@@ -344,10 +467,7 @@ impl Driver<'_> {
     /// Everything that can be written while the VMs still run.
     fn prepare(&mut self) -> Result<(), String> {
         let say = |e: HostError| with_cause(&e);
-        let ended = ops::reap(self.host).map_err(say)?;
-        self.ended.extend(ended);
-        // Nothing is done to them any more, and nothing noted of them.
-        self.verdict.vms.retain(|v| !self.ended.contains(&v.vm));
+        self.reap()?;
         let mut pending = Pending::read(&self.host.layout).map_err(say)?;
         for vm in &self.verdict.vms {
             let definition = self.survey.definitions.get(&vm.vm);
@@ -360,9 +480,7 @@ impl Driver<'_> {
         if self.verdict.leave() == Leave::Kexec {
             self.carry = Carry::prepare(self.host, &self.survey, &self.verdict, self.say)?;
         }
-        if self.survey.store.is_some() {
-            self.host.store.hold().map_err(|e| with_cause(&e))?;
-        }
+        self.hold_store()?;
         (self.say)("flushing disks");
         self.host.system.sync();
         // What guests began to use meanwhile: none of that is left for the pause.
@@ -375,8 +493,24 @@ impl Driver<'_> {
         Ok(())
     }
 
+    /// VMs whose guests ended by themselves since the survey.
+    pub(crate) fn reap(&mut self) -> Result<(), String> {
+        let ended = ops::reap(self.host).map_err(|e| with_cause(&e))?;
+        self.ended.extend(ended);
+        // Nothing is done to them any more, and nothing noted of them.
+        self.verdict.vms.retain(|v| !self.ended.contains(&v.vm));
+        Ok(())
+    }
+
+    pub(crate) fn hold_store(&self) -> Result<(), String> {
+        if self.survey.store.is_some() {
+            self.host.store.hold().map_err(|e| with_cause(&e))?;
+        }
+        Ok(())
+    }
+
     /// For a next kernel that does not have the store.
-    fn note_frozen(&self) -> Result<(), HostError> {
+    pub(crate) fn note_frozen(&self) -> Result<(), HostError> {
         let kept = |v: &&VmVerdict| v.fate == Some(Fate::Keep);
         for vm in self.verdict.vms.iter().filter(kept) {
             ops::withdraw_stale(self.host, &vm.vm)?;
@@ -441,7 +575,7 @@ impl Driver<'_> {
     }
 
     /// The last work before the jump; every VM is down here, so it is short.
-    fn record(&mut self) -> Result<(), String> {
+    pub(crate) fn record(&mut self) -> Result<(), String> {
         self.note(EventKind::AllSuspended);
         self.host.system.sync();
         self.note(EventKind::Flushed);
@@ -488,6 +622,15 @@ fn up(host: &Host) -> impl Iterator<Item = VmName> {
     listing::run_dirs(host)
         .into_iter()
         .filter(|name| VmLock::is_held(&host.layout.vm_dir(name)))
+}
+
+/// What a fate does, as words for messages.
+pub(crate) fn fate_words(fate: Fate) -> &'static str {
+    match fate {
+        Fate::Keep => "freezing in memory",
+        Fate::Save => "saving to a file",
+        Fate::ShutDown => "shutting the guest down",
+    }
 }
 
 /// The methods, as words for messages.

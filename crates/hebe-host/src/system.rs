@@ -10,15 +10,17 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use hebe_flow::stopping::Going;
 use hebe_sys::fdstore::{FdStore, Given, ServiceStore};
 use hebe_sys::kexec::{self, KexecError};
 use hebe_sys::luo::{self, LiveUpdate, LuoError, Orchestrator};
 use hebe_sys::{clock, fdstore, proc};
-use hebe_types::{ByteSize, Stamp};
+use hebe_types::{ByteSize, Stamp, VmName};
 
 pub use hebe_sys::kexec::Leave;
 
 use crate::host::Host;
+use crate::systemd;
 
 /// Why the machine did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -114,6 +116,35 @@ pub trait System: Send + Sync {
     /// waits until it has all of it; how many VMs that are, whole or not.
     fn start_keeper(&self, _host: &Host) -> Result<usize, String> {
         Ok(0)
+    }
+    /// Where the service manager takes the host.
+    ///
+    /// # Errors
+    /// It does not say.
+    fn going(&self) -> Result<Going, String> {
+        Ok(Going::Stays)
+    }
+    /// Whether a service manager carries out the suspend event
+    /// ([`crate::stopping`]) when it is asked to leave.
+    ///
+    /// # Errors
+    /// Why it does not.
+    fn armed(&self) -> Result<(), String> {
+        Err("there is no service manager".into())
+    }
+    /// Asks the service manager to leave.
+    ///
+    /// # Errors
+    /// It refused.
+    fn ask(&self, _how: Leave) -> Result<(), String> {
+        Err("there is no service manager".into())
+    }
+    /// Gives a VMM a place that outlives whoever started it.
+    ///
+    /// # Errors
+    /// It stays where it is.
+    fn adopt(&self, _vm: &VmName, _pid: u32) -> io::Result<()> {
+        Ok(())
     }
     /// Memory that can be had without taking it from anybody.
     fn available_memory(&self) -> Option<ByteSize> {
@@ -260,6 +291,22 @@ impl System for Machine {
     fn was_handed_sessions(&self) -> bool {
         let mut fds = self.given.fds.iter();
         fds.any(|(name, _)| crate::luo::store::is_ours(name))
+    }
+
+    fn going(&self) -> Result<Going, String> {
+        systemd::going()
+    }
+
+    fn armed(&self) -> Result<(), String> {
+        systemd::armed()
+    }
+
+    fn ask(&self, how: Leave) -> Result<(), String> {
+        systemd::ask(how)
+    }
+
+    fn adopt(&self, vm: &VmName, pid: u32) -> io::Result<()> {
+        systemd::adopt(vm, pid)
     }
 
     fn available_memory(&self) -> Option<ByteSize> {

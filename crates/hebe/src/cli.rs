@@ -148,6 +148,7 @@ Examples:
   hebe reboot                                  # warm, into the same kernel
   hebe reboot --kernel /boot/vmlinuz-7.3.0 --append quiet
   hebe reboot --method saved --hard
+  hebe reboot --load && systemctl kexec
   hebe reboot --report --svg reboot.svg")]
     Reboot(RebootArgs),
     /// Look after the store, where VMs outlive the host kernel.
@@ -378,6 +379,18 @@ pub enum HostCommand {
         after_help = "Exit status 3: something is missing.\n\nExamples:\n  hebe host check\n  hebe host check --json"
     )]
     Check,
+    /// Keep the VMs while the service manager takes the host down; it is the stop of
+    /// hebe-freeze.service. Where the host stays up, nothing happens.
+    #[command(after_help = "\
+Exit status 5: some VM could not be kept; the reason is printed.
+
+Example:
+  hebe host stopping        # not by hand: systemd runs it")]
+    Stopping {
+        /// Only if the one before did not come to its end ($SERVICE_RESULT).
+        #[arg(long)]
+        rest: bool,
+    },
     /// Note how the host is doing; run it from a timer.
     #[command(after_help = "Example:\n  hebe host sample")]
     Sample,
@@ -430,6 +443,9 @@ mod tests {
             "hebe store format",
             "hebe reboot --report --svg x.svg",
             "hebe host check",
+            "hebe host stopping --rest",
+            "hebe reboot --load --kernel k",
+            "hebe reboot --direct",
             "hebe completions bash",
             "hebe agent web ping",
             "hebe agent web freeze --for 60",
@@ -469,6 +485,29 @@ mod tests {
         }
     }
 
+    /// What units run must be a command of this release.
+    #[test]
+    fn units_run_what_there_is() {
+        let units = [
+            include_str!("../../../packaging/hebe-freeze.service"),
+            include_str!("../../../packaging/hebe-resume.service"),
+            include_str!("../../../packaging/hebe-fleet-release.service"),
+        ];
+        let mut found = 0;
+        for line in units.iter().flat_map(|unit| unit.lines()) {
+            let Some((key, order)) = line.split_once('=') else {
+                continue;
+            };
+            let order = order.trim_start_matches('-');
+            if let Some(words) = order.strip_prefix("/usr/bin/") {
+                assert!(key.starts_with("Exec"), "{line}");
+                assert!(parse(words).is_ok(), "{line}");
+                found += 1;
+            }
+        }
+        assert_eq!(found, 4);
+    }
+
     /// Whoever gives a flag must not find out later that it did nothing.
     #[test]
     fn no_flag_is_ignored_in_silence() {
@@ -505,6 +544,11 @@ mod tests {
             "hebe reboot --report --kexec",
             "hebe reboot --report --timeout 5",
             "hebe reboot --report --force",
+            "hebe reboot --report --direct",
+            "hebe reboot --report --load",
+            "hebe reboot --load --direct",
+            "hebe reboot --load --dry-run",
+            "hebe reboot --load --hard --method saved",
             "hebe store init /dev/dax0.0 --namespace n",
             "hebe console web --json",
             "hebe --json completions bash",

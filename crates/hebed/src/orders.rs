@@ -290,6 +290,7 @@ impl RebootBody {
             kexec: self.kexec,
             timeout_s: self.timeout_s.unwrap_or(TIMEOUT_S),
             force: self.force,
+            direct: false,
         };
         match options.contradiction() {
             Some(why) => Err(bad(why)),

@@ -57,6 +57,14 @@ pub(crate) fn orchestrator(host: &Host) -> Result<Box<dyn Orchestrator>, LuoErro
     }
 }
 
+/// Whether what is preserved outlives this process where the service manager
+/// leaves for the next kernel, because it holds the sessions. Until something
+/// does, `hebe reboot` leaves by itself while VMs are in this store, and
+/// [`crate::stopping`] saves them.
+pub(crate) fn carried_by_manager(_host: &Host) -> bool {
+    false
+}
+
 /// Whether `store = "auto"` means this store, where there is no other one.
 pub(crate) fn may_be_chosen(host: &Host, config: &VmConfig) -> bool {
     config.store == StoreKind::Auto && !config.hugepages && host.system.live_update().is_ok()

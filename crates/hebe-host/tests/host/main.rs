@@ -13,6 +13,7 @@ mod luo_faults;
 mod races;
 mod reboots;
 mod steps;
+mod stopping;
 mod verdicts;
 mod world;
 
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         life::CASES,
         reboots::CASES,
         steps::CASES,
+        stopping::CASES,
         elsewhere::CASES,
         kills::CASES,
         live_update::CASES,

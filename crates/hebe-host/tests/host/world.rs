@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use hebe_flow::stopping::Going;
 use hebe_host::launch::Instance;
 use hebe_host::listing::{self, VmState};
 use hebe_host::lock::VmLock;
@@ -36,6 +37,10 @@ pub struct FakeMachine {
     pub not_root: AtomicBool,
     pub kexec_disabled: AtomicBool,
     pub refuse_load: AtomicBool,
+    /// A kernel is loaded.
+    pub loaded: AtomicBool,
+    /// What the service manager says; `None` where there is none.
+    pub going: Mutex<Option<Result<Going, String>>>,
     pub refuse_services: AtomicBool,
     /// Leaving works: then whoever leaves never returns.
     pub leaves: AtomicBool,
@@ -77,14 +82,35 @@ impl System for FakeMachine {
             return Err(refused(&format!("load {}", kernel.display())));
         }
         self.event("load");
+        self.loaded.store(true, Ordering::Relaxed);
         Ok(())
     }
     fn unload_kernel(&self) -> Result<(), SystemError> {
         self.event("unload");
+        self.loaded.store(false, Ordering::Relaxed);
         Ok(())
     }
     fn kernel_loaded(&self) -> Option<bool> {
-        Some(false)
+        Some(self.loaded.load(Ordering::Relaxed))
+    }
+    fn going(&self) -> Result<Going, String> {
+        let going = self.going.lock().expect("lock");
+        going.clone().unwrap_or(Ok(Going::Stays))
+    }
+    fn armed(&self) -> Result<(), String> {
+        let going = self.going.lock().expect("lock");
+        going.as_ref().map(drop).ok_or("not armed".into())
+    }
+    fn ask(&self, how: Leave) -> Result<(), String> {
+        self.event(&format!("ask {how:?}"));
+        let between = self.at_services.lock().expect("lock").take();
+        if let Some(between) = between {
+            between();
+        }
+        if self.refuse_services.load(Ordering::Relaxed) {
+            return Err("the service manager refused".into());
+        }
+        Ok(())
     }
     fn kexec_disabled(&self) -> Option<bool> {
         Some(self.kexec_disabled.load(Ordering::Relaxed))
@@ -271,6 +297,8 @@ impl World {
             not_root: AtomicBool::new(false),
             kexec_disabled: AtomicBool::new(false),
             refuse_load: AtomicBool::new(false),
+            loaded: AtomicBool::new(false),
+            going: Mutex::new(None),
             refuse_services: AtomicBool::new(false),
             leaves: AtomicBool::new(false),
             left: AtomicBool::new(false),
@@ -388,6 +416,8 @@ impl World {
         boot[0] += 1;
         self.machine.leaves.store(false, Ordering::Relaxed);
         self.machine.left.store(false, Ordering::Relaxed);
+        self.machine.loaded.store(false, Ordering::Relaxed);
+        *self.machine.going.lock().expect("lock") = None;
     }
 
     /// The same host under a kernel without the reservation.

@@ -41,6 +41,12 @@ pub struct RebootArgs {
     /// With cold: power off guests that do not shut down in time.
     #[arg(long)]
     pub force: bool,
+    /// Leave at once by kexec or reset, also where systemd would stop the host's services first.
+    #[arg(long)]
+    pub direct: bool,
+    /// Check everything and load the next kernel for `systemctl kexec`, and stop there.
+    #[arg(long, conflicts_with_all = ["direct", "dry_run", "hard", "fleet", "no_fleet"])]
+    pub load: bool,
     /// Take one of the group's slots first; the new kernel's `hebe fleet release`
     /// gives it back [default: `always` in fleet.toml].
     #[arg(long)]
@@ -54,7 +60,7 @@ pub struct RebootArgs {
     /// Print the timeline of the last reboot instead of rebooting.
     #[arg(long, conflicts_with_all = [
         "method", "kernel", "initrd", "append", "cmdline", "hard", "kexec", "dry_run", "timeout", "force",
-        "fleet", "wait", "no_fleet",
+        "fleet", "wait", "no_fleet", "direct", "load",
     ])]
     pub report: bool,
     /// With --report: draw it as a Gantt chart into this file.
@@ -78,6 +84,7 @@ impl RebootArgs {
             kexec: self.kexec,
             timeout_s: self.timeout.unwrap_or(TIMEOUT_S),
             force: self.force,
+            direct: self.direct,
         }
     }
 }

@@ -4,6 +4,7 @@ use hebe_host::Host;
 use hebe_host::check::host_check;
 use hebe_host::luo::keeper;
 use hebe_host::preflight::{Check, Level};
+use hebe_host::stopping;
 use hebe_sys::fdstore;
 use serde::Serialize;
 
@@ -21,6 +22,7 @@ struct Answer<'a> {
 pub fn host(host: &Host, command: &HostCommand, out: &Output) -> Outcome {
     match command {
         HostCommand::Check => check(host, out),
+        HostCommand::Stopping { rest } => stopping(host, *rest, out),
         HostCommand::Sample => super::age::sample(host, out),
         HostCommand::Age(args) => super::age::age(host, args, out),
     }
@@ -44,6 +46,31 @@ fn check(host: &Host, out: &Output) -> Outcome {
         text
     });
     Ok(if ready { Exit::Done } else { Exit::CheckFailed })
+}
+
+/// `hebe host stopping`. With `rest` it comes after another one, of which
+/// systemd says how it ended (systemd.exec(5)).
+fn stopping(host: &Host, rest: bool, out: &Output) -> Outcome {
+    let result = std::env::var("SERVICE_RESULT").unwrap_or_default();
+    if rest && result == "success" {
+        return Ok(Exit::Done);
+    }
+    if rest {
+        out.progress(&format!(
+            "the one before did not come to its end ({result})"
+        ));
+    }
+    let say = |text: &str| out.progress(text);
+    let stopped = stopping::stopping(host, &say)?;
+    out.answer(&stopped, || {
+        let sentences = stopped.vms.iter().map(|vm| format!("{}\n", vm.sentence));
+        sentences.collect()
+    });
+    Ok(if stopped.loses() {
+        Exit::Attention
+    } else {
+        Exit::Done
+    })
 }
 
 /// `hebe keeper`.

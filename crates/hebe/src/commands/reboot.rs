@@ -6,8 +6,9 @@ use hebe_fleet::order::NotRebooted;
 use hebe_flow::reboot::Fate;
 use hebe_host::Host;
 use hebe_host::preflight::{Check, Level, RebootOptions, Verdict, preflight};
-use hebe_host::reboot::{RebootEnd, reboot as run_reboot};
+use hebe_host::reboot::{RebootEnd, reboot as run_reboot, stage};
 use hebe_host::report::complete_report;
+use hebe_host::system::Leave;
 use hebe_host::timeline::{self, Downtime, Row, Timeline};
 use hebe_host::{gantt, listing};
 use hebe_policy::fleet::holder::Stop;
@@ -24,6 +25,9 @@ pub fn reboot(host: &Host, args: &RebootArgs, out: &Output) -> Outcome {
         return report(host, args, out);
     }
     let options = args.options();
+    if args.load {
+        return load(host, &options, out);
+    }
     let fleet = Fleet::for_reboot(host, args.fleet, args.no_fleet)?;
     let (verdict, _) = preflight(host, &options, args.dry_run);
     if args.dry_run || !verdict.passes() {
@@ -37,6 +41,32 @@ pub fn reboot(host: &Host, args: &RebootArgs, out: &Output) -> Outcome {
     match fleet {
         Some(fleet) => in_turn(host, &fleet, args, out),
         None => Ok(ended(&run(host, &options, out), out)),
+    }
+}
+
+#[derive(Serialize)]
+struct Loaded {
+    result: &'static str,
+}
+
+/// `hebe reboot --load`.
+fn load(host: &Host, options: &RebootOptions, out: &Output) -> Outcome {
+    if let Err(why) = host.system.armed() {
+        out.progress(&format!(
+            "nobody would keep the VMs when the host leaves: {why}"
+        ));
+        return Ok(Exit::CheckFailed);
+    }
+    let say = |text: &str| out.progress(text);
+    match stage(host, options, &say) {
+        Err(end) => Ok(ended(&end, out)),
+        Ok(how) => {
+            out.answer(&Loaded { result: "loaded" }, || match how {
+                Leave::Kexec => "loaded: `systemctl kexec` leaves for it\n".to_owned(),
+                _ => "noted: `systemctl reboot` does it\n".to_owned(),
+            });
+            Ok(Exit::Done)
+        }
     }
 }
 

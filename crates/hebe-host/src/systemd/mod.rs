@@ -1,0 +1,175 @@
+//! systemd as this host's PID 1: where it takes the host, asking it to, and a
+//! place for VMMs that it leaves alone until the end.
+//!
+//! Everything here is best effort for VMs that run: a host whose PID 1 is
+//! something else, or does not answer, runs VMs all the same.
+
+mod bus;
+
+use std::io;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hebe_flow::stopping::Going;
+use hebe_types::VmName;
+
+use crate::system::Leave;
+
+/// The unit whose stop is the suspend event.
+pub const UNIT: &str = "hebe-freeze.service";
+/// The slice of all VMMs.
+pub const SLICE: &str = "hebe.slice";
+/// Made by systemd alone (sd_booted(3)).
+const BOOTED: &str = "/run/systemd/system";
+/// Where root speaks with PID 1 without a bus.
+const PRIVATE: &str = "/run/systemd/private";
+/// Where units may lie, the strongest first (systemd.unit(5)).
+const UNIT_DIRS: [&str; 4] = [
+    "/etc/systemd/system",
+    "/run/systemd/system",
+    "/usr/local/lib/systemd/system",
+    "/usr/lib/systemd/system",
+];
+/// How long PID 1 may take to say where the host goes.
+const QUEUE_WAIT: Duration = Duration::from_secs(30);
+
+/// Whether PID 1 is systemd.
+pub fn booted() -> bool {
+    Path::new(BOOTED).is_dir()
+}
+
+/// Where the host goes. Where PID 1 does not say, it counts as one that goes
+/// and whose memory does not survive: VMs that are saved although it stays up
+/// are resumed by an order, and ones that are left running although it goes
+/// are gone.
+///
+/// # Errors
+/// PID 1 does not say, with the reason.
+pub fn going() -> Result<Going, String> {
+    let began = Instant::now();
+    loop {
+        match systemctl(&["list-jobs", "--no-legend", "--no-pager", "--full"]) {
+            Ok(jobs) => return Ok(Going::from_jobs(&jobs)),
+            Err(why) if began.elapsed() > QUEUE_WAIT => return Err(why),
+            Err(_) => thread::sleep(Duration::from_millis(500)),
+        }
+    }
+}
+
+/// Whether this host's PID 1 carries out the suspend event when it is asked to
+/// leave.
+///
+/// # Errors
+/// Why it does not.
+pub fn armed() -> Result<(), String> {
+    if !booted() {
+        return Err("PID 1 is not systemd".into());
+    }
+    match systemctl(&["is-active", UNIT]) {
+        Ok(state) if state.trim() == "active" => Ok(()),
+        Ok(state) => Err(format!("{UNIT} is {}", state.trim())),
+        Err(why) => Err(format!("{UNIT} is not active ({why})")),
+    }
+}
+
+/// Asks PID 1 to leave, host services first. Returns when the order is in its
+/// queue, from which nothing takes it any more.
+///
+/// # Errors
+/// It refused, with the reason.
+pub fn ask(how: Leave) -> Result<(), String> {
+    let target = match how {
+        Leave::Kexec => "kexec.target",
+        Leave::Reset => "reboot.target",
+        Leave::PowerOff => "poweroff.target",
+    };
+    let order = [
+        "start",
+        "--no-block",
+        "--job-mode=replace-irreversibly",
+        target,
+    ];
+    systemctl(&order).map(drop)
+}
+
+/// Moves a VMM into a scope of its own in [`SLICE`], which no service and no
+/// session takes along when it ends, and which a shutdown does not stop.
+///
+/// # Errors
+/// It stays where it is.
+pub fn adopt(vm: &VmName, pid: u32) -> io::Result<()> {
+    // An implicit slice would be stopped with everything else.
+    let shipped = UNIT_DIRS.iter().any(|d| Path::new(d).join(SLICE).exists());
+    if !booted() || !shipped || !rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    bus::start_scope(Path::new(PRIVATE), &scope_name(vm, pid), vm.as_str(), pid)
+}
+
+/// Whether a VMM in this control group outlives the stop of ordinary services:
+/// its own scope, or one of Hebe's units, which end alone (`KillMode=process`).
+pub(crate) fn is_safe(group: &str) -> bool {
+    let mut parts = group.split('/');
+    parts.any(|p| p == SLICE || p == "hebe-resume.service" || p == "hebed.service")
+}
+
+/// The process is part of it: a scope ends with its last process, and the next
+/// VMM of the same VM may come before systemd noticed.
+fn scope_name(vm: &VmName, pid: u32) -> String {
+    // A hyphen is a level of the hierarchy for slices alone.
+    format!("hebe-vm-{vm}-{pid}.scope")
+}
+
+fn systemctl(words: &[&str]) -> Result<String, String> {
+    let output = Command::new("systemctl")
+        .args(words)
+        .stdin(Stdio::null())
+        .env("SYSTEMD_COLORS", "0")
+        .env("LC_ALL", "C")
+        .output()
+        .map_err(|e| format!("systemctl cannot be started: {e}"))?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    let said = if said.is_empty() {
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    } else {
+        said
+    };
+    Err(format!("systemctl {}: {said}", words.join(" ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vmm_in_a_session_is_not_safe() {
+        for safe in [
+            "/hebe.slice/hebe-vm-web-42.scope",
+            "/system.slice/hebe-resume.service",
+        ] {
+            assert!(is_safe(safe), "{safe}");
+        }
+        for unsafe_place in [
+            "/user.slice/user-0.slice/session-3.scope",
+            "/system.slice/cron.service",
+            "/",
+        ] {
+            assert!(!is_safe(unsafe_place), "{unsafe_place}");
+        }
+    }
+
+    #[test]
+    fn a_scope_has_a_name_that_systemd_takes() {
+        let vm: VmName = "web-1".parse().expect("name");
+        let scope = scope_name(&vm, 42);
+        assert_eq!(scope, "hebe-vm-web-1-42.scope");
+        // unit_name_is_valid(): letters, digits and :-_.\, 255 bytes at most.
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-.".contains(c);
+        assert!(scope.chars().all(plain) && scope.len() < 256);
+    }
+}
