@@ -62,7 +62,7 @@ mod tests {
         for stale in [host - host / 100, host + host / 100] {
             let machine = Machine::new().expect("a machine");
             if !set(machine.vm_fd(), u64::from(stale)) {
-                println!("this KVM does not take a rate for new vCPUs: nothing to correct");
+                println!("this KVM takes no rate for new vCPUs: tried in the emulated machine");
                 return;
             }
             let vcpu = machine.create_vcpu(0).expect("a vCPU");
