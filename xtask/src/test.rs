@@ -239,12 +239,17 @@ fn run_one(check: &Check, scene: &Scene) -> Result<()> {
     (check.run)(scene)
 }
 
-/// The tests of slots, which do nothing where there is no etcd, with one.
+/// The tests of slots and rolls, which do nothing where there is no etcd, with one.
 fn fleet(scene: &Scene) -> Result<()> {
     let etcd = scene.assets.etcd(scene.progress)?;
     let etcd = etcd.to_str().context("etcd's path is no text")?;
     let environment = [("HEBE_ETCD", etcd), ("HEBE_REQUIRE_ETCD", "1")];
-    for (package, test) in [("hebe-fleet", "etcd"), ("hebe", "slots")] {
+    for (package, test) in [
+        ("hebe-fleet", "etcd"),
+        ("hebe", "slots"),
+        ("hebe", "rolls"),
+        ("hebed", "turns"),
+    ] {
         cargo(
             &["test", "--locked", "--quiet", "-p", package, "--test", test],
             &environment,

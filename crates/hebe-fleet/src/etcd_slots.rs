@@ -14,6 +14,7 @@ use hebe_policy::span::Span;
 use serde_json::Value;
 
 use crate::etcd::{Change, Condition, Entry, Etcd};
+use crate::rolls::Going;
 use crate::slots::{FleetError, Taken};
 
 /// The slots of one group.
@@ -22,6 +23,7 @@ pub struct EtcdSlots {
     etcd: Etcd,
     prefix: String,
     lease_s: u64,
+    going: Option<Going>,
 }
 
 impl EtcdSlots {
@@ -32,6 +34,21 @@ impl EtcdSlots {
             etcd,
             prefix: format!("/hebe/fleet/1/{group}/"),
             lease_s: lease.as_s(),
+            going: None,
+        }
+    }
+
+    pub(crate) fn etcd(&self) -> &Etcd {
+        &self.etcd
+    }
+
+    /// The same slots, for a turn in a roll: a slot becomes a host's own for
+    /// good only if it is its turn then.
+    #[must_use]
+    pub fn going(&self, going: Going) -> Self {
+        Self {
+            going: Some(going),
+            ..self.clone()
         }
     }
 
@@ -135,12 +152,21 @@ impl EtcdSlots {
         let Some((entry, there)) = self.mine(slot)? else {
             return Ok(false);
         };
+        // An earlier request was carried out, unheard.
         if there == *slot && entry.lease == 0 {
-            return Ok(true);
+            let is_whole = |going: &Going| going.rolls.is_away(going, slot);
+            if self.going.as_ref().map_or(Ok(true), is_whole)? {
+                return Ok(true);
+            }
         }
-        let condition = Condition::WrittenAt(entry.key.clone(), entry.mod_revision);
-        let put = Change::Put(entry.key, json(slot), 0);
-        if self.etcd.change(&[condition], &[put])? {
+        let mut conditions = vec![Condition::WrittenAt(entry.key.clone(), entry.mod_revision)];
+        let mut changes = vec![Change::Put(entry.key, json(slot), 0)];
+        if let Some(going) = &self.going {
+            let (more, mark) = going.rolls.claim(going, slot)?;
+            conditions.extend(more);
+            changes.push(mark);
+        }
+        if self.etcd.change(&conditions, &changes)? {
             return Ok(true);
         }
         Err(FleetError::Changed)

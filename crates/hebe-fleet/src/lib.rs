@@ -10,6 +10,8 @@
 //!   and [`etcd_slots`] makes slots of these.
 //! - [`fleetlock`] is a client of the FleetLock protocol, and [`note`] the file
 //!   in which a host keeps what such a server does not.
+//! - [`member`] is this host in its group, and [`rolls`] keeps rolls through the
+//!   group in etcd.
 //! - [`order`] drives the holder against a server and a clock.
 //! - [`http`] makes requests with a limit on time and size.
 //!
@@ -23,9 +25,12 @@ pub mod etcd;
 pub mod etcd_slots;
 pub mod fleetlock;
 pub mod http;
+pub mod member;
 pub mod note;
 pub mod order;
+pub mod rolls;
 pub mod slots;
 
 pub use config::FleetConfig;
+pub use member::Member;
 pub use slots::{FleetError, Slots, Taken};

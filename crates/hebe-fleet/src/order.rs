@@ -40,6 +40,16 @@ fn now_ms() -> u64 {
         + u64::try_from(now.tv_nsec).unwrap_or(0) / 1_000_000
 }
 
+/// Sixteen random bytes, in hexadecimal.
+///
+/// # Errors
+/// When the kernel gives no random numbers.
+pub fn random_id() -> Result<String, std::io::Error> {
+    let mut random = [0; 16];
+    rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
+    Ok(random.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
 /// A slot as an order of `machine` asks for it in boot `boot_id`.
 ///
 /// # Errors
@@ -50,15 +60,13 @@ pub fn new_slot(
     machine: &str,
     boot_id: &str,
 ) -> Result<Slot, std::io::Error> {
-    let mut random = [0; 16];
-    rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
     let now_s = wall_s();
     Ok(Slot {
         version: SLOT_VERSION,
         host: host.clone(),
         machine: machine.to_owned(),
         phase: Phase::Held,
-        claim: random.iter().map(|byte| format!("{byte:02x}")).collect(),
+        claim: random_id()?,
         boot_id: boot_id.to_owned(),
         since_s: now_s,
         deadline_s: now_s.saturating_add(config.give_up_after.as_s()),
@@ -260,6 +268,9 @@ impl<'a> Order<'a> {
             Effect::Pin => match self.slots.pin(&self.slot) {
                 Ok(true) => Event::Pinned,
                 Ok(false) => Event::Gone("its lease ran out, or somebody freed it".into()),
+                Err(error @ (FleetError::NoTurn(_) | FleetError::NoRoll)) => {
+                    Event::NotReady(error.to_string())
+                }
                 Err(error) => unknown(error),
             },
             Effect::Release => match self.slots.release(&self.slot) {

@@ -10,6 +10,7 @@ use crate::config::FleetConfig;
 use crate::etcd::Etcd;
 use crate::etcd_slots::EtcdSlots;
 use crate::fleetlock::FleetLock;
+use crate::rolls::Going;
 
 /// Why nothing is known, or nothing could be done.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +43,25 @@ pub enum FleetError {
     /// The FleetLock protocol has no such question.
     #[error("a FleetLock server does not tell who holds slots: ask it in its own way")]
     NotTold,
+    /// Nobody ordered a roll.
+    #[error("there is no roll: `hebe fleet roll FILE` begins one")]
+    NoRoll,
+    /// It is not this host's turn in the roll.
+    #[error("it is not this host's turn: {0}")]
+    NoTurn(String),
+    /// The FleetLock protocol has no place for a roll.
+    #[error(
+        "a FleetLock server keeps slots and no rolls: order `hebe reboot --fleet` on each host, one after the other, and it sees to it that at most as many as may are under way"
+    )]
+    NoRolls,
+    /// Something of a roll that this Hebe does not read.
+    #[error("what etcd has under {key} cannot be read: {why}")]
+    Unreadable {
+        /// Where.
+        key: String,
+        /// What is wrong.
+        why: String,
+    },
     /// This host's record of its slot.
     #[error("the record of this host's slot, {path}, cannot be used: {source}")]
     Note {
@@ -93,6 +113,15 @@ impl Slots {
         let etcd = Etcd::new(&config.etcd.clone().unwrap_or_default(), timeout)?;
         let slots = EtcdSlots::new(etcd, &config.group, config.lease);
         Ok(Self::Etcd(slots))
+    }
+
+    /// The same slots, for a turn in a roll; as they are where there are none.
+    #[must_use]
+    pub fn going(&self, going: Going) -> Self {
+        match self {
+            Self::Etcd(slots) => Self::Etcd(slots.going(going)),
+            Self::FleetLock(_) => self.clone(),
+        }
     }
 
     /// Asks for `slot`, in phase held.

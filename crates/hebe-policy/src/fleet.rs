@@ -1,4 +1,6 @@
-//! Rolling a rejuvenation through a group of hosts, at most k at once.
+//! Rolling a rejuvenation through a group of hosts, at most k at once: the
+//! model, for forecasts and simulations. Hosts that take turns by themselves,
+//! from what is written down ([`turns`]), do the same.
 //!
 //! ```text
 //!            lock asked      lock granted          another boot      every VM answers
@@ -303,6 +305,7 @@ impl Roll {
 pub mod forecast;
 pub mod holder;
 pub mod slots;
+pub mod turns;
 
 #[cfg(test)]
 mod tests;

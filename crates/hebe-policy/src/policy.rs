@@ -79,6 +79,9 @@ pub enum Rule {
     },
     /// When a person asks; waits for no load.
     ByHand,
+    /// When it is the host's turn in a roll through its group; waits for no
+    /// load.
+    Roll,
 }
 
 /// The quiet window: how little load there must be, and for how long.
@@ -100,6 +103,9 @@ pub struct Facts {
     pub last: Option<Moment>,
     /// When a person asked, and it has not been rejuvenated since.
     pub asked: Option<Moment>,
+    /// Since when it is the host's turn in a roll through its group.
+    #[serde(default)]
+    pub turn: Option<Moment>,
     /// Ageing: since when exhaustion is foretold, and for when.
     pub exhaustion: Option<Exhaustion>,
     /// Load over time, the oldest first, each until the next.
@@ -250,7 +256,7 @@ impl Policy {
     pub fn least_uptime(&self) -> Span {
         let within = self.rules.iter().filter_map(|rule| match rule {
             Rule::Calendar { within, .. } => Some(*within),
-            Rule::Ageing { .. } | Rule::ByHand => None,
+            Rule::Ageing { .. } | Rule::ByHand | Rule::Roll => None,
         });
         within.fold(UPTIME_LEAST, Span::max)
     }
@@ -273,14 +279,14 @@ impl Rule {
     fn quiet(&self) -> Option<Quiet> {
         match self {
             Self::Calendar { quiet, .. } | Self::Ageing { quiet, .. } => *quiet,
-            Self::ByHand => None,
+            Self::ByHand | Self::Roll => None,
         }
     }
 
     /// Whether it is due, or when that may be next.
     fn due(&self, facts: &Facts, now: Moment) -> Due {
         if let Some(rested) = facts.rested.filter(|rested| now < *rested)
-            && *self != Self::ByHand
+            && !matches!(self, Self::ByHand | Self::Roll)
         {
             return Due::NotBefore(Some(rested));
         }
@@ -321,6 +327,10 @@ impl Rule {
                     asked => Due::NotBefore(asked),
                 }
             }
+            Self::Roll => match facts.turn {
+                Some(since) if since <= now => Due::Since { since, until: None },
+                turn => Due::NotBefore(turn),
+            },
         }
     }
 }

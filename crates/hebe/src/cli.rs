@@ -18,7 +18,7 @@ use hebe_types::{ByteSize, VmName};
 pub use age::{AGE_HELP, AgeArgs};
 pub use agent::{AgentArgs, AgentOrder};
 pub use balloon::BalloonArgs;
-pub use fleet::{FleetCommand, RollArgs};
+pub use fleet::{FleetCommand, RollArgs, RollOrder};
 pub use plan::{PLAN_HELP, PlanArgs};
 pub use reboot::{MethodArg, RebootArgs};
 pub use seed::SeedArgs;

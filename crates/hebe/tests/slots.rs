@@ -1,91 +1,13 @@
 //! `hebe fleet status`, `lock`, `release` and `unlock` against a real etcd,
 //! where there is one (`HEBE_ETCD`, or `PATH`).
 
-#[allow(
-    dead_code,
-    reason = "shared with the tests of hebe-fleet, which use all of it"
-)]
-#[path = "../../hebe-fleet/tests/etcd/server.rs"]
-mod server;
+mod group;
 
 use std::fs;
-use std::path::Path;
-use std::process::{Command, Output};
 
-use hebe_fleet::etcd::{Change, Condition};
+use group::server::Server;
+use group::{Host, config, put, put_slot, slot};
 use serde_json::{Value, json};
-use server::Server;
-
-/// A host: `hebe` with folders of its own.
-struct Host<'a> {
-    dir: &'a Path,
-}
-
-impl Host<'_> {
-    fn hebe(&self, line: &str) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_hebe"))
-            .args(line.split_whitespace())
-            .env("HEBE_CONFIG_DIR", self.dir.join("etc"))
-            .env("HEBE_STATE_DIR", self.dir.join("state"))
-            .env("HEBE_RUN_DIR", self.dir.join("run"))
-            .env("HEBE_STORE", self.dir.join("no-store"))
-            .output()
-            .expect("hebe runs")
-    }
-
-    fn says(&self, line: &str, exit: i32, word: &str) {
-        let output = self.hebe(line);
-        let text = [output.stdout, output.stderr].concat();
-        let text = String::from_utf8(text).expect("text");
-        assert_eq!(output.status.code(), Some(exit), "{line}: {text}");
-        assert!(text.contains(word), "{line} does not say '{word}': {text}");
-    }
-
-    fn json(&self, line: &str) -> Value {
-        let output = self.hebe(&format!("--json {line}"));
-        serde_json::from_slice(&output.stdout).expect("JSON")
-    }
-
-    fn configure(&self, text: &str) {
-        fs::create_dir_all(self.dir.join("etc")).expect("folder");
-        fs::write(self.dir.join("etc/fleet.toml"), text).expect("write");
-    }
-}
-
-fn config(server: &Server, host: &str) -> String {
-    format!(
-        "group = \"rack1\"\nhost = \"{host}\"\nlease = \"6s\"\nrequest_timeout = \"1s\"\n[etcd]\nendpoints = {:?}\n",
-        server.endpoints
-    )
-}
-
-/// What this machine calls itself.
-fn machine() -> String {
-    let id = fs::read_to_string("/etc/machine-id").unwrap_or_default();
-    id.trim().to_owned()
-}
-
-/// What the old kernel of `host`, on this machine, wrote down.
-fn slot(host: &str, deadline_s: u64, vms: &[&str]) -> Value {
-    json!({
-        "version": 1, "host": host, "machine": machine(), "phase": "rebooting", "claim": "c",
-        "boot_id": "before", "since_s": 1_000, "deadline_s": deadline_s, "at_most": 1, "vms": vms,
-    })
-}
-
-fn put(server: &Server, host: &str, deadline_s: u64, vms: &[&str]) {
-    put_slot(server, host, &slot(host, deadline_s, vms));
-}
-
-fn put_slot(server: &Server, host: &str, slot: &Value) {
-    let put = Change::Put(
-        format!("/hebe/fleet/1/rack1/{host}"),
-        slot.to_string().into_bytes(),
-        0,
-    );
-    let always = Condition::QuietSince("/nothing/".into(), 0);
-    assert!(server.client().change(&[always], &[put]).expect("answer"));
-}
 
 #[test]
 fn two_hosts_take_turns() {

@@ -7,13 +7,15 @@
 //! was undone is not tried again before a person says so ([`halt`]).
 
 pub mod halt;
+pub mod sentinel;
+pub mod turn;
 
 use std::fs::File;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use hebe_fleet::FleetConfig;
 use hebe_host::ageing::{path_below, read};
@@ -33,6 +35,9 @@ use halt::Failed;
 
 /// Between two looks.
 pub const LOOK_EVERY: Duration = Duration::from_secs(60);
+/// Between two questions whether it is this host's turn in a roll: others wait
+/// for it.
+const ASK_EVERY: Duration = Duration::from_secs(10);
 /// How many looks apart the samples of the host are assessed.
 const ASSESS_EVERY: u32 = 10;
 /// The file that asks for a reboot: Debian's packages make it, and kured looks
@@ -83,17 +88,35 @@ pub struct Follower {
     exhausted_in_s: Option<f64>,
     looks: u32,
     said: String,
+    /// Whether the policy has a rule for rolls.
+    rolls: bool,
+    /// Whether it was this host's turn when that was asked last.
+    turn: bool,
 }
 
 /// Looks once a minute, for ever. Without `policy.toml` nothing ever happens.
 pub async fn follow(app: App, every: Duration) {
     let mut follower = Follower::default();
+    let mut rest = every;
     loop {
-        tokio::time::sleep(every).await;
+        let nap = if follower.rolls {
+            rest.min(ASK_EVERY)
+        } else {
+            rest
+        };
+        tokio::time::sleep(nap).await;
+        rest -= nap;
+        let is_time = rest.is_zero();
+        if is_time {
+            rest = every;
+        }
         if app.engine.is_quiet() {
             continue;
         }
-        let looked = app.engine.read(move |host| follower.look(host)).await;
+        let looked = app
+            .engine
+            .read(move |host| follower.tick(host, is_time))
+            .await;
         let Ok((next, go)) = looked else {
             log::error("the policy is not followed any more: please report this");
             return;
@@ -116,6 +139,32 @@ pub async fn follow(app: App, every: Duration) {
 }
 
 impl Follower {
+    /// A look, where it is time for one, or this host's turn in a roll has just
+    /// come.
+    pub fn tick(mut self, host: &Host, is_time: bool) -> (Self, Option<Vec<String>>) {
+        let mut mine = None;
+        if self.rolls {
+            mine = turn::ask(host).unwrap_or_else(|why| {
+                self.say(format!(
+                    "whether it is this host's turn is not known: {why}"
+                ));
+                None
+            });
+        }
+        let came = mine.is_some() && !self.turn;
+        self.turn = mine.is_some();
+        if !is_time && !came {
+            return (self, None);
+        }
+        let (mut next, go) = self.look(host);
+        if let Some(mine) = mine.filter(|_| go.is_none())
+            && let Err(why) = mine.waits(next.said.clone())
+        {
+            next.say(format!("the roll does not know why this host waits: {why}"));
+        }
+        (next, go)
+    }
+
     /// One look: what is remembered, and the arguments of `hebe` if it is to
     /// be run.
     pub fn look(mut self, host: &Host) -> (Self, Option<Vec<String>>) {
@@ -135,8 +184,10 @@ impl Follower {
         }
         self.looks = self.looks.wrapping_add(1);
         let halted = halt::in_force(host, &[&path, &file.sentinel]);
-        let mut seen = seen(&file.sentinel, self.exhausted_in_s);
+        let mut seen = seen(host, &file.sentinel, self.exhausted_in_s);
         seen.halted = halted.is_some();
+        seen.turn = self.turn;
+        self.rolls = file.rules.contains(&Rule::Roll);
         let (watcher, decision) = self.watcher.look(&file.policy(), &seen);
         self.watcher = watcher;
         match decision {
@@ -156,7 +207,8 @@ impl Follower {
             Decision::Go { rule, .. } => {
                 self.said.clear();
                 log::info(format!("policy: rule {} says go", rule + 1));
-                (self, Some(arguments(&file, host)))
+                let is_turn = file.rules.get(rule) == Some(&Rule::Roll);
+                (self, Some(arguments(&file, host, is_turn)))
             }
         }
     }
@@ -179,9 +231,12 @@ fn read_policy(path: &Path) -> Result<PolicyFile, String> {
 
 /// In a group of hosts it does not wait for its turn: the policy is asked
 /// again, which may not want it any more then.
-fn arguments(file: &PolicyFile, host: &Host) -> Vec<String> {
+fn arguments(file: &PolicyFile, host: &Host, is_turn: bool) -> Vec<String> {
     let mut words = vec!["reboot".to_owned()];
-    if host.layout.config.join("fleet.toml").exists() {
+    if is_turn {
+        // Whoever else has a slot just now gives it back soon, or not at all.
+        words.extend(["--roll", "--wait", "1min"].map(str::to_owned));
+    } else if host.layout.config.join("fleet.toml").exists() {
         words.extend(["--fleet", "--wait", "0s"].map(str::to_owned));
     }
     words.extend(file.reboot.iter().cloned());
@@ -217,17 +272,15 @@ fn wall() -> Moment {
     clock_gettime(ClockId::Realtime).tv_sec
 }
 
-fn seen(sentinel: &Path, exhausted_in_s: Option<f64>) -> Seen {
+fn seen(host: &Host, sentinel: &Path, exhausted_in_s: Option<f64>) -> Seen {
     let (now, up_s) = (wall(), clock_gettime(ClockId::Boottime).tv_sec);
-    let changed = sentinel.metadata().and_then(|meta| meta.modified());
-    let asked = changed
-        .ok()
-        .and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+    let booted = now - up_s;
     Seen {
         now,
-        booted: Some(now - up_s),
+        booted: Some(booted),
         up_s: Some(up_s),
-        asked: asked.and_then(|at| Moment::try_from(at.as_secs()).ok()),
+        asked: sentinel::asked(host, sentinel, now, booted),
+        turn: false,
         exhausted_in_s,
         halted: false,
         load: load(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default()),
@@ -496,7 +549,8 @@ mod tests {
     fn how_long_the_host_is_up_is_seen_by_a_clock_that_nobody_sets() {
         let up_s = || clock_gettime(ClockId::Boottime).tv_sec;
         let before = up_s();
-        let seen = seen(Path::new("/nonexistent/sentinel"), None);
+        let dir = tempfile::tempdir().expect("folder");
+        let seen = seen(&host(dir.path()), Path::new("/nonexistent/sentinel"), None);
         let told = seen.up_s.expect("told");
         assert!((before..=up_s()).contains(&told), "{told}");
     }

@@ -3,6 +3,7 @@
 
 mod access;
 mod faults;
+mod rolls;
 mod server;
 
 use std::collections::BTreeSet;

@@ -6,6 +6,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
+use super::slots::FleetName;
+use super::turns::{Place, ROLL_HOSTS_MAX, ROLL_VERSION, RebootOrder, RollState, Rollout};
 use super::{Effect, Event, Grant, Places, Roll};
 use crate::span::Span;
 
@@ -29,6 +31,9 @@ pub struct Inventory {
     /// In which order.
     #[serde(default)]
     pub order: Order,
+    /// Into what they reboot.
+    #[serde(default)]
+    pub reboot: RebootOrder,
     /// The hosts.
     #[serde(default, rename = "host")]
     pub hosts: Vec<HostEntry>,
@@ -82,6 +87,19 @@ pub enum InventoryError {
     /// Too many.
     #[error("the inventory has more than {HOSTS_MAX} hosts: split it into groups")]
     TooMany,
+    /// Too many for one roll.
+    #[error(
+        "the inventory has more than {ROLL_HOSTS_MAX} hosts, which is as many as one roll takes: split it into groups"
+    )]
+    TooManyToRoll,
+    /// Nothing that could stand in a key.
+    #[error(
+        "'{0}' is no name of a host: write 1 to 64 letters, digits, dots, dashes or underscores, a letter or digit first"
+    )]
+    BadName(String),
+    /// Nothing that is the same file whoever looks.
+    #[error("'{0}' is no whole path: write it from the root, such as /boot/vmlinuz-7.3.0")]
+    NoPath(String),
     /// Twice.
     #[error("host '{0}' is there twice")]
     Twice(String),
@@ -184,14 +202,61 @@ impl Inventory {
         self.hosts.iter().map(one).collect()
     }
 
-    /// Runs a roll in which everything goes well.
-    pub fn forecast(&self) -> Result<Forecast, InventoryError> {
-        let expected = self.expectations()?;
+    /// Indices of the hosts, as they go.
+    fn turns(&self) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.hosts.len()).collect();
         if self.order == Order::SmallestFirst {
             let capacity = |i: &usize| self.hosts[*i].capacity;
             order.sort_by(|a, b| capacity(a).total_cmp(&capacity(b)));
         }
+        order
+    }
+
+    /// The roll itself, as `by` orders it at `now_s`.
+    ///
+    /// # Errors
+    /// When it cannot be meant.
+    pub fn rollout(&self, id: &str, by: &str, now_s: u64) -> Result<Rollout, InventoryError> {
+        let expected = self.expectations()?;
+        if self.hosts.len() > ROLL_HOSTS_MAX {
+            return Err(InventoryError::TooManyToRoll);
+        }
+        let (reboot, paths) = (&self.reboot, [&self.reboot.kernel, &self.reboot.initrd]);
+        for path in paths.into_iter().chain([&reboot.only_if]).flatten() {
+            if !path.starts_with('/') || path.contains('\0') {
+                return Err(InventoryError::NoPath(path.clone()));
+            }
+        }
+        let place = |i: usize| {
+            let entry = &self.hosts[i];
+            let host: Result<FleetName, _> = entry.name.parse();
+            Ok(Place {
+                host: host.map_err(|_| InventoryError::BadName(entry.name.clone()))?,
+                capacity: entry.capacity,
+                expected_s: expected[i],
+            })
+        };
+        Ok(Rollout {
+            version: ROLL_VERSION,
+            id: id.to_owned(),
+            by: by.to_owned(),
+            began_s: now_s,
+            at_most: u32::try_from(self.at_most).unwrap_or(u32::MAX),
+            give_up_s: self.give_up_after.as_s(),
+            reboot: reboot.clone(),
+            hosts: self
+                .turns()
+                .into_iter()
+                .map(place)
+                .collect::<Result<_, _>>()?,
+            state: RollState::Running,
+        })
+    }
+
+    /// Runs a roll in which everything goes well.
+    pub fn forecast(&self) -> Result<Forecast, InventoryError> {
+        let expected = self.expectations()?;
+        let order = self.turns();
         let mut steps = Vec::new();
         let mut roll = Roll::new(order.len(), self.at_most, self.give_up_after);
         let mut lock = Places::new(self.at_most);

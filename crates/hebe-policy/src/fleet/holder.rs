@@ -157,7 +157,8 @@ pub enum Event {
     Gone(String),
     /// The pre-flight passed under the slot.
     Ready,
-    /// It did not.
+    /// It did not; or, when the slot was to be taken for good, this host must
+    /// not go any more, and it was not.
     NotReady(String),
     /// The slot is this host's for good.
     Pinned,
@@ -413,6 +414,8 @@ impl Holder {
                 self.state = State::Stopped(Stop::Lost(why));
                 None
             }
+            // Its turn in a roll is over, and the slot is a lease still.
+            Event::NotReady(why) => self.release(now_ms, Some(Stop::NotReady(why))),
             Event::Unknown(why) if now_ms >= until_ms => {
                 self.release(now_ms, Some(Stop::Unsure(why)))
             }

@@ -284,6 +284,20 @@ fn inventories_that_cannot_be_meant_are_refused() {
         let error = inventory.forecast().expect_err(&text).to_string();
         assert!(error.contains(word), "{error}");
     }
+    for (text, word) in [
+        (host.replace("\"a\"", "\"a/b\""), "'a/b' is no name"),
+        (
+            format!("{host}[reboot]\nkernel = \"vmlinuz\"\n"),
+            "'vmlinuz' is no whole path",
+        ),
+    ] {
+        let inventory: Inventory = toml::from_str(&format!("group = \"g\"\n{text}")).expect("TOML");
+        let error = inventory
+            .rollout("1", "me", 0)
+            .expect_err(&text)
+            .to_string();
+        assert!(error.contains(word), "{error}");
+    }
     assert!(toml::from_str::<Inventory>("group = \"g\"\nat_mos = 2").is_err());
     let many = Inventory {
         group: "g".into(),
@@ -291,6 +305,7 @@ fn inventories_that_cannot_be_meant_are_refused() {
         give_up_after: Span::hours(1),
         expected: Some(Span::minutes(1)),
         order: super::forecast::Order::Listed,
+        reboot: super::turns::RebootOrder::default(),
         hosts: vec![
             super::forecast::HostEntry {
                 name: "a".into(),

@@ -204,6 +204,7 @@ fn facts() -> impl Strategy<Value = Facts> {
             Facts {
                 last,
                 asked,
+                turn: None,
                 exhaustion: exhaustion.map(|(found, at)| Exhaustion { found, at }),
                 load: load
                     .into_iter()

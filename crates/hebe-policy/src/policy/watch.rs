@@ -5,11 +5,13 @@ use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Decision, Exhaustion, Facts, Load, Policy, Why, decide, seconds};
+use super::{Decision, Exhaustion, Facts, Load, Policy, Rule, Why, decide, seconds};
 use crate::calendar::Moment;
 
 /// How long after a reboot that did not happen it is tried again, in seconds.
 pub const RETRY_S: Moment = 600;
+/// The same of a turn in a roll, for which others wait, in seconds.
+pub const TURN_RETRY_S: Moment = 60;
 /// A longer pause between two looks leaves the load unknown, in seconds.
 const GAP_S: Moment = 300;
 /// Most load values that are remembered: two days of one a minute.
@@ -25,8 +27,12 @@ pub struct Seen {
     /// For how many seconds it has been up, by a clock that nobody sets.
     #[serde(default)]
     pub up_s: Option<Moment>,
-    /// When a person, or a package, asked for a reboot.
+    /// When a person, or a package, asked for a reboot. Another value is
+    /// another order, whatever it is.
     pub asked: Option<Moment>,
+    /// It is the host's turn in a roll through its group.
+    #[serde(default)]
+    pub turn: bool,
     /// In how many seconds the ageing monitor foretells exhaustion.
     pub exhausted_in_s: Option<f64>,
     /// Load, as the policy measures it.
@@ -42,7 +48,15 @@ pub struct Seen {
 pub struct Watcher {
     load: VecDeque<Load>,
     exhaustion: Option<Exhaustion>,
-    tried: Option<Moment>,
+    tried: Option<Tried>,
+}
+
+/// A time at which the host was told to go.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Tried {
+    at: Moment,
+    /// The order by hand that was there then.
+    asked: Option<Moment>,
 }
 
 impl Watcher {
@@ -59,7 +73,9 @@ impl Watcher {
         });
         let facts = Facts {
             last: seen.booted,
-            asked: seen.asked,
+            // A clock that was set back since does not put an order off.
+            asked: seen.asked.map(|asked| asked.min(seen.now)),
+            turn: seen.turn.then_some(seen.now),
             exhaustion: self.exhaustion,
             load: self.load.iter().copied().collect(),
             under_way: 0,
@@ -69,27 +85,28 @@ impl Watcher {
             }),
         };
         let decision = decide(policy, &facts, seen.now);
-        if !matches!(decision, Decision::Go { .. }) {
+        let Decision::Go { rule, .. } = decision else {
             return (self, decision);
-        }
+        };
+        let wait = |why, until| Decision::Wait { why, until };
         if seen.halted {
-            let wait = Decision::Wait {
-                why: Why::Halted,
-                until: None,
-            };
-            return (self, wait);
+            return (self, wait(Why::Halted, None));
         }
-        if let Some(tried) = self.tried.filter(|tried| *tried <= seen.now) {
-            let again = tried.saturating_add(RETRY_S);
-            if seen.now < again && seen.asked.is_none_or(|asked| asked <= tried) {
-                let wait = Decision::Wait {
-                    why: Why::TriedLately,
-                    until: Some(again),
-                };
-                return (self, wait);
+        let pause_s = match policy.rules.get(rule) {
+            Some(Rule::Roll) => TURN_RETRY_S,
+            _ => RETRY_S,
+        };
+        if let Some(tried) = self.tried.filter(|tried| tried.at <= seen.now) {
+            let again = tried.at.saturating_add(pause_s);
+            let same = seen.asked.is_none() || seen.asked == tried.asked;
+            if seen.now < again && same {
+                return (self, wait(Why::TriedLately, Some(again)));
             }
         }
-        self.tried = Some(seen.now);
+        self.tried = Some(Tried {
+            at: seen.now,
+            asked: seen.asked,
+        });
         (self, decision)
     }
 
@@ -110,7 +127,6 @@ impl Watcher {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Rule;
     use super::*;
 
     const HOUR: Moment = 3_600;
@@ -155,6 +171,7 @@ length = "10h"
                 booted: Some(booted),
                 up_s: Some(now - booted),
                 asked: None,
+                turn: false,
                 exhausted_in_s: left,
                 load: Some(if (3..7).contains(&hour) { 0.1 } else { 0.7 }),
                 halted: false,
@@ -218,6 +235,56 @@ length = "10h"
         seen.asked = Some(MONDAY + 30);
         let (_, again) = watcher.look(&policy, &seen);
         assert!(matches!(again, Decision::Go { .. }));
+    }
+
+    #[test]
+    fn a_turn_in_a_roll_waits_for_a_blackout_and_no_longer() {
+        let policy = policy(
+            "[[rule]]\nwhen = \"roll\"\n[[blackout]]\nfrom = \"Mon 08:00 UTC\"\nlength = \"1h\"\n",
+        );
+        let mut seen = Seen {
+            now: MONDAY + 8 * HOUR,
+            booted: Some(MONDAY),
+            up_s: Some(60),
+            ..Seen::default()
+        };
+        let wait = |why, until| Decision::Wait { why, until };
+        let (watcher, nothing) = Watcher::default().look(&policy, &seen);
+        assert_eq!(nothing, wait(Why::NothingDue, None));
+        seen.turn = true;
+        let (watcher, closed) = watcher.look(&policy, &seen);
+        let open = MONDAY + 9 * HOUR;
+        assert_eq!(closed, wait(Why::Blackout, Some(open)));
+        seen.now = open;
+        let (watcher, go) = watcher.look(&policy, &seen);
+        assert!(matches!(go, Decision::Go { rule: 0, .. }), "{go:?}");
+        let (watcher, pause) = watcher.look(&policy, &seen);
+        let until = Some(open + TURN_RETRY_S);
+        assert_eq!(pause, wait(Why::TriedLately, until));
+        seen.now = open + TURN_RETRY_S;
+        assert!(matches!(
+            watcher.look(&policy, &seen).1,
+            Decision::Go { .. }
+        ));
+    }
+
+    #[test]
+    fn a_clock_that_steps_back_neither_puts_an_order_off_nor_repeats_it() {
+        let policy = policy("[[rule]]\nwhen = \"by-hand\"\n");
+        let mut seen = Seen {
+            now: MONDAY,
+            booted: Some(MONDAY - DAY),
+            asked: Some(MONDAY + HOUR),
+            ..Seen::default()
+        };
+        let (mut watcher, go) = Watcher::default().look(&policy, &seen);
+        assert!(matches!(go, Decision::Go { .. }), "{go:?}");
+        for _ in 1..RETRY_S / 60 {
+            seen.now += 60;
+            let (next, pause) = watcher.look(&policy, &seen);
+            assert!(matches!(pause, Decision::Wait { .. }), "{pause:?}");
+            watcher = next;
+        }
     }
 
     #[test]

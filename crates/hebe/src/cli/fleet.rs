@@ -8,19 +8,35 @@ use hebe_policy::span::Span;
 
 /// What `fleet roll` says at its end.
 pub const ROLL_HELP: &str = "\
+Hosts take their turns by themselves: where hebed runs and policy.toml has
+  [[rule]]
+  when = \"roll\"
+and by hand with `hebe reboot --roll`. The roll lies in etcd, so that any host of
+the group can look at it and stop it.
+
 An inventory:
   group = \"rack1\"
   at_most = 2                  # hosts under way at once          [1]
   give_up_after = \"15min\"      # then a host counts as lost       [15min]
   expected = \"60s\"             # from the order to the last VM's answer
   order = \"smallest-first\"     # or \"listed\"                      [listed]
+  [reboot]
+  kernel = \"/boot/vmlinuz-7.3.0\"         # on each host     [the running one]
+  initrd = \"/boot/initrd.img-7.3.0\"      # [the one that belongs to the kernel]
+  method = \"warm\"            # or \"saved\", \"cold\"                [warm]
+  only_if = \"/run/reboot-required\"       # pass over hosts without this file
   [[host]]
   name = \"a\"
   capacity = 11                # in any unit                      [1]
   expected = \"90s\"             # where it differs
 
-Example:
-  hebe fleet roll --dry-run fleet.toml";
+Exit status 3: a host failed, refused or is not back, or the roll was aborted.
+
+Examples:
+  hebe fleet roll --dry-run rack1.toml
+  hebe fleet roll --wait rack1.toml
+  hebe fleet roll status --wait
+  hebe fleet roll pause";
 
 /// What `fleet status` says at its end.
 const STATUS_HELP: &str = "\
@@ -82,8 +98,12 @@ Examples:
         #[arg(long)]
         yes: bool,
     },
-    /// What a roll through the hosts would be; the roll itself is not there yet.
-    #[command(after_help = ROLL_HELP)]
+    /// Take all hosts of the group through a reboot, one after the other.
+    #[command(
+        after_help = ROLL_HELP,
+        args_conflicts_with_subcommands = true,
+        subcommand_negates_reqs = true
+    )]
     Roll(RollArgs),
 }
 
@@ -91,8 +111,42 @@ Examples:
 #[derive(Debug, Args)]
 pub struct RollArgs {
     /// The hosts, in TOML.
-    pub inventory: PathBuf,
-    /// Say the order, the duration and the capacity at each moment.
-    #[arg(long, required = true)]
+    #[arg(required = true)]
+    pub inventory: Option<PathBuf>,
+    /// Say the order, the duration and the capacity at each moment, and stop there.
+    #[arg(long)]
     pub dry_run: bool,
+    /// Stay until the roll is over or stops, and say what happens.
+    #[arg(long, conflicts_with = "dry_run")]
+    pub wait: bool,
+    /// What to do with the roll that was begun.
+    #[command(subcommand)]
+    pub order: Option<RollOrder>,
+}
+
+/// What to do with a roll that was begun, by whomever.
+#[derive(Debug, Subcommand)]
+pub enum RollOrder {
+    /// How far it is.
+    Status {
+        /// Stay until it is over or stops, and say what happens.
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Let no further host begin; those under way go on. Once this comes back, none does.
+    Pause,
+    /// Let it go on, after it was paused or stopped.
+    Continue,
+    /// Let no further host begin, ever; those under way go on.
+    Abort,
+    /// Do not wait for this host.
+    Skip {
+        /// The host.
+        host: FleetName,
+    },
+    /// Let this host have its turn once more.
+    Retry {
+        /// The host.
+        host: FleetName,
+    },
 }

@@ -45,22 +45,27 @@ pub struct RebootArgs {
     #[arg(long)]
     pub direct: bool,
     /// Check everything and load the next kernel for `systemctl kexec`, and stop there.
-    #[arg(long, conflicts_with_all = ["direct", "dry_run", "hard", "fleet", "no_fleet"])]
+    #[arg(long, conflicts_with_all = ["direct", "dry_run", "hard", "fleet", "roll", "no_fleet"])]
     pub load: bool,
     /// Take one of the group's slots first; the new kernel's `hebe fleet release`
     /// gives it back [default: `always` in fleet.toml].
-    #[arg(long)]
+    #[arg(long, group = "slot")]
     pub fleet: bool,
-    /// With --fleet: how long to wait for one [default: `patience` in fleet.toml].
-    #[arg(long, value_name = "TIME", requires = "fleet")]
+    /// Take this host's turn in the roll through its group, if it has come: with
+    /// a slot, into what the roll says.
+    #[arg(long, group = "slot", conflicts_with_all = ["hard", "dry_run"])]
+    pub roll: bool,
+    /// With --fleet and --roll: how long to wait for a slot [default: `patience`
+    /// in fleet.toml].
+    #[arg(long, value_name = "TIME", requires = "slot")]
     pub wait: Option<Span>,
     /// Take none, whatever fleet.toml says.
-    #[arg(long, conflicts_with = "fleet")]
+    #[arg(long, conflicts_with = "slot")]
     pub no_fleet: bool,
     /// Print the timeline of the last reboot instead of rebooting.
     #[arg(long, conflicts_with_all = [
         "method", "kernel", "initrd", "append", "cmdline", "hard", "kexec", "dry_run", "timeout", "force",
-        "fleet", "wait", "no_fleet", "direct", "load",
+        "fleet", "roll", "wait", "no_fleet", "direct", "load",
     ])]
     pub report: bool,
     /// With --report: draw it as a Gantt chart into this file.

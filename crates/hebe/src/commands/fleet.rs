@@ -1,13 +1,15 @@
-//! `fleet`: slots of a group of hosts, and rolling through it, so far as a
-//! forecast.
+//! `fleet`: slots of a group of hosts, rolls through it, and what a roll would
+//! be.
 
 use std::fs;
+use std::path::Path;
 
+use hebe_fleet::order::{random_id, wall_s};
 use hebe_host::Host;
 use hebe_host::listing::with_cause;
-use hebe_policy::fleet::forecast::{Forecast, Inventory};
+use hebe_policy::fleet::forecast::{Forecast, Inventory, InventoryError};
 
-use super::slots;
+use super::{rolls, slots};
 use crate::cli::{FleetCommand, RollArgs};
 use crate::output::{Exit, Failure, Outcome, Output, table};
 
@@ -18,25 +20,34 @@ pub fn fleet(host: &Host, command: &FleetCommand, out: &Output) -> Outcome {
         FleetCommand::Lock { wait } => slots::lock(host, *wait, out),
         FleetCommand::Release { wait } => slots::release(host, *wait, out),
         FleetCommand::Unlock { host: name, yes } => slots::unlock(host, name, *yes, out),
-        FleetCommand::Roll(args) => roll(args, out),
+        FleetCommand::Roll(args) => roll(host, args, out),
     }
 }
 
-fn roll(args: &RollArgs, out: &Output) -> Outcome {
-    let forecast = forecast(args)?;
-    out.answer(&forecast, || text(&forecast));
-    Ok(Exit::Done)
+fn roll(host: &Host, args: &RollArgs, out: &Output) -> Outcome {
+    if let Some(order) = &args.order {
+        return rolls::order(host, order, out);
+    }
+    let path = args.inventory.as_deref().unwrap_or(Path::new(""));
+    let wrong = |e: InventoryError| Failure(format!("{}: {e}", path.display()));
+    let inventory = inventory(path)?;
+    let forecast = inventory.forecast().map_err(wrong)?;
+    if args.dry_run {
+        out.answer(&forecast, || text(&forecast));
+        return Ok(Exit::Done);
+    }
+    let rollout = |by: &str| {
+        let id = random_id().map_err(|e| Failure(format!("no random number is to be had: {e}")))?;
+        inventory.rollout(&id, by, wall_s()).map_err(wrong)
+    };
+    rolls::begin(host, &inventory, rollout, args.wait, out)
 }
 
-fn forecast(args: &RollArgs) -> Result<Forecast, Failure> {
-    let file = args.inventory.display();
-    let content = fs::read_to_string(&args.inventory)
+fn inventory(path: &Path) -> Result<Inventory, Failure> {
+    let file = path.display();
+    let content = fs::read_to_string(path)
         .map_err(|e| Failure(format!("cannot read {file}: {}", with_cause(&e))))?;
-    let inventory: Inventory = toml::from_str(&content)
-        .map_err(|e| Failure(format!("{file}: {}", sentence(&e, &content))))?;
-    inventory
-        .forecast()
-        .map_err(|e| Failure(format!("{file}: {e}")))
+    toml::from_str(&content).map_err(|e| Failure(format!("{file}: {}", sentence(&e, &content))))
 }
 
 /// A TOML error in one line, with the line that it is about.

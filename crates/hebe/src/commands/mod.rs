@@ -9,6 +9,7 @@ mod host;
 mod man;
 mod plan;
 mod reboot;
+mod rolls;
 mod seed;
 mod slots;
 mod store;

@@ -12,6 +12,7 @@ use hebe_host::system::Leave;
 use hebe_host::timeline::{self, Downtime, Row, Timeline};
 use hebe_host::{gantt, listing};
 use hebe_policy::fleet::holder::Stop;
+use hebe_policy::span::Span;
 use hebe_types::VmName;
 use serde::Serialize;
 
@@ -23,6 +24,9 @@ use crate::output::{Exit, Failure, Outcome, Output, table};
 pub fn reboot(host: &Host, args: &RebootArgs, out: &Output) -> Outcome {
     if args.report {
         return report(host, args, out);
+    }
+    if args.roll {
+        return super::rolls::take_turn(host, args, out);
     }
     let options = args.options();
     if args.load {
@@ -89,14 +93,29 @@ fn dry_slot(fleet: &Fleet, out: &Output) -> Exit {
     }
 }
 
+/// How a turn ended that did not end in another kernel.
+pub struct Ended {
+    /// Where the slot is.
+    pub stop: Stop,
+    /// What pre-flight says under the slot, if that is why.
+    pub refused: Option<Verdict>,
+    /// How the reboot ended, if it was begun.
+    pub reboot: Option<RebootEnd>,
+}
+
 /// Reboots under a slot of the group. While it is leased, everything is
 /// checked again, for waiting may have taken long; then it is taken for good.
-fn in_turn(host: &Host, fleet: &Fleet, args: &RebootArgs, out: &Output) -> Outcome {
-    let _only_one = slots::only_one(host)?;
-    let options = args.options();
+/// The caller holds [`slots::only_one`].
+pub fn under_a_slot(
+    host: &Host,
+    fleet: &Fleet,
+    options: &RebootOptions,
+    wait: Option<Span>,
+    out: &Output,
+) -> Result<Ended, Failure> {
     let (mut refused, mut end) = (None, None);
     let check = || {
-        let (verdict, survey) = preflight(host, &options, false);
+        let (verdict, survey) = preflight(host, options, false);
         if verdict.passes() {
             return Ok(slots::answering(&survey));
         }
@@ -104,23 +123,38 @@ fn in_turn(host: &Host, fleet: &Fleet, args: &RebootArgs, out: &Output) -> Outco
         refused = Some(verdict);
         Err(why)
     };
-    let reboot = || not_rebooted(end.insert(run(host, &options, out)));
+    let reboot = || not_rebooted(end.insert(run(host, options, out)));
     let say = |text: &str| out.progress(text);
-    let stop = fleet.in_turn(args.wait, &say, check, reboot)?;
-    let told = refused.is_some() || end.is_some();
-    if told && matches!(stop, Stop::Unreleased(_) | Stop::Stranded(_)) {
-        out.progress(&stop.to_string());
+    let stop = fleet.in_turn(wait, &say, check, reboot)?;
+    Ok(Ended {
+        stop,
+        refused,
+        reboot: end,
+    })
+}
+
+/// Tells of a turn that did not end in another kernel.
+pub fn tell(ended: Ended, out: &Output) -> Exit {
+    let told = ended.refused.is_some() || ended.reboot.is_some();
+    if told && matches!(ended.stop, Stop::Unreleased(_) | Stop::Stranded(_)) {
+        out.progress(&ended.stop.to_string());
     }
-    if let Some(verdict) = refused {
+    if let Some(verdict) = ended.refused {
         show_verdict(&verdict, false, out);
-        return Ok(Exit::CheckFailed);
+        return Exit::CheckFailed;
     }
-    let end = end.unwrap_or_else(|| RebootEnd::Refused(stop.to_string()));
-    Ok(ended(&end, out))
+    let refused = RebootEnd::Refused(ended.stop.to_string());
+    self::ended(&ended.reboot.unwrap_or(refused), out)
+}
+
+fn in_turn(host: &Host, fleet: &Fleet, args: &RebootArgs, out: &Output) -> Outcome {
+    let _only_one = slots::only_one(host)?;
+    let ended = under_a_slot(host, fleet, &args.options(), args.wait, out)?;
+    Ok(tell(ended, out))
 }
 
 /// For the group: whether the next host may go.
-fn not_rebooted(end: &RebootEnd) -> NotRebooted {
+pub fn not_rebooted(end: &RebootEnd) -> NotRebooted {
     let (why, all_run) = match end {
         RebootEnd::Refused(why) => (why.clone(), true),
         RebootEnd::Aborted { why, stranded, .. } if stranded.is_empty() => (why.clone(), true),
@@ -142,7 +176,8 @@ struct VerdictAnswer<'a> {
     verdict: &'a Verdict,
 }
 
-fn show_verdict(verdict: &Verdict, dry_run: bool, out: &Output) {
+/// The verdict, as an answer and a sentence.
+pub fn show_verdict(verdict: &Verdict, dry_run: bool, out: &Output) {
     let answer = VerdictAnswer {
         passes: verdict.passes(),
         verdict,

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use hebe_api::VmStatus;
-use hebe_fleet::order::{self, NotRebooted, Order, new_slot, wall_s};
-use hebe_fleet::{FleetConfig, Slots};
+use hebe_fleet::order::{self, NotRebooted, Order, wall_s};
+use hebe_fleet::{FleetConfig, Member, Slots};
 use hebe_host::listing::{Survey, VmState, with_cause};
 use hebe_host::lock::VmLock;
 use hebe_host::{Host, HostError, definitions, listing};
@@ -20,12 +20,14 @@ use crate::output::{Exit, Failure, Outcome, Output, table};
 const WAIT_MIN_S: u64 = 60;
 
 /// This host in its group.
-pub struct Fleet {
-    config: FleetConfig,
-    host: FleetName,
-    machine: String,
-    boot_id: String,
-    slots: Slots,
+pub struct Fleet(pub Member);
+
+impl std::ops::Deref for Fleet {
+    type Target = Member;
+
+    fn deref(&self) -> &Member {
+        &self.0
+    }
 }
 
 impl Fleet {
@@ -35,25 +37,16 @@ impl Fleet {
         if !path.exists() {
             return Ok(None);
         }
-        let wrong =
-            |e: hebe_fleet::config::ConfigError| Failure(format!("{}: {e}", path.display()));
         let config: FleetConfig =
             definitions::read_toml(&path).map_err(|e| Failure(with_cause(&e)))?;
-        config.check().map_err(wrong)?;
-        let machine = rustix::system::uname();
-        let machine = machine.nodename().to_string_lossy();
-        let name = config.host_name(&machine).map_err(wrong)?;
-        let note = host.layout.state.join("fleet").join("slot.json");
-        Ok(Some(Self {
-            slots: Slots::open(&config, &name, note).map_err(|e| Failure(e.to_string()))?,
-            boot_id: VmId(host.system.boot_id()).to_string(),
-            machine: machine_id(),
-            host: name,
-            config,
-        }))
+        let boot_id = VmId(host.system.boot_id()).to_string();
+        let member = Member::new(config, boot_id, &host.layout.state);
+        let member = member.map_err(|e| Failure(format!("{}: {e}", path.display())))?;
+        Ok(Some(Self(member)))
     }
 
-    fn here(host: &Host) -> Result<Self, Failure> {
+    /// [`Fleet::find`], where it has to be there.
+    pub fn here(host: &Host) -> Result<Self, Failure> {
         Self::find(host)?.ok_or_else(|| {
             let path = host.layout.config.join("fleet.toml");
             Failure(format!(
@@ -79,7 +72,8 @@ impl Fleet {
     }
 
     fn new_slot(&self) -> Result<Slot, Failure> {
-        new_slot(&self.config, &self.host, &self.machine, &self.boot_id)
+        self.0
+            .new_slot()
             .map_err(|e| Failure(format!("no random number is to be had: {}", with_cause(&e))))
     }
 
@@ -126,13 +120,6 @@ impl Fleet {
             Take::Not(full) => Err(full.to_string()),
         }
     }
-}
-
-/// What tells this machine from another one of the same name; empty where it
-/// has no id.
-fn machine_id() -> String {
-    let id = std::fs::read_to_string("/etc/machine-id").unwrap_or_default();
-    id.trim().to_owned()
 }
 
 /// The VMs that are up: whose VMM did not fail, and whose guest did not panic.
@@ -292,6 +279,7 @@ pub fn release(host: &Host, wait: Option<Span>, out: &Output) -> Outcome {
             order::give_up(&fleet.slots, fleet.new_slot()?, times, &say)
         }
         None => {
+            super::rolls::settle(&fleet, &say);
             out.answer(&fleet.answer("none"), || {
                 format!("'{}' has no slot to release\n", fleet.host)
             });
@@ -301,6 +289,7 @@ pub fn release(host: &Host, wait: Option<Span>, out: &Output) -> Outcome {
     match released {
         Err(stop) => Ok(fleet.stopped(&stop, out)),
         Ok(()) => {
+            super::rolls::settle(&fleet, &say);
             out.answer(&fleet.answer("released"), || {
                 format!(
                     "'{}' gave its slot of '{}' back\n",
