@@ -35,7 +35,11 @@ pub const HEBE_VMM: Program = Program {
     package: "hebe-vmm",
     name: "hebe-vmm",
 };
-
+/// The daemon.
+pub const HEBED: Program = Program {
+    package: "hebed",
+    name: "hebed",
+};
 /// The agent in guests.
 pub const HEBE_AGENT: Program = Program {
     package: "hebe-agent",

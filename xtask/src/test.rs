@@ -63,7 +63,7 @@ pub struct Scene<'a> {
 /// How often a check is repeated because the emulated processor failed.
 const EMULATOR_FAILURES: u32 = 2;
 
-const CHECKS: [Check; 13] = [
+const CHECKS: [Check; 14] = [
     Check {
         name: "format",
         lab_minutes: 0,
@@ -113,6 +113,11 @@ const CHECKS: [Check; 13] = [
         name: "fleet: real etcd",
         lab_minutes: 0,
         run: fleet,
+    },
+    Check {
+        name: "lab: a host in its group, two reboots",
+        lab_minutes: 6,
+        run: lab_tests::fleet::run,
     },
     Check {
         name: "lab: orders that are refused",

@@ -164,20 +164,20 @@ impl Rolls {
     ///
     /// # Errors
     /// When nobody answers; it may have been written.
-    pub fn begin(&self, rollout: &Rollout) -> Result<Result<(), Read>, FleetError> {
+    pub fn begin(&self, rollout: &Rollout) -> Result<Option<Read>, FleetError> {
         for _ in 0..CROSSED_MAX {
             let read = self.read()?;
             let revision = match &read {
                 // Ours: an earlier request was carried out, unheard.
-                Some(there) if there.view.rollout.id == rollout.id => return Ok(Ok(())),
-                Some(there) if !there.view.is_over() => return Ok(Err(there.clone())),
+                Some(there) if there.view.rollout.id == rollout.id => return Ok(None),
+                Some(there) if !there.view.is_over() => return Ok(read),
                 Some(there) => there.revision,
                 None => 0,
             };
             let as_read = Condition::WrittenAt(self.roll_key(), revision);
             let put = Change::Put(self.roll_key(), json(rollout), 0);
             if self.etcd.change(&[as_read], &[put])? {
-                return Ok(Ok(()));
+                return Ok(None);
             }
         }
         Err(FleetError::Changed)

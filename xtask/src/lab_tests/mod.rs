@@ -3,6 +3,7 @@
 
 pub mod agent;
 pub mod faults;
+pub mod fleet;
 pub mod kvm_tests;
 pub mod live_update;
 mod live_update_faults;

@@ -128,23 +128,34 @@ pub struct RollArgs {
 #[derive(Debug, Subcommand)]
 pub enum RollOrder {
     /// How far it is.
+    #[command(after_help = "\
+Exit status 3: it stopped or was aborted, or a host refused or failed.
+
+Examples:
+  hebe fleet roll status
+  hebe fleet roll status --wait")]
     Status {
         /// Stay until it is over or stops, and say what happens.
         #[arg(long)]
         wait: bool,
     },
     /// Let no further host begin; those under way go on. Once this comes back, none does.
+    #[command(after_help = "Example:\n  hebe fleet roll pause")]
     Pause,
     /// Let it go on, after it was paused or stopped.
+    #[command(after_help = "Example:\n  hebe fleet roll continue")]
     Continue,
     /// Let no further host begin, ever; those under way go on.
+    #[command(after_help = "Example:\n  hebe fleet roll abort")]
     Abort,
     /// Do not wait for this host.
+    #[command(after_help = "Example:\n  hebe fleet roll skip node7")]
     Skip {
         /// The host.
         host: FleetName,
     },
     /// Let this host have its turn once more.
+    #[command(after_help = "Example:\n  hebe fleet roll retry node7")]
     Retry {
         /// The host.
         host: FleetName,

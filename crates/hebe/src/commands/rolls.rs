@@ -69,7 +69,7 @@ pub fn begin(
         Err(FleetError::NoRolls) => return Ok(by_hand(&rollout, out)),
         rolls => rolls.map_err(failed)?,
     };
-    if let Err(there) = rolls.begin(&rollout).map_err(failed)? {
+    if let Some(there) = rolls.begin(&rollout).map_err(failed)? {
         let by = &there.view.rollout.by;
         let why = format!(
             "{by} began a roll through '{group}' that is not over: `hebe fleet roll status` shows it, `hebe fleet roll abort` ends it"
