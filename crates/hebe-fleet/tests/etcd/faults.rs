@@ -1,5 +1,6 @@
 //! etcd down, slow, cut off; leases lost.
 
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,7 @@ use hebe_fleet::slots::FleetError;
 use hebe_policy::fleet::holder::Stop;
 
 use crate::server::Server;
-use crate::{LEASE_S, config, name, pinned, quiet, slot, slots, there, times, vms};
+use crate::{Heard, LEASE_S, config, name, pinned, quiet, slot, slots, there, times, vms};
 
 #[test]
 fn without_etcd_no_slot_is_had_and_that_is_said_in_time() {
@@ -17,9 +18,11 @@ fn without_etcd_no_slot_is_had_and_that_is_said_in_time() {
     };
     let config = config(&server.endpoints, 1);
     let a = slots(&config, "a");
+    let heard = Heard::new();
+    let say = |text: &str| heard.say(text);
     let wants = |patience_s| {
         let slot = slot(&config, "a", "boot-1");
-        Order::take(&a, slot, times(&config, patience_s), &quiet)
+        Order::take(&a, slot, times(&config, patience_s), &say)
     };
     let begun = Instant::now();
     server.cut(0);
@@ -29,9 +32,10 @@ fn without_etcd_no_slot_is_had_and_that_is_said_in_time() {
     assert!(why.contains("nobody keeps the slots"), "{why}");
     assert!(begun.elapsed() < Duration::from_secs(10));
     // Slow, and then there: one waits.
+    heard.0.store(0, Ordering::SeqCst);
     thread::scope(|scope| {
         let waits = scope.spawn(|| wants(30));
-        thread::sleep(Duration::from_secs(2));
+        heard.wait();
         server.mend(0);
         drop(waits.join().expect("no panic").expect("a slot"));
     });
@@ -65,10 +69,12 @@ fn a_lease_that_cannot_be_renewed_in_time_is_lost() {
     let slot = slot(&config, "a", "boot-1");
     let mut order = Order::take(&a, slot.clone(), times(&config, 5), &quiet).expect("slot");
     // Renewed for longer than it would last, first of all.
-    let whole = Duration::from_secs(LEASE_S + 3);
-    order.while_held(|| thread::sleep(whole)).expect("renewed");
+    let outlasts = || server.outlast_lease(LEASE_S);
+    order.while_held(outlasts).expect("renewed");
     assert!(there(&a, "a").is_some());
     server.cut(0);
+    // No clock but this one's can be asked now.
+    let whole = Duration::from_secs(LEASE_S + 1);
     let lost = order.while_held(|| thread::sleep(whole));
     server.mend(0);
     assert!(matches!(lost, Err(Stop::Lost(_))), "{lost:?}");
@@ -108,15 +114,17 @@ fn pinning_waits_for_a_slow_etcd_and_gives_up_without_rebooting() {
     };
     let config = config(&server.endpoints, 1);
     let a = slots(&config, "a");
+    let heard = Heard::new();
+    let say = |text: &str| heard.say(text);
     let wants = || {
         let slot = slot(&config, "a", "boot-1");
-        Order::take(&a, slot, times(&config, 15), &quiet).expect("slot")
+        Order::take(&a, slot, times(&config, 15), &say).expect("slot")
     };
     let mut order = wants();
     server.cut(0);
     thread::scope(|scope| {
         let pins = scope.spawn(|| order.pin(vms(&[]), 60));
-        thread::sleep(Duration::from_millis(1_500));
+        heard.wait();
         server.mend(0);
         pins.join().expect("no panic").expect("in the end");
     });

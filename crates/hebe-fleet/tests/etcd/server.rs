@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use hebe_fleet::config::EtcdConfig;
-use hebe_fleet::etcd::Etcd;
+use hebe_fleet::etcd::{Change, Condition, Etcd};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -151,6 +151,21 @@ impl Server {
             let log = std::fs::read_to_string(&self.members[0].log).unwrap_or_default();
             let tail = log.lines().rev().take(5).collect::<Vec<_>>().join("\n");
             assert!(begun.elapsed() < START_MAX, "etcd does not answer:\n{tail}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Waits until a lease of so many seconds that begins now is over, as etcd
+    /// counts.
+    pub fn outlast_lease(&self, seconds: u64) {
+        let client = self.client();
+        let lease = client.lease(seconds).expect("lease");
+        let put = Change::Put("/canary".into(), Vec::new(), lease);
+        let always = Condition::QuietSince("/nothing/".into(), 0);
+        assert!(client.change(&[always], &[put]).expect("answer"));
+        let begun = Instant::now();
+        while !client.range("/canary").expect("answer").entries.is_empty() {
+            assert!(begun.elapsed() < START_MAX, "the lease does not end");
             std::thread::sleep(Duration::from_millis(50));
         }
     }

@@ -55,7 +55,7 @@ impl Host<'_> {
 
 pub fn config(server: &Server, host: &str) -> String {
     format!(
-        "group = \"rack1\"\nhost = \"{host}\"\nlease = \"6s\"\nrequest_timeout = \"1s\"\n[etcd]\nendpoints = {:?}\n",
+        "group = \"rack1\"\nhost = \"{host}\"\nlease = \"5s\"\nrequest_timeout = \"1s\"\n[etcd]\nendpoints = {:?}\n",
         server.endpoints
     )
 }
