@@ -231,9 +231,8 @@ impl GuestSpec {
                 .into_iter()
                 .collect(),
             nets: vec![NetConfig {
-                tap: format!("tap{byte}"),
-                bridge: Some("br0".to_owned()),
                 mac: Some(MacAddr(mac)),
+                ..NetConfig::tap(format!("tap{byte}"), Some("br0".to_owned()))
             }],
         };
         config.validate()?;

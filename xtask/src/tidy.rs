@@ -29,7 +29,7 @@ const LICENCES: [&str; 14] = [
     "NCSA",
 ];
 /// Layer of each member; a member depends on lower layers or its own only.
-const LAYERS: [(&str, u32); 24] = [
+const LAYERS: [(&str, u32); 25] = [
     ("hebe-types", 0),
     ("hebe-state", 0),
     ("hebe-flow", 0),
@@ -45,6 +45,7 @@ const LAYERS: [(&str, u32); 24] = [
     ("hebe-agent", 2),
     ("hebe-api", 2),
     ("hebe-fleet", 2),
+    ("hebe-net", 2),
     ("hebe-vmm", 3),
     ("hebe-migrate", 3),
     ("hebe-host", 3),

@@ -22,8 +22,8 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::msix::Msix;
 use crate::virtio::fuzzed::{Config, Device, Meter, MeteredRam, Queues, Shared, VirtQueue};
 use crate::{
-    ConsoleHub, DeviceKind, Doorbells, MsiMessage, MsiVector, MsixBackend, Platform, Ram, Reclaim,
-    VirtioPci, VsockHost,
+    ConsoleHub, DeviceKind, Doorbells, MsiMessage, MsiVector, MsixBackend, NetBackend, Platform,
+    Ram, Reclaim, VirtioPci, VsockHost,
 };
 
 const RAM_LEN: usize = 256 << 10;
@@ -209,7 +209,8 @@ fn kind(number: u8) -> (DeviceKind, Option<OwnedFd>) {
             let (tap, wire) = pair.expect("socket pair");
             let _ = rustix::io::write(&wire, &[0x11; 100]);
             let mac = MacAddr([0x52, 0x54, 0, 0, 0, 1]);
-            (DeviceKind::Net { tap, mac }, Some(wire))
+            let tap = NetBackend::tap(tap);
+            (DeviceKind::Net { wire: tap, mac }, Some(wire))
         }
         2 => {
             let kind = DeviceKind::Console {

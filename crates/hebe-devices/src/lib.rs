@@ -35,5 +35,6 @@ pub use platform::{
 pub use pvpanic::Pvpanic;
 pub use serial::{SERIAL_IRQ, SERIAL_PORT, SerialPort, SerialStateError};
 pub use virtio::{
-    BAR_SIZE, BalloonFigures, Counters, DeviceError, DeviceKind, VirtioPci, VsockHost,
+    BAR_SIZE, BalloonFigures, Counters, DeviceError, DeviceKind, FrameStream, NetBackend,
+    VirtioPci, VsockHost,
 };

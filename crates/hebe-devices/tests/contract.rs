@@ -10,7 +10,8 @@ use common::{
 };
 use hebe_devices::{DeviceKind, Ram, VirtioPci};
 use subjects::{
-    BalloonSubject, BlockSubject, ConsoleSubject, NetSubject, RngSubject, Subject, VsockSubject,
+    BalloonSubject, BlockSubject, ConsoleSubject, NetSubject, OffloadSubject, RngSubject,
+    StreamSubject, Subject, VsockSubject,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -33,7 +34,7 @@ impl<S: Subject> Rig<S> {
         let subject = S::new();
         let machine = Machine::new(&new_ram());
         let device = machine.add(SLOT, subject.kind());
-        let queues = Driver::new(&machine, SLOT).start(features);
+        let queues = Driver::new(&machine, SLOT).start(features | S::EXTRA);
         let queue = queues[usize::from(S::QUEUE)].clone();
         Self {
             subject,
@@ -116,7 +117,7 @@ fn a_device_that_was_never_started_is_saved_too<S: Subject>() {
     let device = machine.restore(&state, subject.kind());
     assert_eq!(encode(&state), encode(&device.save().expect("save")));
     device.resume();
-    let queues = Driver::new(&machine, SLOT).start(0);
+    let queues = Driver::new(&machine, SLOT).start(S::EXTRA);
     let queue = queues[usize::from(S::QUEUE)].clone();
     let mut rig = Rig {
         subject,
@@ -298,7 +299,7 @@ fn a_hostile_ring_stops_this_device_and_no_other<S: Subject>() {
     assert!(logged.iter().any(|(_, text)| text.contains("stopped")));
     // A reset makes it good as new.
     let driver = Driver::new(&others.machine, SLOT);
-    rig.queue = driver.start(0)[usize::from(S::QUEUE)].clone();
+    rig.queue = driver.start(S::EXTRA)[usize::from(S::QUEUE)].clone();
     assert_eq!(rig.device.stopped_reason(), None);
     rig.machine = others.machine;
     rig.issue(3);
@@ -384,6 +385,8 @@ macro_rules! device_contract {
 device_contract! {
     block: BlockSubject;
     net: NetSubject;
+    net_with_offloads: OffloadSubject;
+    net_on_a_stream: StreamSubject;
     console: ConsoleSubject;
     rng: RngSubject;
     vsock: VsockSubject;

@@ -10,10 +10,10 @@ use std::sync::Arc;
 
 use common::{Buffer, Driver, DriverQueue, Machine, new_ram, wait};
 use hebe_block::BlockBackend;
-use hebe_devices::{DeviceKind, Ram, VirtioPci};
+use hebe_devices::{DeviceKind, NetBackend, Ram, VirtioPci};
 use hebe_state::v2::devices::DeviceV2;
 use hebe_sys::tap::{Tap, TapError};
-use subjects::{BlockSubject, ConsoleSubject, MAC, NetSubject, Subject, get};
+use subjects::{BlockSubject, ConsoleSubject, MAC, NetSubject, OFFLOADED, OFFLOADS, Subject, get};
 use vm_memory::{Bytes, GuestAddress};
 
 const SLOT: u8 = 2;
@@ -191,7 +191,11 @@ impl Nic {
     }
 
     fn arrive(&self, payload: &[u8]) {
-        let mut frame = vec![0x77; 12];
+        self.arrive_with(&[0; 12], payload);
+    }
+
+    fn arrive_with(&self, header: &[u8; 12], payload: &[u8]) {
+        let mut frame = header.to_vec();
         frame.extend_from_slice(payload);
         rustix::io::write(&self.subject.wire, &frame).expect("send");
     }
@@ -266,6 +270,140 @@ fn frames_that_wait_over_a_suspend_arrive_after_it() {
     device.resume();
     nic.queues[0].wait_used(&machine.ram, 2);
     assert_eq!(get(&machine.ram, DATA + 0x1000 + 12, 3), b"two");
+}
+
+/// A driver that did not ask for it gets no frame that is not whole, and no
+/// header but the number of buffers.
+#[test]
+fn what_was_not_agreed_does_not_come() {
+    let mut nic = Nic::start(0);
+    nic.offer(2, 1600);
+    nic.arrive_with(&OFFLOADED, &[1; 500]);
+    // The checksum was found good.
+    nic.arrive_with(&[2, 0, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9], b"short");
+    nic.queues[0].wait_used(&nic.machine.ram, 1);
+    let got = get(&nic.machine.ram, DATA, 17);
+    assert_eq!(got[..12], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+    assert_eq!(got[12..], *b"short");
+    assert_eq!(nic.device.counters().dropped, 1);
+}
+
+/// A long frame takes as many buffers as it needs, in order, and waits until
+/// there are enough, also over a suspend of the driver's patience.
+#[test]
+fn a_long_frame_lies_in_several_buffers() {
+    let mut nic = Nic::start(OFFLOADS);
+    nic.offer(1, 600);
+    let frame: Vec<u8> = (0..1500_u32).map(|i| (i % 251) as u8).collect();
+    nic.arrive_with(&OFFLOADED, &frame);
+    nic.arrive(b"behind it");
+    std::thread::sleep(std::time::Duration::from_millis(10));
+    assert_eq!(
+        nic.queues[0].used_idx(&nic.machine.ram),
+        0,
+        "too few buffers"
+    );
+    for n in 1..5 {
+        let buffer = [(DATA + n * 0x1000, 600, true)];
+        nic.queues[0].add(&nic.machine.ram, &buffer);
+        Driver::new(&nic.machine, SLOT).kick(&nic.queues[0]);
+    }
+    nic.queues[0].wait_used(&nic.machine.ram, 4);
+    let ram = &nic.machine.ram;
+    let lens: Vec<u32> = (0..4).map(|n| nic.queues[0].used_entry(ram, n).1).collect();
+    assert_eq!(lens, [600, 600, 312, 12 + 9]);
+    let header = get(ram, DATA, 12);
+    assert_eq!(
+        header[..10],
+        OFFLOADED[..10],
+        "the kernel's header is passed on"
+    );
+    assert_eq!(header[10..], [3, 0], "so many buffers");
+    let mut all = get(ram, DATA + 12, 588);
+    all.extend(get(ram, DATA + 0x1000, 600));
+    all.extend(get(ram, DATA + 0x2000, 312));
+    assert!(all == frame);
+    assert_eq!(get(ram, DATA + 0x3000 + 12, 9), b"behind it");
+    assert_eq!(nic.device.counters().dropped, 0);
+}
+
+/// What was agreed goes on with the new VMM's tap; where the new back end lacks
+/// it the state is refused by name.
+#[test]
+fn agreed_offloads_go_on_or_the_state_is_refused() {
+    let mut nic = Nic::start(OFFLOADS);
+    nic.offer(2, 1600);
+    nic.device.pause().expect("pause");
+    let state = nic.device.save().expect("save");
+    let machine = Machine::new(&nic.machine.ram);
+    let device = machine.restore(&state, nic.subject.kind());
+    device.resume();
+    nic.arrive_with(&OFFLOADED, &[7; 1000]);
+    nic.queues[0].wait_used(&machine.ram, 1);
+    assert_eq!(get(&machine.ram, DATA, 10), OFFLOADED[..10]);
+    let other = Machine::new(&nic.machine.ram);
+    let kind = DeviceKind::Net {
+        wire: NetBackend::Nothing,
+        mac: MAC,
+    };
+    let refused = VirtioPci::restore(&state, kind, &other.platform);
+    let refused = refused.err().expect("refused").to_string();
+    assert!(refused.contains("feature"), "{refused}");
+}
+
+/// The kernel does what a driver leaves to it: through one tap goes a frame that
+/// is to be cut, and out comes what was agreed with it.
+#[test]
+fn a_real_tap_takes_what_the_driver_leaves_to_it() {
+    let name = format!("hbo{}", std::process::id() % 100_000);
+    let tap = match Tap::open(&name) {
+        Ok(tap) => tap,
+        Err(e @ (TapError::Permission(_) | TapError::Device(_))) => {
+            eprintln!("skipped: a real tap's offloads: {e}");
+            return;
+        }
+        Err(e) => panic!("{e}"),
+    };
+    tap.set_up().expect("up");
+    let wire = packet_socket(&name);
+    let machine = Machine::new(&new_ram());
+    let wire_of_nic = NetBackend::tap(tap);
+    let kind = DeviceKind::Net {
+        wire: wire_of_nic.clone(),
+        mac: MAC,
+    };
+    let device = machine.add(SLOT, kind);
+    let mut queues = Driver::new(&machine, SLOT).start(OFFLOADS);
+    let segment = tcp_segment(4000);
+    put(&machine.ram, HEADER, &OFFLOADED);
+    put(&machine.ram, HEADER + 12, &segment);
+    queues[1].add(&machine.ram, &[(HEADER, 12 + segment.len() as u32, false)]);
+    Driver::new(&machine, SLOT).kick(&queues[1]);
+    wait("the segment on the host, whole", || {
+        let mut frame = [0; 8192];
+        matches!(rustix::io::read(&wire, &mut frame[..]), Ok(len) if len == segment.len())
+    });
+    assert_eq!(device.counters().dropped, 0, "the kernel took it");
+    // One that makes no sense to anybody is dropped here.
+    put(&machine.ram, HEADER, &[1, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    queues[1].add(&machine.ram, &[(HEADER, 12 + segment.len() as u32, false)]);
+    Driver::new(&machine, SLOT).kick(&queues[1]);
+    queues[1].wait_used(&machine.ram, 2);
+    assert_eq!(device.counters().dropped, 1);
+}
+
+/// A segment of TCP over IPv4 with so many bytes, its checksum only begun.
+fn tcp_segment(len: u16) -> Vec<u8> {
+    let mut frame = vec![0xff; 6];
+    frame.extend_from_slice(&MAC.0);
+    frame.extend_from_slice(&[8, 0, 0x45, 0]);
+    frame.extend_from_slice(&(40 + len).to_be_bytes());
+    frame.extend_from_slice(&[0, 0, 0x40, 0, 64, 6, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2]);
+    // Ports, numbers, a header of five words, ACK.
+    frame.extend_from_slice(&[0x30, 0x39, 0, 80, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0]);
+    frame.extend_from_slice(&[0; 4]);
+    frame.resize(frame.len() + usize::from(len), 0x2a);
+    frame
 }
 
 #[test]
@@ -357,7 +495,7 @@ fn frames_pass_through_a_real_tap() {
     let wire = packet_socket(&name);
     let machine = Machine::new(&new_ram());
     let kind = DeviceKind::Net {
-        tap: OwnedFd::from(tap),
+        wire: NetBackend::tap(tap),
         mac: MAC,
     };
     let device = machine.add(SLOT, kind);

@@ -5,9 +5,10 @@
 //!    the end of the VMM exactly one process owns the VM;
 //! 2. what a former VMM left in the directory (socket, exit record) goes before
 //!    the new one starts, so that nothing old is taken for an answer;
-//! 3. the locked descriptor passes to the VMM; this process lets go of its own
+//! 3. the networks that Hebe makes for it are there before it runs;
+//! 4. the locked descriptor passes to the VMM; this process lets go of its own
 //!    only after the VMM answers, so that there is no instant without an owner;
-//! 4. the device descriptor is given to the one child it is meant for, and is
+//! 5. the device descriptor is given to the one child it is meant for, and is
 //!    close-on-exec everywhere else (invariant: a VMM reaches its own segment).
 
 use std::fs::{self, OpenOptions};
@@ -29,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use crate::files;
 use crate::host::{Cage, Host};
 use crate::lock::VmLock;
+use crate::network;
 use crate::saved::LifeFile;
 use crate::stores::{ExecView, SegmentView, StoreTrouble};
 use crate::vmm;
@@ -252,6 +254,9 @@ pub enum LaunchError {
         /// The end of its log.
         words: String,
     },
+    /// A network that Hebe makes cannot be had.
+    #[error("{0}")]
+    Network(String),
     /// The device could not be had.
     #[error(transparent)]
     Store(#[from] StoreTrouble),
@@ -277,7 +282,8 @@ pub fn launch(
 ) -> Result<VmStatus, LaunchError> {
     let dir = host.layout.vm_dir(&order.name);
     prepare_dir(host, &dir, order)?;
-    let child = spawn(host, lock, order, &dir)?;
+    let nets = network::connect(host, order)?;
+    let child = spawn(host, lock, order, &dir, nets)?;
     // While it starts. A VMM that stays where it is runs its VM as well; what
     // a host's shutdown does to it then is said by `hebe host check`.
     let _ = host.system.adopt(&order.name, child.id());
@@ -328,7 +334,13 @@ fn prepare_dir(host: &Host, dir: &Path, order: &Launch) -> Result<(), LaunchErro
     Ok(())
 }
 
-fn spawn(host: &Host, lock: &VmLock, order: &Launch, dir: &Path) -> Result<Child, LaunchError> {
+fn spawn(
+    host: &Host,
+    lock: &VmLock,
+    order: &Launch,
+    dir: &Path,
+    nets: Vec<(usize, OwnedFd)>,
+) -> Result<Child, LaunchError> {
     let lock_path = dir.join("lock");
     let lock_fd = lock.share().map_err(directory_error(&lock_path))?;
     let log_path = dir.join("log");
@@ -347,6 +359,11 @@ fn spawn(host: &Host, lock: &VmLock, order: &Launch, dir: &Path) -> Result<Child
     command.arg("--lock-fd");
     command.arg(lock_fd.as_raw_fd().to_string());
     let mut keep = vec![lock_fd];
+    for (nic, end) in nets {
+        command.arg("--net-fd");
+        command.arg(format!("{nic}={}", end.as_raw_fd()));
+        keep.push(end);
+    }
     match &order.memory {
         Memory::Memfd => {
             command.arg("--memfd");

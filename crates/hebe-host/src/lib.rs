@@ -15,6 +15,7 @@
 //!   down; [`systemd`]: that service manager.
 //! - [`timeline`], [`report`], [`gantt`]: the report that spans both kernels.
 //! - [`luo`]: VMs whose memory Linux itself carries into the next kernel.
+//! - [`network`]: networks that Hebe makes for VMs.
 //! - [`check`]: is this machine ready?
 //! - [`ageing`]: samples of how it is doing.
 
@@ -32,6 +33,7 @@ pub mod launch;
 pub mod listing;
 pub mod lock;
 pub mod luo;
+pub mod network;
 pub mod notes;
 pub mod ops;
 pub mod pending;

@@ -22,6 +22,7 @@ use crate::launch::{ExitRecord, LAUNCH_WAIT, Launch, LaunchError, Memory, Origin
 use crate::listing::{self, VmRow, VmState};
 use crate::lock::VmLock;
 use crate::luo;
+use crate::network;
 use crate::notes;
 use crate::pending;
 use crate::saved::{self, SavedPaths};
@@ -181,6 +182,7 @@ fn boot_locked(host: &Host, lock: &VmLock, config: &VmConfig) -> Result<VmStatus
     let name = &config.name;
     let vm = fresh_id()?;
     clear_files(host, name)?;
+    let config = &network::resolved(host, config, vm)?;
     let memory = make_memory(host, config, vm)?;
     let order = Launch {
         name: name.clone(),

@@ -19,6 +19,7 @@ use crate::listing::with_cause;
 use crate::lock::VmLock;
 use crate::luo;
 use crate::luo::arrivals::Arrivals;
+use crate::network;
 use crate::notes;
 use crate::ops;
 use crate::pending::{self, Pending};
@@ -124,6 +125,7 @@ pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<Resume
         configs,
     };
     let decisions = plan(&facts);
+    network::expect(host, to_resume(&decisions, store.as_ref()));
     // Thawing in a living VMM is as quick as resuming.
     let fast = |d: &Decision| matches!(d, Decision::Resume { .. } | Decision::Already);
     let mut vms = work.all_at_once(&decisions, fast);
@@ -158,6 +160,17 @@ pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<Resume
         pending_trouble,
         clock_corrected_ms,
     })
+}
+
+/// Those that are resumed from memory, with their ids.
+fn to_resume<'a>(
+    decisions: &'a BTreeMap<VmName, Decision>,
+    store: Option<&'a StoreView>,
+) -> impl Iterator<Item = (&'a VmName, VmId)> {
+    let resumed = decisions
+        .iter()
+        .filter(|(_, decision)| matches!(decision, Decision::Resume { .. }));
+    resumed.filter_map(move |(name, _)| Some((name, store?.segment_of(name)?.vm?)))
 }
 
 /// The report that the kernel before left for this one.

@@ -189,6 +189,17 @@ impl LifeFile {
         Ok(())
     }
 
+    /// Those of all lives of a VM that may go on.
+    pub fn all(layout: &Layout, name: &VmName) -> Vec<PathBuf> {
+        let entries = fs::read_dir(lives(layout)).into_iter().flatten().flatten();
+        let own = entries.filter(|entry| {
+            let file = entry.file_name();
+            let of = file.to_str().and_then(|f| f.split_once('.'));
+            of.is_some_and(|(first, _)| first == name.as_str())
+        });
+        own.map(|entry| entry.path()).collect()
+    }
+
     /// Where it is, if it is.
     pub fn existing(self) -> Option<PathBuf> {
         self.0.exists().then_some(self.0)
@@ -202,13 +213,9 @@ fn lives(layout: &Layout) -> PathBuf {
 /// Forgets what the VM's lives were booted with, but for the one at `but`. A
 /// file that stays is harmless: no other life has its id.
 pub(crate) fn forget_lives(layout: &Layout, name: &VmName, but: Option<&Path>) {
-    let entries = fs::read_dir(lives(layout)).into_iter().flatten().flatten();
-    for entry in entries {
-        let file = entry.file_name();
-        let of = file.to_str().and_then(|f| f.split_once('.'));
-        let own = of.is_some_and(|(first, _)| first == name.as_str());
-        if own && Some(entry.path().as_path()) != but {
-            let _ = fs::remove_file(entry.path());
+    for path in LifeFile::all(layout, name) {
+        if Some(path.as_path()) != but {
+            let _ = fs::remove_file(path);
         }
     }
 }

@@ -146,6 +146,11 @@ pub trait System: Send + Sync {
     fn adopt(&self, _vm: &VmName, _pid: u32) -> io::Result<()> {
         Ok(())
     }
+    /// Starts the process that serves networks that Hebe makes, and waits until
+    /// it does.
+    fn start_net_helper(&self, _host: &Host) -> Result<(), String> {
+        Ok(())
+    }
     /// Memory that can be had without taking it from anybody.
     fn available_memory(&self) -> Option<ByteSize> {
         None
@@ -307,6 +312,10 @@ impl System for Machine {
 
     fn adopt(&self, vm: &VmName, pid: u32) -> io::Result<()> {
         systemd::adopt(vm, pid)
+    }
+
+    fn start_net_helper(&self, host: &Host) -> Result<(), String> {
+        crate::network::start_helper(&host.layout)
     }
 
     fn available_memory(&self) -> Option<ByteSize> {

@@ -6,6 +6,7 @@ pub mod dax;
 pub mod fdpass;
 pub mod fdstore;
 pub mod kexec;
+pub mod link;
 pub mod lock;
 pub mod luo;
 pub mod proc;

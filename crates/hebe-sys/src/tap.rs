@@ -15,7 +15,7 @@ const TUN_DEVICE: &str = "/dev/net/tun";
 const HEADER_LEN: c_int = 12;
 /// Bridge requests of <linux/sockios.h>, which `libc` lacks for Linux.
 const SIOCBRADDBR: libc::Ioctl = 0x89a0;
-const SIOCBRADDIF: libc::Ioctl = 0x89a2;
+pub(crate) const SIOCBRADDIF: libc::Ioctl = 0x89a2;
 
 /// Why a tap or a bridge cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -65,7 +65,7 @@ pub enum TapError {
 }
 
 /// A tap, open, with a 12-byte virtio-net header before each frame and no
-/// offloads. It goes away when closed, unless it was made persistent by
+/// offloads at first. It goes away when closed, unless it was made persistent by
 /// somebody else.
 #[derive(Debug)]
 pub struct Tap {
@@ -105,18 +105,10 @@ impl Tap {
         let mut len = HEADER_LEN;
         ioctl(tap.as_fd(), libc::TUNSETVNETHDRSZ, &mut len)
             .map_err(|e| tap.other("set the header length of tap", e))?;
-        tap.no_offloads()?;
+        // A tap that another VMM used before may have some on.
+        set_offloads(tap.as_fd(), Offloads::default())
+            .map_err(|e| tap.other("set the offloads of tap", e))?;
         Ok(tap)
-    }
-
-    /// A tap that another VMM used before may have offloads on.
-    fn no_offloads(&self) -> Result<(), TapError> {
-        // SAFETY: TUNSETOFFLOAD takes its argument by value; the descriptor is open.
-        let rc = unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETOFFLOAD, 0 as c_ulong) };
-        if rc < 0 {
-            return Err(self.other("set the offloads of tap", io::Error::last_os_error()));
-        }
-        Ok(())
     }
 
     /// The interface's name.
@@ -184,6 +176,31 @@ impl From<Tap> for OwnedFd {
     }
 }
 
+/// What the reader of a tap does itself: frames come to it undone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offloads {
+    /// Checksums; the others need it.
+    pub checksum: bool,
+    /// The cutting of TCP over IPv4 into packets.
+    pub tcp4: bool,
+    /// The cutting of TCP over IPv6 into packets.
+    pub tcp6: bool,
+}
+
+/// Tells an open tap what its reader takes. Needs no privilege.
+pub fn set_offloads(tap: BorrowedFd<'_>, offloads: Offloads) -> io::Result<()> {
+    let bit = |on: bool, bit: libc::c_uint| if on && offloads.checksum { bit } else { 0 };
+    let flags = bit(true, libc::TUN_F_CSUM)
+        | bit(offloads.tcp4, libc::TUN_F_TSO4)
+        | bit(offloads.tcp6, libc::TUN_F_TSO6);
+    // SAFETY: TUNSETOFFLOAD takes its argument by value; the descriptor is open.
+    let rc = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETOFFLOAD, c_ulong::from(flags)) };
+    if rc < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Creates a bridge and brings it up; nothing to do if it is there and up.
 pub fn create_bridge(name: &str) -> Result<(), TapError> {
     let request = request(name)?;
@@ -230,7 +247,7 @@ pub fn set_up(name: &str) -> Result<(), TapError> {
     ioctl(socket.as_fd(), libc::SIOCSIFFLAGS, &mut request).map_err(other)
 }
 
-fn request(name: &str) -> Result<libc::ifreq, TapError> {
+pub(crate) fn request(name: &str) -> Result<libc::ifreq, TapError> {
     // SAFETY: `ifreq` is plain data; all zero is a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     let fits = !name.is_empty() && name.len() < request.ifr_name.len();
@@ -243,7 +260,7 @@ fn request(name: &str) -> Result<libc::ifreq, TapError> {
     Ok(request)
 }
 
-fn socket(name: &str) -> Result<OwnedFd, TapError> {
+pub(crate) fn socket(name: &str) -> Result<OwnedFd, TapError> {
     rustix::net::socket_with(
         AddressFamily::INET,
         SocketType::DGRAM,
@@ -258,7 +275,11 @@ fn socket(name: &str) -> Result<OwnedFd, TapError> {
 }
 
 /// An ioctl whose argument the kernel reads and may write back.
-fn ioctl<T>(fd: BorrowedFd<'_>, request: libc::Ioctl, argument: &mut T) -> io::Result<()> {
+pub(crate) fn ioctl<T>(
+    fd: BorrowedFd<'_>,
+    request: libc::Ioctl,
+    argument: &mut T,
+) -> io::Result<()> {
     // SAFETY: every request in this module takes a pointer to the type that
     // its caller passes, and the kernel keeps to that type's size.
     let rc = unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(argument)) };
@@ -271,8 +292,6 @@ fn ioctl<T>(fd: BorrowedFd<'_>, request: libc::Ioctl, argument: &mut T) -> io::R
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const SIOCBRDELBR: libc::Ioctl = 0x89a1;
 
     #[test]
     fn names_that_do_not_fit_are_refused() {
@@ -309,7 +328,7 @@ mod tests {
                 tap.join_bridge(&bridge).expect("join");
                 tap.join_bridge(&bridge).expect("join twice");
                 assert_eq!(tap.bridge(), Some(bridge.clone()));
-                remove_bridge(&bridge);
+                crate::link::remove_bridge(&bridge).expect("remove");
             }
             Err(e) => skipped(&format!("nothing was checked with a bridge: {e}")),
         }
@@ -320,13 +339,5 @@ mod tests {
     fn skipped(why: &str) {
         use std::io::Write;
         writeln!(io::stderr(), "skipped: taps: {why}").expect("stderr");
-    }
-
-    fn remove_bridge(name: &str) {
-        let mut down = request(name).expect("name");
-        let mut bytes = down.ifr_name;
-        let socket = socket(name).expect("socket");
-        ioctl(socket.as_fd(), libc::SIOCSIFFLAGS, &mut down).expect("down");
-        ioctl(socket.as_fd(), SIOCBRDELBR, &mut bytes).expect("remove");
     }
 }

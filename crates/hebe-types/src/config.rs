@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, GRANULE, MacAddr, VmName};
+use crate::net::{NetConfig, NetError};
+use crate::{ByteSize, GRANULE, VmName};
 
 /// Most vCPUs of one VM.
 pub const VCPUS_MAX: u8 = 8;
@@ -241,20 +242,6 @@ impl DiskConfig {
     }
 }
 
-/// A NIC backed by a tap device of the host.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NetConfig {
-    /// The tap device, created if absent. 1 to 15 bytes.
-    pub tap: String,
-    /// The bridge that the tap joins, if any.
-    #[serde(default)]
-    pub bridge: Option<String>,
-    /// Derived from the VM's id when absent.
-    #[serde(default)]
-    pub mac: Option<MacAddr>,
-}
-
 /// Why a definition is refused.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ConfigError {
@@ -271,12 +258,9 @@ pub enum ConfigError {
     /// vCPU count out of range.
     #[error("vcpus = {0} is not possible: a VM has 1 to {VCPUS_MAX}")]
     Vcpus(u8),
-    /// The tap's name cannot be an interface's name.
-    #[error("'{0}' cannot name a network interface: 1 to 15 bytes, no '/' and no space")]
-    Interface(String),
-    /// Two NICs share a tap.
-    #[error("tap '{0}' is named twice")]
-    TapTwice(String),
+    /// A NIC's table.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// Two disks share a file.
     #[error("disk '{0}' is named twice")]
     DiskTwice(PathBuf),
@@ -351,17 +335,7 @@ impl VmConfig {
         {
             return Err(ConfigError::Cid(cid));
         }
-        let mut taps = HashSet::new();
-        for net in &self.nets {
-            for name in std::iter::once(&net.tap).chain(&net.bridge) {
-                if !interface_name_ok(name) {
-                    return Err(ConfigError::Interface(name.clone()));
-                }
-            }
-            if !taps.insert(&net.tap) {
-                return Err(ConfigError::TapTwice(net.tap.clone()));
-            }
-        }
+        crate::net::validate(&self.nets)?;
         let mut disks = HashSet::new();
         for disk in &self.disks {
             if disk.format == DiskFormat::Raw && !disk.backing.is_empty() {
@@ -413,11 +387,6 @@ impl VmConfig {
     }
 }
 
-fn interface_name_ok(name: &str) -> bool {
-    let allowed = |b: u8| b.is_ascii_graphic() && b != b'/' && b != b':';
-    !name.is_empty() && name.len() <= 15 && name != "." && name != ".." && name.bytes().all(allowed)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -442,11 +411,7 @@ mod tests {
             vsock: None,
             balloon: None,
             disks: vec![DiskConfig::raw("/d".into(), false)],
-            nets: vec![NetConfig {
-                tap: "tap0".into(),
-                bridge: None,
-                mac: None,
-            }],
+            nets: vec![NetConfig::tap("tap0".into(), None)],
         }
     }
 

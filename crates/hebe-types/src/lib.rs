@@ -7,14 +7,18 @@
 mod config;
 mod ids;
 mod layout;
+mod net;
 mod size;
 mod stamp;
 
 pub use config::{
-    BalloonConfig, ConfigError, ConsoleConfig, DEVICES_MAX, DiskConfig, DiskFormat, NetConfig,
-    RebootMethod, RestartPolicy, StoreKind, VmConfig, VsockConfig,
+    BalloonConfig, ConfigError, ConsoleConfig, DEVICES_MAX, DiskConfig, DiskFormat, RebootMethod,
+    RestartPolicy, StoreKind, VmConfig, VsockConfig,
 };
 pub use ids::{InvalidName, MacAddr, SegmentId, VmId, VmName};
 pub use layout::{Extent, Gpa, MMIO_HOLE_END, MMIO_HOLE_START, RamRange, ram_ranges};
+pub use net::{
+    FORWARDS_MAX, Forward, NAT_BRIDGE, NetConfig, NetError, Network, USER_ADDRESS, USER_GATEWAY,
+};
 pub use size::{ByteSize, GRANULE, InvalidSize};
 pub use stamp::Stamp;

@@ -42,6 +42,9 @@ pub struct Args {
     /// The segment's place in the store, in JSON.
     #[arg(long, value_name = "JSON", value_parser = parse_segment)]
     pub segment: Option<SegmentSpec>,
+    /// An inherited socket that is the network of a NIC, with the NIC's number, from 0.
+    #[arg(long, value_name = "NIC=FD", value_parser = parse_net)]
+    pub net_fd: Vec<(usize, RawFd)>,
     /// Keep guest RAM in anonymous memory that ends with this process.
     #[arg(long, conflicts_with = "segment")]
     pub memfd: bool,
@@ -73,6 +76,14 @@ fn parse_id(text: &str) -> Result<VmId, String> {
     Ok(VmId(id))
 }
 
+fn parse_net(text: &str) -> Result<(usize, RawFd), String> {
+    let parsed = text.split_once('=').and_then(|(nic, fd)| {
+        let nic = nic.parse().ok()?;
+        Some((nic, fd.parse().ok()?))
+    });
+    parsed.ok_or_else(|| format!("'{text}' is no number of a NIC and a descriptor"))
+}
+
 fn parse_segment(text: &str) -> Result<SegmentSpec, String> {
     serde_json::from_str(text).map_err(|e| e.to_string())
 }
@@ -86,6 +97,14 @@ mod tests {
     #[test]
     fn the_definition_of_the_command_line_is_sound() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn a_network_is_given_by_number_and_descriptor() {
+        assert_eq!(parse_net("1=7"), Ok((1, 7)));
+        for text in ["", "1", "1=", "=7", "-1=7", "a=b"] {
+            assert!(parse_net(text).is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -4,15 +4,16 @@
 //! a VMM that resumes its VM in an initramfs keeps that root directory, which
 //! is empty once the host's own took over (`switch_root(8)`).
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 
 use hebe_block::BlockBackend;
 use hebe_boot::{BootError, BootFile};
-use hebe_devices::ConsoleLog;
+use hebe_devices::{ConsoleLog, NetBackend};
 use hebe_kvm::KvmDevice;
-use hebe_sys::tap::Tap;
-use hebe_types::{MacAddr, VmConfig};
+use hebe_sys::tap::{Tap, create_bridge};
+use hebe_types::{MacAddr, NetConfig, Network, VmConfig};
 
 use crate::control;
 use crate::generation::Generation;
@@ -49,23 +50,26 @@ pub(crate) struct Held {
     /// Or why there are none, where the VM was resumed without them.
     pub(crate) boot: Result<BootFiles, String>,
     pub(crate) disks: Vec<BlockBackend>,
-    pub(crate) nets: Vec<(OwnedFd, MacAddr)>,
+    pub(crate) nets: Vec<(NetBackend, MacAddr)>,
     /// If the VM has vsock.
     pub(crate) vsock: Option<UnixListener>,
     /// Used if the VM has one.
     pub(crate) generation: Generation,
 }
 
+/// Networks that whoever started this VMM made for NICs, by their numbers.
+pub(crate) type GivenNets = BTreeMap<usize, OwnedFd>;
+
 impl Held {
     /// For a VM that boots: kernel and initrd must be there.
-    pub(crate) fn open(identity: &Identity) -> Result<Self, VmError> {
+    pub(crate) fn open(identity: &Identity, given: GivenNets) -> Result<Self, VmError> {
         let boot = BootFiles::open(&identity.config)?;
-        Self::open_devices(identity, Ok(boot))
+        Self::open_devices(identity, Ok(boot), given)
     }
 
     /// For a VM that goes on: it needs its kernel only when it resets itself,
     /// so one that is not there is told, and costs no VM.
-    pub(crate) fn open_to_resume(identity: &Identity) -> Result<Self, VmError> {
+    pub(crate) fn open_to_resume(identity: &Identity, given: GivenNets) -> Result<Self, VmError> {
         let boot = BootFiles::open(&identity.config).map_err(|error| {
             let why = control::chain(&error);
             log::log_error(&format!(
@@ -73,11 +77,15 @@ impl Held {
             ));
             why
         });
-        Self::open_devices(identity, boot)
+        Self::open_devices(identity, boot, given)
     }
 
     /// Opens and locks the disks, opens the taps and joins their bridges.
-    fn open_devices(identity: &Identity, boot: Result<BootFiles, String>) -> Result<Self, VmError> {
+    fn open_devices(
+        identity: &Identity,
+        boot: Result<BootFiles, String>,
+        mut given: GivenNets,
+    ) -> Result<Self, VmError> {
         let Identity {
             id,
             config,
@@ -96,15 +104,8 @@ impl Held {
         }
         let mut nets = Vec::new();
         for (index, net) in config.nets.iter().enumerate() {
-            let tap = Tap::open(&net.tap)?;
-            if let Some(bridge) = &net.bridge {
-                tap.join_bridge(bridge)?;
-            }
-            tap.set_up()?;
-            let mac = net
-                .mac
-                .unwrap_or_else(|| MacAddr::derived(*id, index as u8));
-            nets.push((tap.into(), mac));
+            let wire = open_net(net, given.remove(&index))?;
+            nets.push((wire, net.mac_of(*id, index)));
         }
         let vsock = config.vsock.as_ref();
         let vsock = vsock.map(|_| control::listen(&run_dir.join("vsock.sock")));
@@ -119,4 +120,28 @@ impl Held {
             generation: Generation::default(),
         })
     }
+}
+
+fn open_net(net: &NetConfig, given: Option<OwnedFd>) -> Result<NetBackend, VmError> {
+    match (net.network, given) {
+        (Some(Network::User), Some(socket)) => return Ok(NetBackend::stream(socket)),
+        // A VM goes on without its network rather than not at all; a boot is not
+        // ordered without.
+        (Some(Network::User), None) => {
+            log::log_error("the NIC with network = \"user\" is connected to nothing");
+            return Ok(NetBackend::Nothing);
+        }
+        (Some(Network::Nat) | None, _) => {}
+    }
+    let tap = Tap::open(&net.tap)?;
+    if let Some(bridge) = &net.bridge {
+        if net.network == Some(Network::Nat) {
+            // Where the network could not be made, it can be later, and takes the
+            // bridge as it finds it.
+            create_bridge(bridge)?;
+        }
+        tap.join_bridge(bridge)?;
+    }
+    tap.set_up()?;
+    Ok(NetBackend::tap(tap))
 }

@@ -241,12 +241,9 @@ fn kinds(site: &Site<'_>, hub: &Arc<ConsoleHub>) -> Result<Vec<(u8, DeviceKind)>
         kinds.push((slot, DeviceKind::Block(disk.again()?)));
         slot += 1;
     }
-    for (tap, mac) in &held.nets {
-        let tap = tap.try_clone().map_err(|source| VmError::Io {
-            what: "an open tap cannot be used once more",
-            source,
-        })?;
-        kinds.push((slot, DeviceKind::Net { tap, mac: *mac }));
+    for (wire, mac) in &held.nets {
+        let (wire, mac) = (wire.clone(), *mac);
+        kinds.push((slot, DeviceKind::Net { wire, mac }));
         slot += 1;
     }
     if let (Some(vsock), Some(listener)) = (&config.vsock, &held.vsock) {

@@ -23,7 +23,7 @@ use serde_json::json;
 use crate::args::Args;
 use crate::cage;
 use crate::control::{self, Shared};
-use crate::held::Held;
+use crate::held::{GivenNets, Held};
 use crate::log;
 use crate::parts::Disks;
 use crate::signals;
@@ -208,7 +208,7 @@ impl Start<'_> {
             config,
             run_dir: args.run_dir.clone(),
         };
-        let held = Arc::new(Held::open(&identity)?);
+        let held = Arc::new(Held::open(&identity, given_nets(args)?)?);
         let cage = self.confine(listener)?;
         let mut vm = Vm::boot_with(held, identity, segment, self.events)?;
         vm.cage = Some(cage);
@@ -243,7 +243,7 @@ impl Start<'_> {
         if let Some(expected) = &args.expect {
             refuse_another(&found.identity.config, expected)?;
         }
-        let held = Arc::new(Held::open_to_resume(&found.identity)?);
+        let held = Arc::new(Held::open_to_resume(&found.identity, given_nets(args)?)?);
         // For whoever checks what the VM needs. It runs without that, too.
         if let Err(error) = write_config(&args.run_dir, &found.identity.config) {
             log::log_error(&format!("config.toml cannot be written: {error}"));
@@ -304,6 +304,11 @@ fn restore_ram(args: &Args, path: &Path) -> anyhow::Result<(Arc<Segment>, Vec<u8
     saved.load_into(&mut views)?;
     let state = saved.state().to_vec();
     Ok((Arc::new(segment), state))
+}
+
+fn given_nets(args: &Args) -> anyhow::Result<GivenNets> {
+    let given = args.net_fd.iter();
+    given.map(|(nic, fd)| Ok((*nic, take_fd(*fd)?))).collect()
 }
 
 fn map_given_segment(args: &Args) -> anyhow::Result<Segment> {

@@ -275,7 +275,7 @@ mod tests {
 
     use super::*;
     use crate::guest;
-    use crate::held::Held;
+    use crate::held::{GivenNets, Held};
     use crate::parts::Disks;
     use crate::testing::{self, running};
     use crate::vm::{Found, Origin};
@@ -459,7 +459,8 @@ mod tests {
             let state = segment.exec().load().expect("state");
             let run_dir = dir.path().to_owned();
             let found = Found::read(id, run_dir, &segment, &state).expect("found");
-            let held = Arc::new(Held::open_to_resume(&found.identity).expect("held"));
+            let held =
+                Arc::new(Held::open_to_resume(&found.identity, GivenNets::new()).expect("held"));
             let origin = Origin {
                 disks: Disks::Same,
                 copied,

@@ -15,7 +15,7 @@ use hebe_sys::clock::stamp_now;
 use hebe_types::{ByteSize, RamRange, VmConfig, VmId, ram_ranges};
 
 use crate::board::Board;
-use crate::held::Held;
+use crate::held::{GivenNets, Held};
 use crate::image;
 use crate::log;
 use crate::parts::{self, Disks, Parts, Site};
@@ -254,7 +254,7 @@ impl Vm {
         segment: Arc<Segment>,
         events: &Sender<Event>,
     ) -> Result<Self, VmError> {
-        let held = Arc::new(Held::open(&identity)?);
+        let held = Arc::new(Held::open(&identity, GivenNets::new())?);
         Self::boot_with(held, identity, segment, events)
     }
 
@@ -329,7 +329,7 @@ impl Vm {
         events: &Sender<Event>,
     ) -> Result<Self, VmError> {
         let found = Found::read(id, run_dir, &segment, state)?;
-        let held = Arc::new(Held::open_to_resume(&found.identity)?);
+        let held = Arc::new(Held::open_to_resume(&found.identity, GivenNets::new())?);
         let origin = Origin {
             disks,
             copied: false,

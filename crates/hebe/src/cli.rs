@@ -13,7 +13,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use hebe_types::{ByteSize, VmName};
+use hebe_types::{ByteSize, Forward, VmName};
 
 pub use age::{AGE_HELP, AgeArgs};
 pub use agent::{AgentArgs, AgentOrder};
@@ -169,6 +169,12 @@ Examples:
         after_help = "Example:\n  hebe keeper       # not by hand: it takes what only `hebe resume` knows to use"
     )]
     Keeper(KeeperArgs),
+    /// Serves networks that Hebe makes; starting a VM with network = "nat" starts it.
+    #[command(
+        hide = true,
+        after_help = "Example:\n  hebe net-helper   # not by hand: it answers DHCP on hebe0 and ends with the last VM there"
+    )]
+    NetHelper,
     /// Print a completion script for a shell.
     #[command(after_help = "\
 Examples:
@@ -197,7 +203,7 @@ pub struct RunArgs {
     /// A definition in TOML.
     #[arg(required_unless_present_any = ["kernel", "disk"], conflicts_with_all = [
         "name", "memory", "vcpus", "kernel", "initrd", "cmdline", "disk", "net", "store",
-        "user_data", "hostname", "ssh_key", "vsock", "balloon",
+        "user_data", "hostname", "ssh_key", "vsock", "balloon", "forward",
     ])]
     pub file: Option<PathBuf>,
     /// The VM's name.
@@ -222,9 +228,14 @@ pub struct RunArgs {
     /// A disk: a qcow2 image if its name ends in .qcow2, raw otherwise; may be given again.
     #[arg(long, value_name = "PATH", requires = "name")]
     pub disk: Vec<PathBuf>,
-    /// A tap device, or TAP@BRIDGE; may be given again.
-    #[arg(long, value_name = "TAP[@BRIDGE]")]
+    /// A network: `nat` (address and way out by this host), `user` (the same without
+    /// privileges, by passt), or a tap device of yours, TAP or TAP@BRIDGE; may be given again.
+    #[arg(long, value_name = "nat|user|TAP[@BRIDGE]")]
     pub net: Vec<String>,
+    /// A port of this host that leads to the VM's first network of `nat` or `user`, such as
+    /// 8080:80, tcp:127.0.0.1:2222:22 or udp:5353:53; may be given again.
+    #[arg(long, value_name = "[PROTO:][ADDRESS:]PORT:PORT", requires = "net")]
+    pub forward: Vec<Forward>,
     /// Sockets between host and guest, as its agent needs them.
     #[arg(long)]
     pub vsock: bool,
@@ -433,6 +444,7 @@ mod tests {
             "hebe run --name a --disk d --vsock --balloon",
             "hebe balloon web",
             "hebe balloon web --target 512MiB --json",
+            "hebe run --name a --disk d --net nat --forward 8080:80 --forward udp:1:2",
             "hebe run --name a --disk d --hostname h --user-data u --ssh-key k --ssh-key l",
             "hebe resume --all --autostart",
             "hebe resume web --from file",
@@ -469,6 +481,8 @@ mod tests {
             "hebe run --disk d",
             "hebe run --name a --disk d --initrd i",
             "hebe run --name a --kernel /k --memory lots",
+            "hebe run --name a --kernel /k --forward 8080:80",
+            "hebe run --name a --kernel /k --net nat --forward 80",
             "hebe agent web",
             "hebe balloon",
             "hebe balloon web --target lots",
@@ -517,6 +531,7 @@ mod tests {
             "hebe run web.toml --cmdline quiet",
             "hebe run web.toml --disk d",
             "hebe run web.toml --net tap0",
+            "hebe run web.toml --net nat --forward 1:1",
             "hebe run web.toml --store memfd",
             "hebe run web.toml --vsock",
             "hebe run web.toml --balloon",

@@ -79,7 +79,7 @@ impl Queues {
     pub(crate) fn serve(
         &mut self,
         index: usize,
-        mut handle: impl FnMut(&VirtQueue, &mut Chain) -> Result<Served, Stop>,
+        mut handle: impl FnMut(&mut VirtQueue, &mut Chain) -> Result<Served, Stop>,
     ) -> Result<Next, Stop> {
         let stop = |error| Stop::Queue {
             queue: index,
@@ -102,6 +102,7 @@ impl Queues {
             };
             match handle(queue, &mut chain)? {
                 Served::Done(len) => queue.push_used(chain.head, len).map_err(stop)?,
+                Served::All => {}
                 Served::Later => {
                     queue.unpop();
                     next = Next::Wait;
@@ -120,6 +121,8 @@ impl Queues {
 pub(crate) enum Served {
     /// Handled; so many bytes were written into it.
     Done(u32),
+    /// Handled, and given back already, with others that it took.
+    All,
     /// Not now: it stays in the ring.
     Later,
 }

@@ -1,6 +1,5 @@
 //! The kinds of device, with the host's side of each.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use hebe_block::BlockBackend;
@@ -15,6 +14,7 @@ use super::error::DeviceError;
 use super::net::Net;
 use super::rng::Rng;
 use super::vsock::{Vsock, VsockHost};
+use super::wire::NetBackend;
 use crate::{ConsoleHub, Reclaim};
 
 /// A kind of device and what it stands on.
@@ -23,9 +23,8 @@ pub enum DeviceKind {
     Block(BlockBackend),
     /// A NIC.
     Net {
-        /// A tap with a 12-byte virtio-net header, non-blocking; or anything
-        /// that carries one such frame per read and write.
-        tap: OwnedFd,
+        /// What it is connected to.
+        wire: NetBackend,
         /// The NIC's address.
         mac: MacAddr,
     },
@@ -83,7 +82,7 @@ impl DeviceKind {
     pub(crate) fn build(self, slot: u8) -> Box<dyn Device> {
         match self {
             Self::Block(backend) => Box::new(Block::new(backend, slot)),
-            Self::Net { tap, mac } => Box::new(Net::new(tap, mac)),
+            Self::Net { wire, mac } => Box::new(Net::new(wire, mac)),
             Self::Console { hub, takes_input } => Box::new(Console::new(hub, takes_input)),
             Self::Rng => Box::new(Rng::default()),
             Self::Vsock { host, cid } => Box::new(Vsock::new(host, cid)),
@@ -107,7 +106,7 @@ impl DeviceKind {
             (Self::Block(backend), DeviceV2::Block(saved)) => {
                 Box::new(Block::restore(saved, backend, slot)?)
             }
-            (Self::Net { tap, .. }, DeviceV2::Net(saved)) => Box::new(Net::restore(saved, tap)),
+            (Self::Net { wire, .. }, DeviceV2::Net(saved)) => Box::new(Net::restore(saved, wire)),
             (Self::Console { hub, takes_input }, DeviceV2::Console(saved)) => {
                 Box::new(Console::restore(saved, hub, takes_input))
             }

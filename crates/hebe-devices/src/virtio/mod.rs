@@ -24,6 +24,7 @@ pub(crate) mod rng;
 mod shared;
 mod transport;
 pub(crate) mod vsock;
+mod wire;
 mod worker;
 
 pub use balloon::BalloonFigures;
@@ -33,6 +34,7 @@ pub use function::BAR_SIZE;
 pub use kind::DeviceKind;
 pub use transport::VirtioPci;
 pub use vsock::VsockHost;
+pub use wire::{FrameStream, NetBackend};
 
 /// Parts that [`crate::fuzzing`] drives one by one.
 pub(crate) mod fuzzed {

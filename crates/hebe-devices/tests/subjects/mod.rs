@@ -10,7 +10,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 
 use hebe_block::BlockBackend;
-use hebe_devices::{ConsoleHub, DeviceKind, Ram, Reclaim, VsockHost};
+use hebe_devices::{ConsoleHub, DeviceKind, NetBackend, Ram, Reclaim, VsockHost};
 use hebe_types::MacAddr;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use vm_memory::{Bytes, GuestAddress};
@@ -22,6 +22,8 @@ pub const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0x11, 0x22, 0x33]);
 pub trait Subject {
     /// The queue that requests go into.
     const QUEUE: u16;
+    /// Features of its own that the driver accepts.
+    const EXTRA: u64 = 0;
     fn new() -> Self;
     /// A device of this kind on the subject's back end, opened anew.
     fn kind(&self) -> DeviceKind;
@@ -134,7 +136,7 @@ impl Subject for NetSubject {
 
     fn kind(&self) -> DeviceKind {
         DeviceKind::Net {
-            tap: self.tap.try_clone().expect("duplicate"),
+            wire: NetBackend::tap(self.tap.try_clone().expect("duplicate")),
             mac: MAC,
         }
     }
@@ -155,6 +157,100 @@ impl Subject for NetSubject {
             seen.push(frame.to_vec());
         }
         assert_eq!(seen.len(), count as usize);
+        for (n, got) in (0..count).zip(seen.iter()) {
+            assert!(*got == frame(n), "frame {n}");
+        }
+    }
+}
+
+/// Checksums and TCP both ways, and frames over several buffers.
+pub const OFFLOADS: u64 = 1 | 1 << 1 | 1 << 7 | 1 << 8 | 1 << 11 | 1 << 12 | 1 << 15;
+
+/// A frame whose checksum is left to the kernel, and which is to be cut.
+pub const OFFLOADED: [u8; 12] = [1, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0];
+
+/// As [`NetSubject`], with a driver that leaves work to the kernel.
+pub struct OffloadSubject(NetSubject);
+
+impl Subject for OffloadSubject {
+    const QUEUE: u16 = 1;
+    const EXTRA: u64 = OFFLOADS;
+
+    fn new() -> Self {
+        Self(NetSubject::new())
+    }
+
+    fn kind(&self) -> DeviceKind {
+        self.0.kind()
+    }
+
+    fn prepare(&self, ram: &Ram, n: u32) -> Vec<Buffer> {
+        let buffers = self.0.prepare(ram, n);
+        put(ram, area(n), &OFFLOADED);
+        buffers
+    }
+
+    fn check(&self, _ram: &Ram, count: u32) {
+        let mut seen = self.0.seen.borrow_mut();
+        while let Some(with_header) = self.0.receive() {
+            let (header, frame) = with_header.split_at(12);
+            assert_eq!(header, OFFLOADED, "the guest's header is passed on");
+            seen.push(frame.to_vec());
+        }
+        assert_eq!(seen.len(), count as usize);
+        for (n, got) in (0..count).zip(seen.iter()) {
+            assert!(*got == frame(n), "frame {n}");
+        }
+    }
+}
+
+/// As [`NetSubject`], over a stream of frames.
+pub struct StreamSubject {
+    wire: NetBackend,
+    far: RefCell<UnixStream>,
+    seen: RefCell<Vec<Vec<u8>>>,
+}
+
+impl Subject for StreamSubject {
+    const QUEUE: u16 = 1;
+
+    fn new() -> Self {
+        let (near, far) = UnixStream::pair().expect("pair");
+        let wait = std::time::Duration::from_secs(10);
+        far.set_read_timeout(Some(wait)).expect("timeout");
+        Self {
+            wire: NetBackend::stream(near),
+            far: RefCell::new(far),
+            seen: RefCell::default(),
+        }
+    }
+
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Net {
+            wire: self.wire.clone(),
+            mac: MAC,
+        }
+    }
+
+    fn prepare(&self, ram: &Ram, n: u32) -> Vec<Buffer> {
+        let (at, frame) = (area(n), frame(n));
+        put(ram, at, &[0x5a; 12]);
+        put(ram, at + 12, &frame);
+        vec![(at, 12 + frame.len() as u32, false)]
+    }
+
+    fn check(&self, _ram: &Ram, count: u32) {
+        let (mut seen, mut far) = (self.seen.borrow_mut(), self.far.borrow_mut());
+        while seen.len() < count as usize {
+            let mut len = [0; 4];
+            far.read_exact(&mut len).expect("a length");
+            let mut frame = vec![0; u32::from_be_bytes(len) as usize];
+            far.read_exact(&mut frame).expect("a frame");
+            seen.push(frame);
+        }
+        far.set_nonblocking(true).expect("non-blocking");
+        assert!(far.read(&mut [0; 1]).is_err(), "a frame too many");
+        far.set_nonblocking(false).expect("blocking");
         for (n, got) in (0..count).zip(seen.iter()) {
             assert!(*got == frame(n), "frame {n}");
         }

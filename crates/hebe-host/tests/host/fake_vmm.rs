@@ -102,6 +102,9 @@ fn start(
         resume: None,
     };
     let process_started = stamp_now();
+    if fake.told("say-bridge") && hebe_sys::link::index(hebe_types::NAT_BRIDGE).is_some() {
+        fake.event("bridge");
+    }
     if fake.told("fail-start") {
         return Err("the tap is taken".into());
     }

@@ -10,6 +10,7 @@ mod kills;
 mod life;
 mod live_update;
 mod luo_faults;
+mod networks;
 mod races;
 mod reboots;
 mod steps;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         kills::CASES,
         live_update::CASES,
         luo_faults::CASES,
+        networks::CASES,
         races::CASES,
         verdicts::CASES,
     ];

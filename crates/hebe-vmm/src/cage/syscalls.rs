@@ -208,6 +208,7 @@ fn process_rules() -> Result<Rules, String> {
             libc::SYS_ioctl,
             vec![
                 kvm()?,
+                offloads()?,
                 // `set_nonblocking` of a socket.
                 rule(&[when(1, Op::Eq, libc::FIONBIO)?])?,
             ],
@@ -232,7 +233,7 @@ fn vcpu_rules() -> Result<Rules, String> {
     let no_program = [when(2, Op::MaskedEq(libc::PROT_EXEC as u64), 0)?];
     let own = u64::from(process::id());
     rules.insert(libc::SYS_fcntl, one_of(1, FCNTL)?);
-    rules.insert(libc::SYS_ioctl, vec![kvm()?]);
+    rules.insert(libc::SYS_ioctl, vec![kvm()?, offloads()?]);
     rules.insert(libc::SYS_mmap, vec![rule(&no_program)?]);
     rules.insert(libc::SYS_mprotect, vec![rule(&no_program)?]);
     // abort() signals its own thread.
@@ -242,6 +243,12 @@ fn vcpu_rules() -> Result<Rules, String> {
 
 fn kvm() -> Result<SeccompRule, String> {
     rule(&[when(1, Op::MaskedEq(0xff00), KVM_REQUESTS)?])
+}
+
+/// What a guest's driver takes from its NIC's tap, told by the vCPU on which it
+/// says so.
+fn offloads() -> Result<SeccompRule, String> {
+    rule(&[when(1, Op::Eq, libc::TUNSETOFFLOAD)?])
 }
 
 /// A thread's name, a name for memory, a narrower filter; and where the

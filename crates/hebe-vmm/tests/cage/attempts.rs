@@ -176,6 +176,19 @@ pub const ATTEMPTS: &[Attempt] = &[
         tell_where();
         Ok(())
     }),
+    attempt(
+        "tell a tap what its driver takes, on a vCPU's thread",
+        End::Works,
+        |_, open| {
+            narrow_if_caged();
+            let file = open.record.as_raw_fd() as c_ulong;
+            match call(libc::SYS_ioctl, [file, libc::TUNSETOFFLOAD, 0, 0, 0]) {
+                // It is no tap.
+                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => Ok(()),
+                other => other.map(drop),
+            }
+        },
+    ),
     attempt("open a file on a vCPU's thread", End::Denied, |dir, _| {
         narrow_if_caged();
         File::open(dir.join("own/exit.json")).map(drop)

@@ -87,3 +87,10 @@ pub fn keeper(host: &Host, args: KeeperArgs) -> Outcome {
     kept.map_err(|e| Failure(format!("the keeper ends: {e}")))?;
     Ok(Exit::Done)
 }
+
+/// `hebe net-helper`.
+pub fn net_helper(host: &Host) -> Outcome {
+    let served = hebe_host::network::run_helper(host);
+    served.map_err(|e| Failure(format!("the network's helper ends: {e}")))?;
+    Ok(Exit::Done)
+}

@@ -24,6 +24,18 @@ use crate::output::{Exit, Outcome, Output};
 
 /// Carries out one command. `started` is the instant this process began.
 pub fn run(host: &Host, command: Command, out: &Output, started: Stamp) -> Outcome {
+    let is_helper = matches!(command, Command::NetHelper | Command::Keeper(_));
+    let outcome = carry_out(host, command, out, started);
+    if is_helper {
+        return outcome;
+    }
+    for words in hebe_host::network::remarks(&host.layout) {
+        out.progress(&words);
+    }
+    outcome
+}
+
+fn carry_out(host: &Host, command: Command, out: &Output, started: Stamp) -> Outcome {
     match command {
         Command::Run(args) => vm::run(host, args, out),
         Command::Start { names, afresh, .. } => vm::start(host, &names, afresh, out),
@@ -43,6 +55,7 @@ pub fn run(host: &Host, command: Command, out: &Output, started: Stamp) -> Outco
         Command::Plan(args) => plan::plan(&args, out),
         Command::Man { dir } => man::man(dir.as_deref(), out),
         Command::Keeper(args) => host::keeper(host, args),
+        Command::NetHelper => host::net_helper(host),
         Command::Completions { shell } => {
             use clap::CommandFactory;
             let mut script = Vec::new();

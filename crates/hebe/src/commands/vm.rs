@@ -6,11 +6,12 @@ use std::time::Duration;
 use hebe_agent::Facts;
 use hebe_host::definitions;
 use hebe_host::listing::{self, VmRow, VmState};
+use hebe_host::network::{self, NicView};
 use hebe_host::ops::{self, StopOptions};
 use hebe_host::{Host, HostError};
 use hebe_types::{
-    BalloonConfig, ConsoleConfig, DiskConfig, DiskFormat, NetConfig, RestartPolicy, StoreKind,
-    VmConfig, VmName, VsockConfig,
+    BalloonConfig, ConsoleConfig, DiskConfig, DiskFormat, Forward, NetConfig, Network,
+    RestartPolicy, StoreKind, VmConfig, VmId, VmName, VsockConfig,
 };
 use serde::Serialize;
 
@@ -63,17 +64,7 @@ fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
         },
         ..DiskConfig::raw(path, false)
     };
-    let net = |text: String| {
-        let (tap, bridge) = match text.split_once('@') {
-            Some((tap, bridge)) => (tap.to_owned(), Some(bridge.to_owned())),
-            None => (text, None),
-        };
-        NetConfig {
-            tap,
-            bridge,
-            mac: None,
-        }
-    };
+    let nets = nets(args.net, args.forward)?;
     Ok(VmConfig {
         name: args.name.ok_or_else(|| missing("name"))?,
         memory: args.memory,
@@ -98,8 +89,26 @@ fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
         vsock: args.vsock.then(VsockConfig::default),
         balloon: args.balloon.then(BalloonConfig::default),
         disks: args.disk.into_iter().map(disk).collect(),
-        nets: args.net.into_iter().map(net).collect(),
+        nets,
     })
+}
+
+fn nets(named: Vec<String>, forward: Vec<Forward>) -> Result<Vec<NetConfig>, Failure> {
+    let net = |text: String| match text.as_str() {
+        "nat" => NetConfig::made(Network::Nat),
+        "user" => NetConfig::made(Network::User),
+        _ => match text.split_once('@') {
+            Some((tap, bridge)) => NetConfig::tap(tap.to_owned(), Some(bridge.to_owned())),
+            None => NetConfig::tap(text, None),
+        },
+    };
+    let mut nets: Vec<NetConfig> = named.into_iter().map(net).collect();
+    if !forward.is_empty() {
+        let made = nets.iter_mut().find(|net| net.network.is_some());
+        let none = || Failure("--forward goes with --net nat or --net user".to_owned());
+        made.ok_or_else(none)?.forward = forward;
+    }
+    Ok(nets)
 }
 
 /// `hebe start`.
@@ -207,6 +216,7 @@ struct Show<'a> {
     vm: &'a VmRow,
     definition: Option<&'a VmConfig>,
     definition_error: Option<String>,
+    nics: Vec<NicView>,
     /// Of a VM that runs and has sockets: what its agent says, if one answers.
     #[serde(skip_serializing_if = "Option::is_none")]
     agent: Option<Option<Facts>>,
@@ -225,6 +235,7 @@ pub fn show(host: &Host, name: &VmName, out: &Output) -> Outcome {
         agent: has_sockets.then(|| agent::look(host, name)),
         vm: row,
         definition: definition.and_then(|d| d.as_ref().ok()),
+        nics: nics(host, row, definition.and_then(|d| d.as_ref().ok())),
         definition_error: definition.and_then(|d| d.as_ref().err().map(ToString::to_string)),
         console_log: dir.join("console.log"),
         log: dir.join("log"),
@@ -273,9 +284,9 @@ fn show_text(show: &Show) -> String {
         for disk in &config.disks {
             lines.push(("disk", disk.path.display().to_string()));
         }
-        for net in &config.nets {
-            lines.push(("tap", net.tap.clone()));
-        }
+    }
+    for nic in &show.nics {
+        lines.push(("network", nic_text(nic)));
     }
     if let Some(facts) = &show.agent {
         lines.push(("agent", agent::look_text(facts.as_ref())));
@@ -288,6 +299,28 @@ fn show_text(show: &Show) -> String {
         .into_iter()
         .map(|(key, value)| format!("{key:18} {value}\n"))
         .collect()
+}
+
+/// A VM's identity that is no UUID is none.
+fn nics(host: &Host, row: &VmRow, defined: Option<&VmConfig>) -> Vec<NicView> {
+    let vm = row.id.as_deref().and_then(hebe_sys::proc::parse_uuid);
+    let defined = defined.map_or(&[][..], |config| &config.nets);
+    network::nics(&host.layout, &row.name, vm.map(VmId), defined)
+}
+
+fn nic_text(nic: &NicView) -> String {
+    let mut words = match nic.network {
+        Some(Network::Nat) => vec!["nat".to_owned()],
+        Some(Network::User) => vec!["user".to_owned()],
+        None => vec![format!("tap {}", nic.tap)],
+    };
+    if let (None, Some(bridge)) = (nic.network, &nic.bridge) {
+        words.push(format!("in {bridge}"));
+    }
+    words.extend(nic.address.clone());
+    words.extend(nic.mac.as_ref().map(|mac| format!("({mac})")));
+    words.extend(nic.forward.iter().map(|port| format!("[{port}]")));
+    words.join(" ")
 }
 
 /// `hebe drop`.

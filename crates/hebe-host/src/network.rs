@@ -1,0 +1,275 @@
+//! VMs in networks that Hebe makes: addresses before a boot, the network before
+//! a VMM starts.
+//!
+//! What a VM's NICs are is read from its definition as it was booted (the file of
+//! its life, [`crate::saved::LifeFile`]), which the host wrote and no VMM can
+//! change. A VM that goes on is never kept from it by its network: what could
+//! not be had is said.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use hebe_net::passt::{self, PasstError};
+use hebe_net::{Care, NetworkError, Place, Port, serve};
+use hebe_sys::proc;
+use hebe_types::{NetConfig, Network, VmConfig, VmId, VmName};
+use serde::Serialize;
+
+use crate::definitions;
+use crate::host::{Host, HostError, Layout};
+use crate::launch::{Launch, LaunchError, Origin};
+use crate::lock::VmLock;
+use crate::saved::LifeFile;
+
+/// Longest definition that is read, in bytes.
+const DEFINITION_LEN_MAX: usize = 1 << 20;
+
+fn place(layout: &Layout) -> Result<Place, NetworkError> {
+    Place::open(&layout.run, &layout.state)
+}
+
+/// The definition with all that follows from the VM and this host, as the VM
+/// keeps it over every suspend. Its addresses are written down when this
+/// returns.
+pub(crate) fn resolved(host: &Host, config: &VmConfig, vm: VmId) -> Result<VmConfig, HostError> {
+    let mut config = config.clone();
+    if config.nets.iter().all(|net| net.network.is_none()) {
+        return Ok(config);
+    }
+    let name = config.name.clone();
+    let known = |vm: &str| vm.parse().is_ok_and(|vm| has_a_claim(&host.layout, &vm));
+    let leased = place(&host.layout).and_then(|place| place.lease(&name, &mut config.nets, &known));
+    leased.map_err(LaunchError::from)?;
+    for (index, net) in config.nets.iter_mut().enumerate() {
+        *net = net.resolved(&name, vm, index);
+    }
+    Ok(config)
+}
+
+/// Whether a VM may come back and want its address.
+fn has_a_claim(layout: &Layout, name: &VmName) -> bool {
+    definitions::find(layout, name).is_some()
+        || !LifeFile::all(layout, name).is_empty()
+        || VmLock::is_held(&layout.vm_dir(name))
+}
+
+/// The NICs of a VM that is about to start.
+fn nets_of(host: &Host, order: &Launch) -> Vec<NetConfig> {
+    match &order.origin {
+        Origin::Boot(config) => config.nets.clone(),
+        Origin::Frozen | Origin::File(_) => life_nets(&host.layout, &order.name, order.vm),
+    }
+}
+
+fn life_nets(layout: &Layout, name: &VmName, vm: VmId) -> Vec<NetConfig> {
+    let file = LifeFile::new(layout, name, vm).existing();
+    let text = file.and_then(|file| fs::read_to_string(file).ok());
+    let text = text.filter(|text| text.len() <= DEFINITION_LEN_MAX);
+    let config = text.and_then(|text| toml::from_str::<VmConfig>(&text).ok());
+    config.map(|config| config.nets).unwrap_or_default()
+}
+
+fn ports(name: &VmName, vm: VmId, nets: &[NetConfig]) -> Vec<Port> {
+    let port = |(index, net): (usize, &NetConfig)| {
+        (net.network == Some(Network::Nat)).then_some(())?;
+        Some(Port {
+            vm: name.clone(),
+            tap: net.tap.clone(),
+            mac: net.mac_of(vm, index),
+            address: net.address?,
+            forward: net.forward.clone(),
+            expected_until_ns: None,
+        })
+    };
+    nets.iter().enumerate().filter_map(port).collect()
+}
+
+/// Has the network ready for VMs that are about to be resumed, so that none waits
+/// for the others' part of it.
+pub(crate) fn expect<'a>(host: &Host, vms: impl Iterator<Item = (&'a VmName, VmId)>) {
+    let all: Vec<Port> = vms
+        .flat_map(|(name, vm)| ports(name, vm, &life_nets(&host.layout, name, vm)))
+        .collect();
+    if all.is_empty() {
+        return;
+    }
+    // What fails here is said when each VM comes.
+    let _ = place(&host.layout).and_then(|place| {
+        let said = place.expect(&all, &|| host.system.start_net_helper(host))?;
+        said.iter().for_each(|words| place.remark(words));
+        Ok(())
+    });
+}
+
+/// Has the networks of a VM ready, whose lock the caller holds. Gives the ends
+/// of those that are handed to its VMM, with the numbers of their NICs.
+pub(crate) fn connect(host: &Host, order: &Launch) -> Result<Vec<(usize, OwnedFd)>, LaunchError> {
+    let nets = nets_of(host, order);
+    let boots = matches!(order.origin, Origin::Boot(_));
+    let ports = ports(&order.name, order.vm, &nets);
+    if !ports.is_empty() {
+        let care = if boots {
+            Care::Whole
+        } else {
+            Care::WhatThereIs
+        };
+        let plugged = place(&host.layout).and_then(|place| {
+            let said = place.plug(&ports, care, &|| host.system.start_net_helper(host))?;
+            said.iter().for_each(|words| place.remark(words));
+            Ok(())
+        });
+        bear(host, boots, plugged.map_err(LaunchError::from), &order.name)?;
+    }
+    let mut given = Vec::new();
+    for (index, net) in nets.iter().enumerate() {
+        if net.network == Some(Network::User) {
+            let log = host
+                .layout
+                .vm_dir(&order.name)
+                .join(format!("passt{index}.log"));
+            let started = passt::start(net, &log).map_err(LaunchError::from);
+            given.extend(bear(host, boots, started, &order.name)?.map(|end| (index, end)));
+        }
+    }
+    Ok(given)
+}
+
+/// What keeps a VM from booting is said of one that goes on.
+fn bear<T>(
+    host: &Host,
+    boots: bool,
+    result: Result<T, LaunchError>,
+    name: &VmName,
+) -> Result<Option<T>, LaunchError> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if boots => Err(error),
+        Err(error) => {
+            if let Ok(place) = place(&host.layout) {
+                place.remark(&format!(
+                    "VM '{name}' goes on without a part of its network: {error}"
+                ));
+            }
+            Ok(None)
+        }
+    }
+}
+
+/// What operators should know of networks since this was last asked.
+pub fn remarks(layout: &Layout) -> Vec<String> {
+    // Makes nothing where there is nothing.
+    if !layout.run.join("net").exists() {
+        return Vec::new();
+    }
+    place(layout).map_or_else(|_| Vec::new(), |place| place.take_remarks())
+}
+
+/// A NIC of a VM, as `hebe show` tells it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct NicView {
+    /// `nat` or `user`; `None` on a tap of the operator's.
+    pub network: Option<Network>,
+    /// Its tap, where it has one.
+    pub tap: String,
+    /// Its bridge, where it has one.
+    pub bridge: Option<String>,
+    /// Its Ethernet address, where known.
+    pub mac: Option<String>,
+    /// Its address, where Hebe gives it.
+    pub address: Option<String>,
+    /// Ports of the host that lead to it.
+    pub forward: Vec<String>,
+}
+
+/// The NICs of a VM: as it was booted where it is up, frozen or saved, and as
+/// defined otherwise.
+pub fn nics(
+    layout: &Layout,
+    name: &VmName,
+    vm: Option<VmId>,
+    defined: &[NetConfig],
+) -> Vec<NicView> {
+    let life = vm.map(|vm| life_nets(layout, name, vm)).unwrap_or_default();
+    let nets = if life.is_empty() { defined } else { &life };
+    let view = |(index, net): (usize, &NetConfig)| NicView {
+        network: net.network,
+        tap: net.tap.clone(),
+        bridge: net.bridge.clone(),
+        mac: match vm {
+            Some(vm) => Some(net.mac_of(vm, index).to_string()),
+            None => net.mac.map(|mac| mac.to_string()),
+        },
+        address: net.address.map(|address| address.to_string()),
+        forward: net.forward.iter().map(ToString::to_string).collect(),
+    };
+    nets.iter().enumerate().map(view).collect()
+}
+
+/// Runs the helper in this process.
+///
+/// # Errors
+/// It could not begin, or goes on no more.
+pub fn run_helper(host: &Host) -> Result<(), NetworkError> {
+    serve::run(&place(&host.layout)?, std::io::stdout())
+}
+
+/// Starts the helper's process, and waits until it serves.
+pub(crate) fn start_helper(layout: &Layout) -> Result<(), String> {
+    use std::io::{BufRead, BufReader};
+    let failed = |e: std::io::Error| e.to_string();
+    let log = fs::File::create(layout.run.join("net").join("helper.log")).map_err(failed)?;
+    let program = program();
+    let mut command = Command::new(&program);
+    command.arg(serve::WORD);
+    // Where this process was told that everything is.
+    command.env("HEBE_RUN_DIR", &layout.run);
+    command.env("HEBE_STATE_DIR", &layout.state);
+    command.current_dir("/");
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    command.stderr(Stdio::from(log));
+    let started = proc::spawn_detached(command, Vec::new());
+    let mut child = started.map_err(|e| format!("{}: {e}", program.display()))?;
+    let mut word = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        BufReader::new(stdout)
+            .read_line(&mut word)
+            .map_err(failed)?;
+    }
+    match word.trim() {
+        serve::READY => Ok(()),
+        "" => Err("it ended without a word".to_owned()),
+        why => Err(why.to_owned()),
+    }
+}
+
+/// `hebe`: this program, or the one beside it.
+fn program() -> PathBuf {
+    let this = std::env::current_exe().ok();
+    let named = |path: &PathBuf| path.file_name().is_some_and(|name| name == "hebe");
+    match this {
+        Some(this) if named(&this) => this,
+        Some(this) => {
+            let beside = this.with_file_name("hebe");
+            if beside.exists() {
+                beside
+            } else {
+                "hebe".into()
+            }
+        }
+        None => "hebe".into(),
+    }
+}
+
+impl From<NetworkError> for LaunchError {
+    fn from(error: NetworkError) -> Self {
+        Self::Network(error.to_string())
+    }
+}
+
+impl From<PasstError> for LaunchError {
+    fn from(error: PasstError) -> Self {
+        Self::Network(error.to_string())
+    }
+}

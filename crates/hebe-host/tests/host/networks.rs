@@ -1,0 +1,164 @@
+//! VMs in networks that Hebe makes, over the orders of a host. Kernels are
+//! network namespaces: a new one has no bridge. Needs root, `ip` and `nft`; says
+//! so where they are missing.
+
+use std::fs;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::process::Command;
+use std::time::Instant;
+
+use hebe_host::ops::{self, StopOptions};
+use hebe_host::resume_all::{Resumed, resume_all};
+use hebe_host::{HostError, network};
+use hebe_sys::clock::stamp_now;
+use hebe_sys::link;
+use hebe_types::{NAT_BRIDGE, RebootMethod};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use crate::Case;
+use crate::world::{World, name};
+
+pub const CASES: &[Case] = &[
+    (
+        "the_network_is_there_before_a_vm_and_in_the_next_kernel_again",
+        the_network_is_there_before_a_vm_and_in_the_next_kernel_again,
+    ),
+    (
+        "a_network_that_cannot_be_had_refuses_a_boot_and_no_resume",
+        a_network_that_cannot_be_had_refuses_a_boot_and_no_resume,
+    ),
+];
+
+const NAT: &str = "[[net]]\nnetwork = \"nat\"\nforward = [\"8080:80\"]";
+
+/// A network namespace; gone when dropped.
+struct Space(String);
+
+impl Space {
+    fn new(label: &str) -> Option<Self> {
+        let skipped = |why: &str| {
+            writeln!(std::io::stderr(), "skipped: networks of VMs: {why}").expect("stderr");
+        };
+        if !["/usr/sbin/nft", "/sbin/nft", "/usr/bin/nft"]
+            .iter()
+            .any(|p| fs::exists(p).unwrap_or(false))
+        {
+            skipped("nft is not installed");
+            return None;
+        }
+        let name = format!("hebe-host-{}-{label}", std::process::id());
+        let made = Command::new("ip").args(["netns", "add", &name]).status();
+        if !made.is_ok_and(|status| status.success()) {
+            skipped("no network namespace can be made: run as root, with iproute2");
+            return None;
+        }
+        Some(Self(name))
+    }
+
+    /// Whoever is started from there is in it, too.
+    fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let path = format!("/var/run/netns/{}", self.0);
+        std::thread::scope(|scope| {
+            let worker = scope.spawn(|| {
+                let space = fs::File::open(path).expect("a namespace");
+                let kind = Some(LinkNameSpaceType::Network);
+                move_into_link_name_space(space.as_fd(), kind).expect("root");
+                work()
+            });
+            worker.join().expect("a thread in a namespace")
+        })
+    }
+}
+
+impl Drop for Space {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
+    }
+}
+
+fn the_network_is_there_before_a_vm_and_in_the_next_kernel_again() {
+    let (Some(old), Some(new)) = (Space::new("old"), Space::new("new")) else {
+        return;
+    };
+    let world = World::new();
+    world.define("web", NAT);
+    world.tell("web", "say-bridge");
+    let address = |world: &World| {
+        let row = hebe_host::listing::survey(&world.host);
+        let id = row.rows[&name("web")].id.as_deref();
+        let id = id
+            .and_then(hebe_sys::proc::parse_uuid)
+            .map(hebe_types::VmId);
+        let nics = network::nics(&world.host.layout, &name("web"), id, &[]);
+        (
+            nics[0].address.clone(),
+            nics[0].mac.clone(),
+            nics[0].tap.clone(),
+        )
+    };
+    let first = old.within(|| {
+        ops::start(&world.host, &name("web")).expect("starts");
+        assert!(link::index(NAT_BRIDGE).is_some());
+        let first = address(&world);
+        assert!(first.0.is_some() && first.1.is_some());
+        world.reboot(RebootMethod::Warm);
+        first
+    });
+    new.within(|| {
+        assert!(link::index(NAT_BRIDGE).is_none(), "a new kernel");
+        let all = resume_all(&world.host, stamp_now(), false).expect("resumed");
+        assert_eq!(all.vms[&name("web")], Resumed::Resumed, "{all:?}");
+        assert_eq!(address(&world), first);
+        // Made before each of its VMMs.
+        let events = world.events();
+        let bridges = events.iter().filter(|e| *e == "web bridge");
+        assert_eq!(bridges.count(), 2, "{events:?}");
+        // Another boot of it has another Ethernet address, and the same address.
+        let now = StopOptions {
+            timeout: std::time::Duration::ZERO,
+            force: true,
+        };
+        ops::stop(&world.host, &name("web"), now).expect("stopped");
+        ops::start(&world.host, &name("web")).expect("starts");
+        assert_eq!(address(&world).0, first.0);
+        assert_eq!(address(&world).2, first.2);
+    });
+}
+
+fn a_network_that_cannot_be_had_refuses_a_boot_and_no_resume() {
+    let Some(space) = Space::new("none") else {
+        return;
+    };
+    let world = World::new();
+    world.define("web", NAT);
+    let holder = space.within(|| {
+        ops::start(&world.host, &name("web")).expect("starts");
+        world.reboot(RebootMethod::Warm);
+        network::remarks(&world.host.layout);
+        std::net::TcpListener::bind("0.0.0.0:8080").expect("a port")
+    });
+    space.within(|| {
+        // The port that leads to it is somebody else's by now.
+        let began = Instant::now();
+        let all = resume_all(&world.host, stamp_now(), false).expect("resumed");
+        assert_eq!(
+            all.vms[&name("web")],
+            Resumed::Resumed,
+            "{:?}",
+            began.elapsed()
+        );
+        let said = network::remarks(&world.host.layout).join("\n");
+        assert!(said.contains("8080:80 cannot be forwarded"), "{said}");
+        assert_eq!(network::remarks(&world.host.layout), [""; 0], "said once");
+        // Of a boot it is said before anything is there.
+        world.define("db", &NAT.replace("80\"", "81\""));
+        let segments = world.segments();
+        let refused = ops::start(&world.host, &name("db")).expect_err("refused");
+        assert!(matches!(refused, HostError::Launch(_)), "{refused:?}");
+        assert!(refused.to_string().contains("8080:81"), "{refused}");
+        assert_eq!(world.segments(), segments);
+        assert!(!world.dir("db").exists());
+    });
+    drop(holder);
+}

@@ -1,0 +1,206 @@
+//! The rules in nftables: two tables of Hebe's own, replaced as wholes.
+
+use std::fmt::Write;
+use std::io::{self, Write as _};
+use std::process::{Command, Stdio};
+
+use hebe_types::{Forward, NAT_BRIDGE};
+
+use crate::range::Range;
+use crate::{NetworkError, Port};
+
+/// The table's name, in each family.
+const TABLE: &str = "hebe";
+
+/// Takes both tables away.
+pub(crate) const NOTHING: [&str; 2] = [
+    "table ip hebe\ndelete table ip hebe\n",
+    "table bridge hebe\ndelete table bridge hebe\n",
+];
+
+/// Translation, forwarded ports, and who may reach guests: nobody whom they did
+/// not ask, but for forwarded ports.
+pub(crate) fn translation(range: Range, ports: &[Port]) -> String {
+    let mut to_guests = String::new();
+    let mut from_host = String::new();
+    for port in ports {
+        for forward in port.forward.iter().filter(|f| !f.is_loopback()) {
+            let place = match forward.address {
+                Some(address) => format!("ip daddr {address}"),
+                None => "fib daddr type local".to_owned(),
+            };
+            let dnat = format!(
+                "{place} {} dport {} dnat to {}:{}",
+                forward.protocol(),
+                forward.host,
+                port.address,
+                forward.guest
+            );
+            let _ = writeln!(to_guests, "    iifname != \"{NAT_BRIDGE}\" {dnat}");
+            let _ = writeln!(from_host, "    ip daddr != 127.0.0.0/8 {dnat}");
+        }
+    }
+    format!(
+        "table ip {TABLE}
+delete table ip {TABLE}
+table ip {TABLE} {{
+  chain prerouting {{
+    type nat hook prerouting priority -100; policy accept;
+{to_guests}  }}
+  chain output {{
+    type nat hook output priority -100; policy accept;
+{from_host}  }}
+  chain postrouting {{
+    type nat hook postrouting priority 100; policy accept;
+    ip saddr {range} ip daddr != {range} oifname != \"{NAT_BRIDGE}\" masquerade
+  }}
+  chain forward {{
+    type filter hook forward priority 0; policy accept;
+    iifname \"{NAT_BRIDGE}\" ip saddr != {range} drop
+    oifname \"{NAT_BRIDGE}\" iifname \"{NAT_BRIDGE}\" accept
+    oifname \"{NAT_BRIDGE}\" ct state established,related accept
+    oifname \"{NAT_BRIDGE}\" ct status dnat accept
+    oifname \"{NAT_BRIDGE}\" drop
+  }}
+}}
+"
+    )
+}
+
+/// A guest sends from its own addresses: who took over a VM cannot pass for its
+/// neighbour, nor for the host.
+pub(crate) fn own_addresses(ports: &[Port]) -> String {
+    let mut rules = String::new();
+    for Port {
+        tap, mac, address, ..
+    } in ports
+    {
+        let _ = writeln!(rules, "    iifname \"{tap}\" ether saddr != {mac} drop");
+        let _ = writeln!(
+            rules,
+            "    iifname \"{tap}\" ether type ip ip saddr != {{ {address}, 0.0.0.0 }} drop"
+        );
+        let _ = writeln!(
+            rules,
+            "    iifname \"{tap}\" ether type arp arp saddr ip != {{ {address}, 0.0.0.0 }} drop"
+        );
+    }
+    format!(
+        "table bridge {TABLE}
+delete table bridge {TABLE}
+table bridge {TABLE} {{
+  chain prerouting {{
+    type filter hook prerouting priority -300; policy accept;
+{rules}  }}
+}}
+"
+    )
+}
+
+/// Names go into rules as they are.
+pub(crate) fn check_name(tap: &str) -> Result<(), NetworkError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    if tap.is_empty() || !tap.chars().all(plain) {
+        return Err(NetworkError::TapName(tap.to_owned()));
+    }
+    Ok(())
+}
+
+/// Whether a program of the host would lose the port to the rules.
+pub(crate) fn try_port(forward: &Forward) -> Result<(), NetworkError> {
+    let place = (
+        forward.address.unwrap_or(std::net::Ipv4Addr::UNSPECIFIED),
+        forward.host,
+    );
+    let tried = if forward.udp {
+        std::net::UdpSocket::bind(place).map(drop)
+    } else {
+        std::net::TcpListener::bind(place).map(drop)
+    };
+    tried.map_err(|source| NetworkError::PortInUse {
+        forward: *forward,
+        source,
+    })
+}
+
+fn nft(arguments: &[&str]) -> Command {
+    // Where administrators' programs are, whatever PATH says.
+    let places = ["/usr/sbin/nft", "/sbin/nft", "/usr/bin/nft"];
+    let found = places.iter().find(|p| std::path::Path::new(p).exists());
+    let mut command = Command::new(found.unwrap_or(&"nft"));
+    command.args(arguments);
+    command
+}
+
+/// Puts a script into effect, wholly or not at all.
+pub(crate) fn apply(script: &str) -> Result<(), NetworkError> {
+    let mut command = nft(&["-f", "-"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::null());
+    command.stderr(Stdio::piped());
+    let absent = |e: io::Error| match e.kind() {
+        io::ErrorKind::NotFound => NetworkError::NoNft,
+        _ => NetworkError::Rules(e.to_string()),
+    };
+    let mut child = command.spawn().map_err(absent)?;
+    let written = child
+        .stdin
+        .take()
+        .map_or(Ok(()), |mut stdin| stdin.write_all(script.as_bytes()));
+    let output = child.wait_with_output().map_err(absent)?;
+    if output.status.success() && written.is_ok() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let first = said.lines().find(|line| !line.trim().is_empty());
+    let first = first.unwrap_or("it ended without a word").trim();
+    let first = first.trim_start_matches("/dev/stdin:");
+    Err(NetworkError::Rules(first.chars().take(200).collect()))
+}
+
+/// Whether the table of translation is there: others may flush all rules.
+pub(crate) fn are_there() -> bool {
+    let mut command = nft(&["list", "table", "ip", TABLE]);
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command.stderr(Stdio::null());
+    command.status().is_ok_and(|status| status.success())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    #[test]
+    fn what_is_forwarded_and_to_whom_stands_in_the_rules() {
+        let range = Range::of(Ipv4Addr::new(10, 86, 0, 0));
+        let port = Port {
+            vm: "web".parse().expect("name"),
+            tap: "hebe01".into(),
+            mac: "52:54:00:00:00:01".parse().expect("mac"),
+            address: range.host(12),
+            forward: ["8080:80", "udp:192.0.2.1:53:5353", "127.0.0.1:2222:22"]
+                .map(|f| f.parse().expect("forward"))
+                .to_vec(),
+            expected_until_ns: None,
+        };
+        let text = translation(range, std::slice::from_ref(&port));
+        for line in [
+            "iifname != \"hebe0\" fib daddr type local tcp dport 8080 dnat to 10.86.0.12:80",
+            "ip daddr 192.0.2.1 udp dport 53 dnat to 10.86.0.12:5353",
+            "ip saddr 10.86.0.0/24 ip daddr != 10.86.0.0/24",
+        ] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
+        assert!(!text.contains("2222"), "passed on by the helper: {text}");
+        let text = own_addresses(&[port]);
+        assert!(
+            text.contains("ether saddr != 52:54:00:00:00:01 drop"),
+            "{text}"
+        );
+        assert!(check_name("hebe01").is_ok());
+        for bad in ["", "a\"b", "a;b", "a b", "a\nb"] {
+            assert!(check_name(bad).is_err(), "{bad}");
+        }
+    }
+}

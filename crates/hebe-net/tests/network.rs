@@ -1,0 +1,279 @@
+//! The network with real packets, rules and a real DHCP client, in network
+//! namespaces of its own: a host, a world beyond it, and guests. Nothing of the
+//! machine's own network is touched. Needs root, `ip`, `nft` and busybox; says
+//! so where one is missing.
+
+mod world;
+
+use std::net::Ipv4Addr;
+
+use hebe_net::{Care, NetworkError, Place};
+use hebe_types::{NetConfig, Network};
+use world::{World, eventually};
+
+/// What a guest's port says; a guest serves it as long as the test runs.
+const WORD: &str = "hello";
+
+#[test]
+fn a_guest_gets_its_address_reaches_the_world_and_is_reached_by_its_ports() {
+    let Some(world) = World::new("all") else {
+        return;
+    };
+    let port = world.port("web", &["8080:80", "udp:5353:53", "127.0.0.1:2222:80"]);
+    let said = world.plug(&port, Care::Whole).expect("plugged");
+    assert!(
+        said.iter().any(|words| words.contains("ip_forward = 1")),
+        "{said:?}"
+    );
+    let guest = world.guest(&port);
+    // DHCP, by another's client.
+    let lease = guest.dhcp(&world);
+    assert_eq!(lease[0], port.address.to_string(), "{lease:?}");
+    assert_eq!(lease[1], "10.86.0.1", "{lease:?}");
+    assert_eq!(lease[2], "web", "{lease:?}");
+    // Out: the world sees the host's address.
+    let seen = world.outside.serve_peers(9000);
+    let got = guest.space.ask((world.outside_address, 9000), b"");
+    assert_eq!(got.as_deref(), Some("192.0.2.1"));
+    drop(seen);
+    // In: by the host's address, from the world and from the host; and by the
+    // host's loopback address.
+    let _served = guest.space.serve(80, WORD);
+    for (space, at) in [
+        (&world.outside, (Ipv4Addr::new(192, 0, 2, 1), 8080)),
+        (&world.host, (Ipv4Addr::new(192, 0, 2, 1), 8080)),
+        (&world.host, (Ipv4Addr::LOCALHOST, 8080)),
+        (&world.host, (Ipv4Addr::LOCALHOST, 2222)),
+    ] {
+        let got = eventually(|| space.ask(at, b""));
+        assert_eq!(got.as_deref(), Some(WORD), "{at:?}");
+    }
+    let _udp = guest.space.serve_udp(53, WORD);
+    let got = eventually(|| world.outside.ask_udp((Ipv4Addr::new(192, 0, 2, 1), 5353)));
+    assert_eq!(got.as_deref(), Some(WORD));
+    // Nobody unasked: the world knows the way, and is not let in; what leads in
+    // from the loopback address does not from outside.
+    world
+        .outside
+        .run(&["ip", "route", "add", "10.86.0.0/24", "via", "192.0.2.1"]);
+    assert_eq!(world.outside.ask((port.address, 80), b""), None);
+    let outer = (Ipv4Addr::new(192, 0, 2, 1), 2222);
+    assert_eq!(world.outside.ask(outer, b""), None);
+    // All of it goes when the guest does.
+    drop(guest);
+    world.release("web");
+    assert!(world.is_gone(), "{}", world.rules());
+}
+
+#[test]
+fn rules_that_somebody_flushes_come_back() {
+    let Some(world) = World::new("flush") else {
+        return;
+    };
+    let port = world.port("web", &["8080:80"]);
+    world.plug(&port, Care::Whole).expect("plugged");
+    let guest = world.guest(&port);
+    let before = world.rules();
+    assert!(before.contains("dport 8080"), "{before}");
+    world.host.run(&["nft", "flush", "ruleset"]);
+    let back = eventually(|| Some(world.rules()).filter(|rules| *rules == before));
+    assert_eq!(back, Some(before));
+    drop(guest);
+}
+
+#[test]
+fn a_guest_that_goes_takes_its_ports_along_and_leaves_the_others() {
+    let Some(world) = World::new("two") else {
+        return;
+    };
+    let web = world.port("web", &["8080:80"]);
+    let db = world.port("db", &["5432:5432"]);
+    world.plug(&web, Care::Whole).expect("plugged");
+    let first = world.guest(&web);
+    world.plug(&db, Care::Whole).expect("plugged");
+    let second = world.guest(&db);
+    assert_ne!(web.address, db.address);
+    assert!(world.rules().contains("dport 8080"));
+    // Who has a port keeps it; what is refused leaves nothing.
+    let thief = world.port("thief", &["8080:80"]);
+    let refused = world.plug(&thief, Care::Whole).expect_err("taken");
+    assert!(
+        matches!(refused, NetworkError::PortTaken { .. }),
+        "{refused}"
+    );
+    // A VM that goes on comes without the port, and says so.
+    let said = world.plug(&thief, Care::WhatThereIs).expect("plugged");
+    assert!(said.iter().any(|words| words.contains("'web'")), "{said:?}");
+    world.release("thief");
+    // Killed: nothing was counted, so nothing is miscounted.
+    drop(first);
+    world.release("web");
+    let gone = eventually(|| (!world.rules().contains("dport 8080")).then_some(()));
+    assert!(gone.is_some(), "{}", world.rules());
+    assert!(world.rules().contains("dport 5432"));
+    drop(second);
+    world.release("db");
+    assert!(world.is_gone());
+}
+
+#[test]
+fn a_killed_helper_is_started_again_and_hands_out_the_same() {
+    let Some(world) = World::new("kill") else {
+        return;
+    };
+    let port = world.port("web", &[]);
+    world.plug(&port, Care::Whole).expect("plugged");
+    let guest = world.guest(&port);
+    assert_eq!(guest.dhcp(&world)[0], port.address.to_string());
+    world.kill_helper();
+    world.plug(&port, Care::WhatThereIs).expect("plugged again");
+    guest.space.run(&["ip", "addr", "flush", "dev", "eth0"]);
+    assert_eq!(guest.dhcp(&world)[0], port.address.to_string());
+}
+
+/// A new kernel has no bridge, no rules and no helper, and the VM is not to be
+/// told.
+#[test]
+fn after_a_reboot_the_network_is_made_anew_around_the_addresses_that_vms_have() {
+    let Some(before) = World::new("old") else {
+        return;
+    };
+    let port = before.port("web", &["8080:80"]);
+    before.plug(&port, Care::Whole).expect("plugged");
+    let state = before.state();
+    drop(before);
+    let Some(after) = World::new("new") else {
+        return;
+    };
+    let said = after.plug(&port, Care::WhatThereIs).expect("plugged");
+    assert_eq!(said.len(), 1, "forwarding alone: {said:?}");
+    let guest = after.guest(&port);
+    // Where the VMM runs on, it has this address and asks nobody.
+    let address = format!("{}/24", port.address);
+    guest
+        .space
+        .run(&["ip", "addr", "add", &address, "dev", "eth0"]);
+    let _served = guest.space.serve(80, WORD);
+    let at = (Ipv4Addr::new(192, 0, 2, 1), 8080);
+    // By the gateway's Ethernet address that the guest knew before.
+    let gateway = [
+        "ip",
+        "neigh",
+        "add",
+        "10.86.0.1",
+        "lladdr",
+        "02:48:45:42:45:01",
+        "dev",
+        "eth0",
+        "nud",
+        "permanent",
+    ];
+    guest.space.run(&gateway);
+    guest
+        .space
+        .run(&["ip", "route", "add", "default", "via", "10.86.0.1"]);
+    assert_eq!(
+        eventually(|| after.outside.ask(at, b"")).as_deref(),
+        Some(WORD)
+    );
+    // And when it is booted anew, by the book.
+    let mut nets = vec![NetConfig::made(Network::Nat)];
+    let place = Place::open(after.run_dir(), state.path()).expect("place");
+    let name = "web".parse().expect("name");
+    after
+        .host
+        .within(move || place.lease(&name, &mut nets, &|_| true).map(|()| nets))
+        .map(|nets| assert_eq!(nets[0].address, Some(port.address)))
+        .expect("leased");
+}
+
+/// Rules for all VMs of a host at once; those that do not come are forgotten.
+#[test]
+fn vms_that_are_expected_find_their_rules_there() {
+    let Some(world) = World::new("many") else {
+        return;
+    };
+    let ports: Vec<_> = ["a", "b", "c"]
+        .iter()
+        .zip(["1001:1", "1002:1", "1003:1"])
+        .map(|(vm, forward)| world.port(vm, &[forward]))
+        .collect();
+    // As in early user space: nobody holds them yet.
+    ["a", "b", "c"].iter().for_each(|vm| world.release(vm));
+    world.expect(&ports).expect("expected");
+    let rules = world.rules();
+    for port in ["1001", "1002", "1003"] {
+        assert!(rules.contains(&format!("dport {port}")), "{rules}");
+    }
+    let _again = world.port("b", &["1002:1"]);
+    world.plug(&ports[1], Care::WhatThereIs).expect("plugged");
+    assert_eq!(
+        world.rules(),
+        rules,
+        "nothing is taken away from those that come"
+    );
+}
+
+#[test]
+fn a_guest_cannot_pass_for_its_neighbour() {
+    let Some(world) = World::new("spoof") else {
+        return;
+    };
+    let (web, db) = (world.port("web", &[]), world.port("db", &[]));
+    world.plug(&web, Care::Whole).expect("plugged");
+    let first = world.guest(&web);
+    world.plug(&db, Care::Whole).expect("plugged");
+    let second = world.guest(&db);
+    first.dhcp(&world);
+    second.dhcp(&world);
+    let _served = world.host.serve(7000, WORD);
+    let gateway = (Ipv4Addr::new(10, 86, 0, 1), 7000);
+    assert_eq!(second.space.ask(gateway, b"").as_deref(), Some(WORD));
+    // With the other's address.
+    let theirs = format!("{}/24", web.address);
+    second.space.run(&["ip", "addr", "flush", "dev", "eth0"]);
+    second
+        .space
+        .run(&["ip", "addr", "add", &theirs, "dev", "eth0"]);
+    assert_eq!(second.space.ask(gateway, b""), None);
+    // With the other's Ethernet address.
+    let own = format!("{}/24", db.address);
+    let mac = web.mac.to_string();
+    second.space.run(&["ip", "addr", "flush", "dev", "eth0"]);
+    second
+        .space
+        .run(&["ip", "link", "set", "eth0", "address", &mac]);
+    second
+        .space
+        .run(&["ip", "addr", "add", &own, "dev", "eth0"]);
+    assert_eq!(second.space.ask(gateway, b""), None);
+    assert_eq!(first.space.ask(gateway, b"").as_deref(), Some(WORD));
+}
+
+#[test]
+fn a_range_or_a_port_of_somebody_else_is_left_to_them() {
+    let Some(world) = World::new("mine") else {
+        return;
+    };
+    world
+        .host
+        .run(&["ip", "addr", "add", "10.86.0.77/16", "dev", "up0"]);
+    // A new VM gets another range.
+    let port = world.port("web", &["8080:80"]);
+    assert_eq!(port.address.octets()[..3], [10, 87, 0]);
+    // A VM that goes on with an address of the first one has no network.
+    let mut old = port.clone();
+    old.address = Ipv4Addr::new(10, 86, 0, 20);
+    let refused = world.plug(&old, Care::WhatThereIs).expect_err("collides");
+    assert!(matches!(refused, NetworkError::Collision(_)), "{refused}");
+    assert!(world.is_gone());
+    // A program of the host keeps its port.
+    let held = world.host.serve(8080, WORD);
+    let refused = world.plug(&port, Care::Whole).expect_err("in use");
+    assert!(
+        matches!(refused, NetworkError::PortInUse { .. }),
+        "{refused}"
+    );
+    assert!(world.is_gone(), "{}", world.rules());
+    drop(held);
+}
