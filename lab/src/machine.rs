@@ -104,6 +104,7 @@ pub struct MachineConfig {
     /// How many guests the forwarded ports are for.
     pub guests: u8,
     /// First guest's address byte: 101, or 15 when the machine itself is the guest.
+    /// From it on addresses are given to those that ask by DHCP.
     pub guest_byte: u8,
     /// An emulated processor with AVX.
     pub avx: bool,
@@ -184,7 +185,11 @@ impl Machine {
             ])
             .args([
                 "-nic",
-                &format!("user,model=virtio-net-pci{}", ports.forwards()),
+                &format!(
+                    "user,model=virtio-net-pci,dhcpstart=10.0.2.{}{}",
+                    config.guest_byte,
+                    ports.forwards()
+                ),
             ])
             .args(["-device", "virtio-rng-pci"]);
         let resets = config.dir.join("resets.log");

@@ -48,6 +48,8 @@ pub struct LabOptions {
     pub guest_kernels: Vec<KernelName>,
     /// Names of guests that get a disk, and its size in MiB.
     pub guest_disks: Vec<(String, u64)>,
+    /// Names of guests that get a disk which is a copy of an image.
+    pub guest_images: Vec<(String, PathBuf)>,
     /// How many guests the forwarded ports are for.
     pub guests: u8,
     /// The machine's RAM, in MiB; half of it lies below 4 GiB.
@@ -88,6 +90,7 @@ impl Default for LabOptions {
             others: Vec::new(),
             guest_kernels: vec![KernelName::V6_1Cloud],
             guest_disks: Vec::new(),
+            guest_images: Vec::new(),
             guests: 4,
             memory_mib: 4096,
             reserve_mib: 1536,
@@ -578,6 +581,9 @@ fn fill_tree(
     for (name, mib) in &options.guest_disks {
         let image = tree.join(format!("guest/disks/{name}.img"));
         disk::make_ext4(&image, *mib, None, progress)?;
+    }
+    for (name, image) in &options.guest_images {
+        disk::place(image, &tree.join(format!("guest/disks/{name}.img")))?;
     }
     Ok(())
 }

@@ -11,9 +11,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
-use hebe_image::build::{self, FileIn, Order, sources};
+use hebe_image::build::{self, FileIn, Order, Watch, sources};
 
 use crate::apt::{self, Tool};
 use crate::assets::{Assets, Kernel};
@@ -26,8 +27,29 @@ pub const CMDLINE: &str =
     "lab.role=system systemd.show_status=error systemd.log_target=journal rd.udev.log_level=3";
 /// Bytes of the root disk; it takes what is in it.
 const SIZE: u64 = 4 << 30;
-/// Changed whenever what this module puts into the image changes.
-const REVISION: u32 = 1;
+/// What makes images: other code, other images.
+const CODE: [&str; 3] = [
+    include_str!("../../crates/hebe-image/src/build/mod.rs"),
+    include_str!("../../crates/hebe-image/src/build/contents.rs"),
+    include_str!("../../crates/hebe-image/src/build/tool.rs"),
+];
+
+/// Units that a package of the product brings, and where its programs are
+/// found then.
+const UNITS: [(&str, &str); 3] = [
+    (
+        "hebe-freeze.service",
+        include_str!("../../packaging/hebe-freeze.service"),
+    ),
+    (
+        "hebe-resume.service",
+        include_str!("../../packaging/hebe-resume.service"),
+    ),
+    ("hebe.slice", include_str!("../../packaging/hebe.slice")),
+];
+const PROGRAMS: [&str; 2] = ["hebe", "hebe-vmm"];
+/// VMs join the bridge, so it must be there when they are resumed.
+const AFTER_BRIDGE: &str = "[Unit]\nWants=sys-subsystem-net-devices-br0.device\nAfter=sys-subsystem-net-devices-br0.device\n";
 
 /// A Debian root disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +58,8 @@ pub struct System {
     pub suite: String,
     /// Packages besides systemd and what goes with it.
     pub packages: Vec<String>,
+    /// The product's units are there and enabled, as its package has them.
+    pub units: bool,
 }
 
 impl System {
@@ -50,6 +74,7 @@ impl System {
         Self {
             suite,
             packages: Vec::new(),
+            units: false,
         }
     }
 
@@ -60,36 +85,18 @@ impl System {
         self
     }
 
+    /// The same with the product's units.
+    pub fn with_units(mut self) -> Self {
+        self.units = true;
+        self
+    }
+
     /// Its image, made at first use.
     pub fn image(&self, assets: &Assets, progress: &dyn Progress) -> Result<PathBuf> {
-        let order = self.order(assets)?;
-        let name = format!("system-{}-{:08x}", self.suite, fingerprint(&order));
-        let file = |dir: &Path| dir.join("disk.img");
-        let dir = assets.filled(
-            &name,
-            progress,
-            |dir| file(dir).is_file(),
-            |dir| {
-                let tool = |program, package| Tool { program, package };
-                apt::ensure_tools(
-                    &[
-                        tool("mmdebstrap", "mmdebstrap"),
-                        tool("mke2fs", "e2fsprogs"),
-                    ],
-                    progress,
-                )?;
-                progress.step(&format!("making a root disk of {}", self.suite));
-                let say = |text: &str| progress.step(&format!("root disk: {text}"));
-                build::build(&order, &file(dir), false, &say).context("no root disk")?;
-                Ok(())
-            },
-        )?;
-        Ok(file(&dir))
+        cached_image(assets, "system", &self.order(assets)?, progress)
     }
 
     fn order(&self, assets: &Assets) -> Result<Order> {
-        let own = &assets.distribution().codename;
-        let sources = sources::for_suite(&apt::machine_sources()?, own, &self.suite);
         let text = FileIn::text;
         let mask = |unit: &str| {
             (
@@ -97,9 +104,9 @@ impl System {
                 "/dev/null".to_owned(),
             )
         };
-        Ok(Order {
+        let mut order = Order {
             suite: self.suite.clone(),
-            sources,
+            sources: apt_sources(assets, &self.suite)?,
             packages: self.packages.clone(),
             size: SIZE,
             hostname: "lab".to_owned(),
@@ -131,8 +138,65 @@ impl System {
                 "lab-agent.service".to_owned(),
             ],
             ..Order::default()
-        })
+        };
+        if self.units {
+            add_units(&mut order);
+        }
+        Ok(order)
     }
+}
+
+fn add_units(order: &mut Order) {
+    for (name, unit) in UNITS {
+        let path = format!("/usr/lib/systemd/system/{name}");
+        order.files.push(FileIn::text(&path, unit));
+    }
+    let path = "/etc/systemd/system/hebe-resume.service.d/bridge.conf";
+    order.files.push(FileIn::text(path, AFTER_BRIDGE));
+    for name in PROGRAMS {
+        let link = (format!("/usr/bin/{name}"), format!("/data/bin/{name}"));
+        order.links.push(link);
+    }
+    let services = UNITS.iter().filter(|(name, _)| name.ends_with(".service"));
+    order
+        .units
+        .extend(services.map(|(name, _)| (*name).to_owned()));
+}
+
+/// Where packages of a suite come from.
+pub fn apt_sources(assets: &Assets, suite: &str) -> Result<Vec<sources::Source>> {
+    let own = &assets.distribution().codename;
+    Ok(sources::for_suite(&apt::machine_sources()?, own, suite))
+}
+
+/// An image in the cache, made at first use, and anew when it would be another
+/// one.
+pub fn cached_image(
+    assets: &Assets,
+    label: &str,
+    order: &Order,
+    progress: &dyn Progress,
+) -> Result<PathBuf> {
+    let name = format!("{label}-{}-{:08x}", order.suite, fingerprint(order));
+    let file = |dir: &Path| dir.join("disk.img");
+    let fill = |dir: &Path| {
+        let tool = |program, package| Tool { program, package };
+        let tools = [
+            tool("mmdebstrap", "mmdebstrap"),
+            tool("mke2fs", "e2fsprogs"),
+        ];
+        apt::ensure_tools(&tools, progress)?;
+        let say = |text: &str| progress.step(&format!("{label} image: {text}"));
+        let stop = AtomicBool::new(false);
+        let watch = Watch {
+            say: &say,
+            stop: &stop,
+        };
+        let built = build::build(order, &file(dir), false, watch);
+        built.map(drop).with_context(|| format!("no {label} image"))
+    };
+    let dir = assets.filled(&name, progress, |dir| file(dir).is_file(), fill)?;
+    Ok(file(&dir))
 }
 
 impl FromStr for System {
@@ -153,7 +217,7 @@ impl FromStr for System {
 
 /// One number for all that is in an image.
 fn fingerprint(order: &Order) -> u32 {
-    let said = format!("{REVISION} {order:?}");
+    let said = CODE.concat() + &format!("{order:?}");
     // FNV-1a: the same in every release of the compiler.
     said.bytes().fold(0x811c_9dc5, |hash, byte| {
         (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)

@@ -2,6 +2,7 @@
 
 mod bench;
 mod demo;
+mod image_build;
 mod kernel;
 mod lab_shell;
 mod lab_tests;

@@ -63,7 +63,7 @@ pub struct Scene<'a> {
 /// How often a check is repeated because the emulated processor failed.
 const EMULATOR_FAILURES: u32 = 2;
 
-const CHECKS: [Check; 14] = [
+const CHECKS: [Check; 15] = [
     Check {
         name: "format",
         lab_minutes: 0,
@@ -118,6 +118,11 @@ const CHECKS: [Check; 14] = [
         name: "lab: a host in its group, two reboots",
         lab_minutes: 6,
         run: lab_tests::fleet::run,
+    },
+    Check {
+        name: "image build",
+        lab_minutes: 0,
+        run: crate::image_build::run,
     },
     Check {
         name: "lab: orders that are refused",

@@ -5,6 +5,7 @@ pub mod clock;
 pub mod dax;
 pub mod fdpass;
 pub mod fdstore;
+pub mod interrupt;
 pub mod kexec;
 pub mod link;
 pub mod lock;

@@ -5,6 +5,7 @@ mod agent;
 mod balloon;
 mod check;
 mod fleet;
+mod image;
 mod plan;
 mod reboot;
 mod seed;
@@ -19,6 +20,7 @@ pub use age::{AGE_HELP, AgeArgs};
 pub use agent::{AgentArgs, AgentOrder};
 pub use balloon::BalloonArgs;
 pub use fleet::{FleetCommand, RollArgs, RollOrder};
+pub use image::{ImageBuildArgs, ImageCommand, ImageFormat};
 pub use plan::{PLAN_HELP, PlanArgs};
 pub use reboot::{MethodArg, RebootArgs};
 pub use seed::SeedArgs;
@@ -151,6 +153,9 @@ Examples:
   hebe reboot --load && systemctl kexec
   hebe reboot --report --svg reboot.svg")]
     Reboot(RebootArgs),
+    /// Make disk images.
+    #[command(subcommand)]
+    Image(ImageCommand),
     /// Look after the store, where VMs outlive the host kernel.
     #[command(subcommand)]
     Store(StoreCommand),
@@ -453,6 +458,9 @@ mod tests {
             "hebe list --json",
             "hebe store init --force",
             "hebe store format",
+            "hebe image build d.img",
+            "hebe image build d.img --agent --include a,b --size 1GiB",
+            "hebe image build d.img --agent=/x --format qcow2 --json",
             "hebe reboot --report --svg x.svg",
             "hebe host check",
             "hebe host stopping --rest",
@@ -483,6 +491,9 @@ mod tests {
             "hebe run --name a --kernel /k --memory lots",
             "hebe run --name a --kernel /k --forward 8080:80",
             "hebe run --name a --kernel /k --net nat --forward 80",
+            "hebe image build",
+            "hebe image build d.img --size lots",
+            "hebe image build d.img --format vmdk",
             "hebe agent web",
             "hebe balloon",
             "hebe balloon web --target lots",

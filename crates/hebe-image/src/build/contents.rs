@@ -5,13 +5,13 @@
 //! the packages (what their scripts read), `late` behind them.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
+use std::io::{self, Read};
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::tool::{self, Rights};
-use super::{BuildError, Order};
+use super::{BuildError, Order, Watch};
 use crate::seed;
 
 /// Packages of every image.
@@ -265,41 +265,45 @@ impl Order {
 }
 
 /// Writes what mmdebstrap is given into the work folder.
-pub(super) fn write(order: &Order, work: &Path) -> Result<(), BuildError> {
+pub(super) fn write(order: &Order, work: &Path, watch: Watch) -> Result<(), BuildError> {
     let failed = |e| BuildError::io("cannot write in", work, e);
     let uuid = tool::uuid(tool::random_id()?);
     fs::write(work.join("uuid"), &uuid).map_err(failed)?;
     let sources: Vec<String> = order.sources.iter().map(|s| s.to_deb822()).collect();
     fs::write(work.join("debian.sources"), sources.join("\n")).map_err(failed)?;
-    archive(work, "early", &early(order), &[])?;
+    archive(work, "early", &early(order), &[], watch)?;
     let files = [late(order, &uuid), order.files.clone()].concat();
-    archive(work, "late", &files, &order.links)?;
-    script(work, "early.sh", &unpack_line("early")).map_err(failed)?;
-    let mut late = unpack_line("late");
+    archive(work, "late", &files, &order.links, watch)?;
+    Ok(())
+}
+
+/// The hooks of mmdebstrap around one archive: it is handed in, unpacked inside
+/// the new root, and `more` is done then.
+fn hooks(kind: &str, work: &Path, name: &str, more: &str) -> [String; 2] {
+    let archive = work.join(format!("{name}.tar"));
+    let inside = format!("/hebe-{name}.tar");
+    [
+        format!(
+            "--{kind}-hook=upload {} {inside}",
+            quoted(&archive.to_string_lossy())
+        ),
+        format!(
+            "--{kind}-hook=set -eu; root=$1; chroot \"$root\" tar --extract --no-overwrite-dir --keep-directory-symlink --no-same-owner --file={inside}; rm \"$root\"{inside}; {more}"
+        ),
+    ]
+}
+
+/// What is done inside behind everything else.
+fn last_words(order: &Order) -> String {
     let units = order.all_units();
-    if !units.is_empty() {
-        late += &format!("chroot \"$root\" systemctl enable {}\n", units.join(" "));
-    }
+    let enable = match units.is_empty() {
+        true => String::new(),
+        false => format!("chroot \"$root\" systemctl enable {}; ", units.join(" ")),
+    };
     // What one machine has for itself, and what was only for the making of it.
-    late += "rm -f \"$root\"/etc/ssh/ssh_host_* \"$root\"/etc/apt/apt.conf.d/99mmdebstrap\n\
-             rm -rf \"$root\"/var/log/apt \"$root\"/var/log/*.log \"$root\"/var/cache/debconf/*-old\n";
-    script(work, "late.sh", &late).map_err(failed)
-}
-
-fn unpack_line(name: &str) -> String {
-    format!(
-        "chroot \"$root\" tar --extract --no-overwrite-dir --keep-directory-symlink --no-same-owner --file=- < \"$here\"/{name}.tar\n"
-    )
-}
-
-fn script(work: &Path, name: &str, lines: &str) -> io::Result<()> {
-    let head = "#!/bin/sh\nset -eu\nroot=$1\nhere=$(dirname \"$0\")\n";
-    let mut file = File::options()
-        .write(true)
-        .create_new(true)
-        .mode(0o755)
-        .open(work.join(name))?;
-    file.write_all(format!("{head}{lines}").as_bytes())
+    enable
+        + "rm -f \"$root\"/etc/ssh/ssh_host_* \"$root\"/etc/apt/apt.conf.d/99mmdebstrap; \
+           rm -rf \"$root\"/var/log/apt \"$root\"/var/log/*.log \"$root\"/var/cache/debconf/*-old"
 }
 
 /// Makes `NAME.tar` out of files and links.
@@ -308,6 +312,7 @@ fn archive(
     name: &str,
     files: &[FileIn],
     links: &[(String, String)],
+    watch: Watch,
 ) -> Result<(), BuildError> {
     let tree = work.join(name);
     folders(&tree).map_err(|e| BuildError::io("cannot create", &tree, e))?;
@@ -338,7 +343,7 @@ fn archive(
     ]);
     command.arg("--file").arg(work.join(format!("{name}.tar")));
     command.arg("--directory").arg(&tree).arg(".");
-    tool::run("tar", &mut command, &|_| {})
+    tool::run("tar", &mut command, watch.silently())
 }
 
 /// Makes a folder and those above it, open to everybody whatever this process's
@@ -371,10 +376,11 @@ pub(super) fn unpack(
     order: &Order,
     rights: Rights,
     work: &Path,
-    say: &dyn Fn(&str),
+    watch: Watch,
 ) -> Result<(), BuildError> {
-    let mut command = rights.command("mmdebstrap");
-    command.args(["--mode=root", "--variant=minbase", "--format=directory"]);
+    // It gets its rights by itself.
+    let mut command = Rights::Root.command("mmdebstrap");
+    command.arg("--variant=minbase").args(rights.mmdebstrap());
     command.arg(format!("--include={}", order.all_packages().join(",")));
     for option in LEFT_OUT {
         command.arg(format!("--dpkgopt={option}"));
@@ -382,26 +388,38 @@ pub(super) fn unpack(
     for option in apt_options() {
         command.arg(format!("--aptopt={option}"));
     }
-    for (hook, script) in [("essential", "early.sh"), ("customize", "late.sh")] {
-        let path = work.join(script);
-        command.arg(format!(
-            "--{hook}-hook=sh {} \"$1\"",
-            quoted(&path.to_string_lossy())
-        ));
-    }
+    command.args(hooks("essential", work, "early", "true"));
+    command.args(hooks("customize", work, "late", &last_words(order)));
+    let target = match rights {
+        Rights::Root => work.join("root"),
+        Rights::Mapped => work.join("root.tar"),
+    };
     command
         .arg(&order.suite)
-        .arg(work.join("root"))
+        .arg(&target)
         .arg(work.join("debian.sources"));
     command.current_dir("/");
     let tell = |line: &str| {
         if let Some(line) = line.strip_prefix("I: ")
-            && !line.starts_with("running --")
+            && !["running --", "running special", "using "]
+                .iter()
+                .any(|w| line.starts_with(w))
         {
-            say(line.trim_end_matches("..."));
+            (watch.say)(line.trim_end_matches("..."));
         }
     };
-    tool::run("mmdebstrap", &mut command, &tell)
+    let watch = Watch {
+        say: &tell,
+        ..watch
+    };
+    tool::run("mmdebstrap", &mut command, watch)?;
+    match rights {
+        Rights::Root => Ok(()),
+        Rights::Mapped => {
+            (watch.say)("unpacking what root is to own");
+            tool::extract(rights, &target, &work.join("root"), watch.silently())
+        }
+    }
 }
 
 fn quoted(text: &str) -> String {
@@ -435,4 +453,87 @@ fn kept_options(dump: &str) -> Vec<String> {
     // The folder of the build may be closed to the user that apt else takes.
     options.push("APT::Sandbox::User \"root\";".to_owned());
     options
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+
+    #[test]
+    fn files_are_handed_over_as_roots_whatever_this_process_is() {
+        let dir = tempfile::tempdir().expect("dir");
+        let secret = FileIn {
+            mode: 0o600,
+            ..FileIn::text("/root/.ssh/authorized_keys", "key")
+        };
+        let links = [(
+            "/etc/systemd/system/x.timer".to_owned(),
+            "/dev/null".to_owned(),
+        )];
+        let stop = AtomicBool::new(false);
+        let watch = Watch {
+            say: &|_| {},
+            stop: &stop,
+        };
+        archive(dir.path(), "late", &[secret], &links, watch).expect("an archive");
+        let listed = Command::new("tar")
+            .args(["--list", "--verbose", "--numeric-owner", "--file"])
+            .arg(dir.path().join("late.tar"))
+            .output()
+            .expect("tar");
+        let text = String::from_utf8_lossy(&listed.stdout).into_owned();
+        let has = |begin: &str, end: &str| {
+            text.lines()
+                .any(|l| l.starts_with(begin) && l.ends_with(end))
+        };
+        assert!(
+            has("-rw------- 0/0", "./root/.ssh/authorized_keys"),
+            "{text}"
+        );
+        assert!(
+            has(
+                "lrwxrwxrwx 0/0",
+                "./etc/systemd/system/x.timer -> /dev/null"
+            ),
+            "{text}"
+        );
+        assert!(has("drwxr-xr-x 0/0", "./root/.ssh/"), "{text}");
+    }
+
+    #[test]
+    fn an_absent_file_is_named() {
+        let dir = tempfile::tempdir().expect("dir");
+        let to = dir.path().join("to");
+        for (from, word) in [("/no/such", "/no/such"), ("/usr", "each file")] {
+            let refused = copy(Path::new(from), &to).expect_err("no file").to_string();
+            assert!(refused.contains(word), "{refused}");
+        }
+    }
+
+    #[test]
+    fn proxies_of_this_machine_are_passed_on_and_no_more() {
+        let dump = "Acquire::http::Proxy \"http://p:3\";\nAcquire::http::Timeout \"9\";\n\
+                    Acquire::https::Proxy \"\";\nAcquire::Check-Valid-Until \"false\";\n";
+        let kept = kept_options(dump);
+        assert_eq!(
+            kept[..2],
+            [
+                "Acquire::http::Proxy \"http://p:3\";",
+                "Acquire::Check-Valid-Until \"false\";"
+            ]
+        );
+        assert_eq!(kept.len(), 3);
+    }
+
+    #[test]
+    fn paths_in_an_image_lead_nowhere_else() {
+        for good in ["/a", "/etc/systemd/system/a@b.service", "/a b"] {
+            assert!(is_inside_path(good), "{good}");
+        }
+        for bad in ["", "/", "a", "/a/", "//a", "/../a", "/a/./b", "/a\n"] {
+            assert!(!is_inside_path(bad), "{bad:?}");
+        }
+    }
 }

@@ -18,11 +18,13 @@ pub enum BuildError {
     },
     /// A user without subordinate ids cannot own what root owns in the image.
     #[error(
-        "{user} has no subordinate user ids, which making an image without being root takes: run it as root, or add ids (usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user})"
+        "{user} has no subordinate ids in {file}, which making an image without being root takes: run it as root, or add a line such as {user}:100000:65536"
     )]
     NoSubordinateIds {
         /// The user.
         user: String,
+        /// Where they are looked for.
+        file: &'static str,
     },
     /// The output is there.
     #[error("{} is there already: name another file, or replace it with --force", .0.display())]
@@ -67,6 +69,9 @@ pub enum BuildError {
         /// Why.
         source: io::Error,
     },
+    /// [`super::Watch::stop`].
+    #[error("the image was not made: the work was ended")]
+    Stopped,
     /// It was made, and nothing on it boots.
     #[error("the image was made, and does not boot")]
     DoesNotBoot(#[source] ImageError),

@@ -23,6 +23,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::atomic::AtomicBool;
 
 pub use contents::{Contents, FileIn, is_inside_path};
 pub use error::BuildError;
@@ -92,7 +93,26 @@ pub struct Built {
     pub allocated: u64,
 }
 
-/// Makes an image at `output`. `say` is told what is going on.
+/// Who looks on while an image is made.
+#[derive(Clone, Copy)]
+pub struct Watch<'a> {
+    /// Is told what is going on.
+    pub say: &'a dyn Fn(&str),
+    /// Becomes true when the work is to end.
+    pub stop: &'a AtomicBool,
+}
+
+impl Watch<'_> {
+    /// The same, and nothing is told.
+    fn silently(self) -> Self {
+        Self {
+            say: &|_| {},
+            ..self
+        }
+    }
+}
+
+/// Makes an image at `output`.
 ///
 /// # Errors
 /// [`BuildError`]; then nothing is left at `output` but what was there.
@@ -100,7 +120,7 @@ pub fn build(
     order: &Order,
     output: &Path,
     replace: bool,
-    say: &dyn Fn(&str),
+    watch: Watch,
 ) -> Result<Built, BuildError> {
     order.check()?;
     if !replace && output.symlink_metadata().is_ok() {
@@ -109,15 +129,14 @@ pub fn build(
     let rights = Rights::of_this_process();
     tool::need_all(order, rights)?;
     let work = Work::create(output, rights)?;
-    contents::write(order, &work.path)?;
-    contents::unpack(order, rights, &work.path, say)?;
-    say("making the file system");
+    contents::write(order, &work.path, watch)?;
+    contents::unpack(order, rights, &work.path, watch)?;
+    (watch.say)("making the file system");
     let image = work.path.join("image");
-    let size = order.size.next_multiple_of(1 << 20);
-    make_disk(order, rights, &work.path, &image, size)?;
+    make_disk(order, rights, &work.path, &image, watch)?;
     let boots = match order.kernel {
         Some(_) => {
-            say("reading the image back");
+            (watch.say)("reading the image back");
             Some(read_back(&image)?)
         }
         None => None,
@@ -125,9 +144,9 @@ pub fn build(
     let done = match order.format {
         Format::Raw => image,
         Format::Qcow2 => {
-            say("converting it to qcow2");
+            (watch.say)("converting it to qcow2");
             let to = work.path.join("qcow2");
-            tool::qcow2(&image, &to)?;
+            tool::qcow2(&image, &to, watch)?;
             to
         }
     };
@@ -138,12 +157,16 @@ pub fn build(
     fs::rename(&done, output).map_err(|e| BuildError::io("cannot put in place", output, e))?;
     Ok(Built {
         boots,
-        size,
+        size: order.disk_len(),
         allocated,
     })
 }
 
 impl Order {
+    fn disk_len(&self) -> u64 {
+        self.size.next_multiple_of(1 << 20)
+    }
+
     fn check(&self) -> Result<(), BuildError> {
         if self.sources.is_empty() {
             return Err(BuildError::NoSource(self.suite.clone()));
@@ -161,8 +184,9 @@ fn make_disk(
     rights: Rights,
     work: &Path,
     image: &Path,
-    size: u64,
+    watch: Watch,
 ) -> Result<(), BuildError> {
+    let size = order.disk_len();
     let failed = |e| BuildError::io("cannot write", image, e);
     let file = File::options()
         .read(true)
@@ -186,6 +210,7 @@ fn make_disk(
         &uuid,
         gpt::START,
         gpt.partition_len(),
+        watch,
     )
     .map_err(|error| error.or_too_small(order.size))?;
     gpt.write(&file).map_err(failed)?;
@@ -235,14 +260,170 @@ impl Work {
         };
         let parent = parent.canonicalize();
         let parent = parent.map_err(|e| BuildError::io("cannot write beside", output, e))?;
+        remove_left(&parent, output, rights);
         let path = parent.join(name);
         fs::create_dir(&path).map_err(|e| BuildError::io("cannot create", &path, e))?;
         Ok(Self { path, rights })
     }
 }
 
+/// Removes the folders of builds of the same image that were killed.
+fn remove_left(parent: &Path, output: &Path, rights: Rights) {
+    let name = output.file_name().unwrap_or_default().to_string_lossy();
+    let begin = format!(".{name}.");
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let found = entry.file_name().to_string_lossy().into_owned();
+        let pid = found
+            .strip_prefix(&begin)
+            .and_then(|rest| rest.strip_suffix(".part"));
+        let pid = pid.and_then(|pid| pid.parse::<u32>().ok());
+        if pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            tool::remove(rights, &entry.path());
+        }
+    }
+}
+
 impl Drop for Work {
     fn drop(&mut self) {
         tool::remove(self.rights, &self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    const UUID: &str = "01234567-89ab-4def-8123-456789abcdef";
+
+    fn order() -> Order {
+        let source = sources::parse_list("deb file:/mirror bookworm main\n");
+        Order {
+            suite: "bookworm".to_owned(),
+            sources: source,
+            kernel: Some("linux-image-cloud-amd64".to_owned()),
+            size: SIZE_MIN,
+            hostname: "web".to_owned(),
+            cmdline: "console=ttyS0 quiet".to_owned(),
+            ..Order::default()
+        }
+    }
+
+    /// A work folder with a root as Debian's packages leave it, but for the
+    /// contents of its files.
+    fn root(order: &Order) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().expect("dir");
+        let root = dir.path().join("root");
+        fs::create_dir_all(root.join("boot/grub")).expect("mkdir");
+        fs::write(dir.path().join("uuid"), UUID).expect("uuid");
+        let cfg = contents::grub_cfg(UUID, &order.hostname, &order.cmdline);
+        fs::write(root.join("boot/grub/grub.cfg"), cfg).expect("grub.cfg");
+        for (name, what) in [("vmlinuz", "a kernel"), ("initrd.img", "its initrd")] {
+            fs::write(root.join(format!("boot/{name}-6.1")), what).expect("written");
+            symlink(format!("boot/{name}-6.1"), root.join(name)).expect("link");
+        }
+        dir
+    }
+
+    fn disk(order: &Order, work: &Path) -> Result<PathBuf, BuildError> {
+        let stop = AtomicBool::new(false);
+        let watch = Watch {
+            say: &|_| {},
+            stop: &stop,
+        };
+        let image = work.join("image");
+        let rights = Rights::Root;
+        make_disk(order, rights, work, &image, watch).map(|()| image)
+    }
+
+    #[test]
+    fn what_is_written_is_what_the_reader_boots() {
+        let order = order();
+        let work = root(&order);
+        let image = disk(&order, work.path()).expect("a disk");
+        assert_eq!(fs::metadata(&image).expect("image").len(), SIZE_MIN);
+        let found = read_back(&image).expect("it boots");
+        assert_eq!(found.title, "Debian GNU/Linux (web)");
+        assert_eq!(
+            found.cmdline,
+            format!("root=UUID={UUID} ro console=ttyS0 quiet")
+        );
+        assert_eq!((found.kernel, found.initrd), (8, 10));
+    }
+
+    #[test]
+    fn a_disk_without_a_kernel_is_no_image() {
+        let order = order();
+        let work = root(&order);
+        fs::remove_file(work.path().join("root/boot/vmlinuz-6.1")).expect("removed");
+        let image = disk(&order, work.path()).expect("a disk");
+        let refused = read_back(&image).expect_err("nothing to boot");
+        assert!(matches!(refused, BuildError::DoesNotBoot(_)), "{refused}");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_the_way_out() {
+        let order = order();
+        let work = root(&order);
+        // It must not be a hole.
+        let big = vec![0xa5; SIZE_MIN as usize];
+        fs::write(work.path().join("root/big"), big).expect("written");
+        let refused = disk(&order, work.path()).expect_err("it is too large");
+        let text = refused.to_string();
+        assert!(text.contains("64 MiB") && text.contains("--size"), "{text}");
+    }
+
+    #[test]
+    fn an_order_that_cannot_be_meant_is_refused_before_anything_is_done() {
+        type Change = fn(&mut Order);
+        let wrong: [(&str, Change); 9] = [
+            ("--mirror", |o| o.sources.clear()),
+            ("64 MiB", |o| o.size = 1 << 20),
+            ("suite", |o| o.suite = "-x".to_owned()),
+            ("package", |o| o.packages.push("a,b".to_owned())),
+            ("package", |o| o.kernel = Some("--x".to_owned())),
+            ("host name", |o| o.hostname = "a b".to_owned()),
+            ("GRUB", |o| o.cmdline = "a\nb".to_owned()),
+            ("path in an image", |o| {
+                o.files.push(FileIn::text("/etc/../x", ""));
+            }),
+            ("unit", |o| o.units.push("a;b".to_owned())),
+        ];
+        let dir = tempfile::tempdir().expect("dir");
+        let stop = AtomicBool::new(false);
+        let watch = Watch {
+            say: &|_| {},
+            stop: &stop,
+        };
+        for (word, change) in wrong {
+            let mut order = order();
+            change(&mut order);
+            let refused = build(&order, &dir.path().join("d.img"), false, watch);
+            let text = refused.expect_err(word).to_string();
+            assert!(text.contains(word), "{word}: {text}");
+        }
+        let there = dir.path().join("there.img");
+        fs::write(&there, "mine").expect("written");
+        let refused = build(&order(), &there, false, watch).expect_err("it is there");
+        assert!(refused.to_string().contains("--force"), "{refused}");
+        assert_eq!(fs::read(&there).expect("read"), b"mine");
+        assert_eq!(fs::read_dir(dir.path()).expect("dir").count(), 1);
+    }
+
+    #[test]
+    fn the_folder_of_a_build_goes_with_it_and_that_of_a_killed_one_with_the_next() {
+        let dir = tempfile::tempdir().expect("dir");
+        let output = dir.path().join("d.img");
+        let left = dir.path().join(".d.img.4294967.part");
+        let others = dir.path().join(".e.img.4294967.part");
+        for folder in [&left, &others] {
+            fs::create_dir_all(folder.join("root/etc")).expect("mkdir");
+        }
+        let work = Work::create(&output, Rights::Root).expect("a folder");
+        assert!(!left.exists() && others.exists() && work.path.exists());
+        let path = work.path.clone();
+        drop(work);
+        assert!(!path.exists());
     }
 }

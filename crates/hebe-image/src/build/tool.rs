@@ -5,11 +5,16 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::time::Duration;
 
-use super::{BuildError, Format, Order};
+use super::{BuildError, Format, Order, Watch};
 
 /// Lines of a failed program that are shown.
 const TAIL: usize = 6;
+/// How often it is asked whether the work is to end.
+const LOOK: Duration = Duration::from_millis(100);
 /// Longest line of a program that is kept.
 const LINE_MAX: usize = 400;
 
@@ -24,10 +29,18 @@ pub(super) enum Rights {
 
 impl Rights {
     pub(super) fn of_this_process() -> Self {
-        let own = fs::metadata("/proc/self").map(|m| m.uid());
-        match own {
-            Ok(0) => Self::Root,
-            _ => Self::Mapped,
+        match rustix::process::geteuid().is_root() {
+            true => Self::Root,
+            false => Self::Mapped,
+        }
+    }
+
+    /// How mmdebstrap is to work: a user's own namespace ends with it, so what it
+    /// made comes as an archive.
+    pub(super) fn mmdebstrap(self) -> [&'static str; 2] {
+        match self {
+            Self::Root => ["--mode=root", "--format=directory"],
+            Self::Mapped => ["--mode=unshare", "--format=tar"],
         }
     }
 
@@ -71,44 +84,98 @@ pub(super) fn need_all(order: &Order, rights: Rights) -> Result<(), BuildError> 
     let missing = |program: &str| !dirs.iter().any(|dir| dir.join(program).is_file());
     match needed.into_iter().find(|(program, _)| missing(program)) {
         Some((program, package)) => Err(BuildError::MissingTool { program, package }),
+        None if rights == Rights::Mapped => has_subordinate_ids(),
         None => Ok(()),
     }
 }
 
-/// Runs a program; `say` is told each of its lines that it writes to its
-/// standard error.
+/// subuid(5), subgid(5): `NAME:FIRST:COUNT`, or the user's number for the name.
+fn has_subordinate_ids() -> Result<(), BuildError> {
+    let uid = rustix::process::geteuid().as_raw().to_string();
+    let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let of_uid = |line: &str| {
+        let mut fields = line.split(':');
+        let (name, number) = (fields.next()?, fields.nth(1)?);
+        (number == uid).then(|| name.to_owned())
+    };
+    let user = users
+        .lines()
+        .find_map(of_uid)
+        .unwrap_or_else(|| uid.clone());
+    for file in ["/etc/subuid", "/etc/subgid"] {
+        let ids = fs::read_to_string(file).unwrap_or_default();
+        let own = |line: &str| {
+            line.split(':')
+                .next()
+                .is_some_and(|who| who == user || who == uid)
+        };
+        if !ids.lines().any(own) {
+            return Err(BuildError::NoSubordinateIds { user, file });
+        }
+    }
+    Ok(())
+}
+
+/// Runs a program to its end, or to the end of the work; each line that it
+/// writes to its standard error is told.
 pub(super) fn run(
     name: &'static str,
     command: &mut Command,
-    say: &dyn Fn(&str),
+    watch: Watch,
 ) -> Result<(), BuildError> {
     let failed = |why: String| BuildError::Tool { program: name, why };
     let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
     let mut child = child.map_err(|e| failed(e.to_string()))?;
+    let lines = child.stderr.take().map(lines_of);
     let mut tail: Vec<String> = Vec::new();
-    if let Some(stderr) = child.stderr.take() {
-        let mut reader = BufReader::new(stderr);
-        let mut line = Vec::new();
-        while matches!(reader.read_until(b'\n', &mut line), Ok(n) if n > 0) {
-            let text = String::from_utf8_lossy(&line[..line.len().min(LINE_MAX)]);
-            let text = crate::error::shown(text.trim());
-            line.clear();
-            if text.is_empty() {
-                continue;
+    let mut stopped = false;
+    while let Some(lines) = &lines {
+        match lines.recv_timeout(LOOK) {
+            Ok(line) => {
+                (watch.say)(&line);
+                tail.push(line);
+                if tail.len() > TAIL {
+                    tail.remove(0);
+                }
             }
-            say(&text);
-            tail.push(text);
-            if tail.len() > TAIL {
-                tail.remove(0);
+            Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if !stopped && watch.stop.load(Ordering::Relaxed) {
+            stopped = true;
+            // It ends what it started itself, and cleans up.
+            if let Some(pid) = rustix::process::Pid::from_raw(child.id() as i32) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
             }
         }
     }
     let status = child.wait().map_err(|e| failed(e.to_string()))?;
+    if stopped || watch.stop.load(Ordering::Relaxed) {
+        return Err(BuildError::Stopped);
+    }
     match status.success() {
         true => Ok(()),
         false if tail.is_empty() => Err(failed(status.to_string())),
         false => Err(failed(tail.join("; "))),
     }
+}
+
+/// The lines of a program's output, as they come.
+fn lines_of(from: impl Read + Send + 'static) -> Receiver<String> {
+    let (to, lines) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut reader = BufReader::new(from);
+        let mut line = Vec::new();
+        while matches!(reader.read_until(b'\n', &mut line), Ok(n) if n > 0) {
+            let text = String::from_utf8_lossy(&line[..line.len().min(LINE_MAX)]);
+            let text = crate::error::shown(text.trim());
+            line.clear();
+            if !text.is_empty() && to.send(text).is_err() {
+                break;
+            }
+        }
+    });
+    lines
 }
 
 /// Makes an ext4 out of a directory, at `start` of a file.
@@ -119,6 +186,7 @@ pub(super) fn mke2fs(
     uuid: &str,
     start: u64,
     len: u64,
+    watch: Watch,
 ) -> Result<(), BuildError> {
     const BLOCK: u64 = 4096;
     let mut command = rights.command("mke2fs");
@@ -131,17 +199,43 @@ pub(super) fn mke2fs(
     let extended = format!("offset={start},lazy_itable_init=0,lazy_journal_init=0,nodiscard");
     command.args(["-E", &extended, "-U", uuid, "-d"]);
     command.arg(from).arg(image).arg((len / BLOCK).to_string());
-    run("mke2fs", &mut command, &|_| {})
+    run("mke2fs", &mut command, watch.silently())
+}
+
+/// Unpacks an archive with everybody's files in it, and removes it.
+pub(super) fn extract(
+    rights: Rights,
+    archive: &Path,
+    to: &Path,
+    watch: Watch,
+) -> Result<(), BuildError> {
+    fs::create_dir(to).map_err(|e| BuildError::io("cannot create", to, e))?;
+    let mut command = rights.command("tar");
+    command.args([
+        "--extract",
+        "--numeric-owner",
+        "--same-owner",
+        "--same-permissions",
+    ]);
+    // Nobody but root makes devices, and the kernel makes them by itself.
+    command.args(["--exclude=./dev/*", "--xattrs", "--xattrs-include=*"]);
+    command
+        .arg("--file")
+        .arg(archive)
+        .arg("--directory")
+        .arg(to);
+    run("tar", &mut command, watch)?;
+    fs::remove_file(archive).map_err(|e| BuildError::io("cannot remove", archive, e))
 }
 
 /// Converts a raw image.
-pub(super) fn qcow2(from: &Path, to: &Path) -> Result<(), BuildError> {
+pub(super) fn qcow2(from: &Path, to: &Path, watch: Watch) -> Result<(), BuildError> {
     let mut command = Command::new("qemu-img");
     command
         .args(["convert", "-f", "raw", "-O", "qcow2"])
         .arg(from)
         .arg(to);
-    run("qemu-img", command.stdin(Stdio::null()), &|_| {})
+    run("qemu-img", command.stdin(Stdio::null()), watch.silently())
 }
 
 /// Bytes that a file takes on its disk.
@@ -188,6 +282,8 @@ pub(super) fn uuid(id: u128) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicBool;
+
     use super::*;
 
     #[test]
@@ -205,18 +301,34 @@ mod tests {
     fn a_program_that_fails_is_quoted_by_its_last_lines() {
         let script =
             "for i in 1 2 3 4 5 6 7 8; do echo line $i >&2; done; printf 'a\\033[1m' >&2; exit 3";
-        let failed = run("sh", Command::new("sh").args(["-c", script]), &|_| {});
+        let stop = AtomicBool::new(false);
+        let watch = Watch {
+            say: &|_| {},
+            stop: &stop,
+        };
+        let failed = run("sh", Command::new("sh").args(["-c", script]), watch);
         let text = failed.expect_err("it fails").to_string();
         assert!(
             text.starts_with("sh failed: line 4; ") && text.ends_with("; a?[1m"),
             "{text}"
         );
-        let silent = run("sh", Command::new("sh").args(["-c", "exit 3"]), &|_| {});
+        let silent = run("sh", Command::new("sh").args(["-c", "exit 3"]), watch);
         assert!(
             silent
                 .expect_err("it fails")
                 .to_string()
                 .contains("exit status: 3")
         );
+    }
+
+    #[test]
+    fn a_program_is_ended_with_the_work() {
+        let stop = AtomicBool::new(true);
+        let watch = Watch {
+            say: &|_| {},
+            stop: &stop,
+        };
+        let ended = run("sleep", Command::new("sleep").arg("1000"), watch);
+        assert!(matches!(ended, Err(BuildError::Stopped)), "{ended:?}");
     }
 }

@@ -33,7 +33,8 @@ pub fn seed(name: &VmName, args: &SeedArgs) -> Result<Option<Vec<u8>>, Failure> 
     seed.image().map(Some).map_err(failure)
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, Failure> {
+/// Reads a small file that somebody named.
+pub fn read(path: &Path) -> Result<Vec<u8>, Failure> {
     let mut bytes = Vec::new();
     let read = File::open(path).and_then(|f| f.take(FILE_MAX).read_to_end(&mut bytes));
     match read {
