@@ -92,6 +92,9 @@ pub struct Follower {
     rolls: bool,
     /// Whether it was this host's turn when that was asked last.
     turn: bool,
+    /// The files by which a person says that it may go on after a reboot that
+    /// was undone.
+    files: Vec<PathBuf>,
 }
 
 /// Looks once a minute, for ever. Without `policy.toml` nothing ever happens.
@@ -124,10 +127,12 @@ pub async fn follow(app: App, every: Duration) {
         follower = next;
         if let Some(command) = go {
             log::info(format!("policy: runs hebe with: {}", command.join(" ")));
+            let files = follower.files.clone();
             let done = app
                 .engine
                 .order(move |host| {
-                    halt::guarded(host, || attempt(&program(), &command, &log_path(host)))
+                    let run = || attempt(&program(), &command, &log_path(host));
+                    halt::guarded(host, &files, run)
                 })
                 .await;
             if let Ok(Err(failed)) = done {
@@ -188,6 +193,7 @@ impl Follower {
         seen.halted = halted.is_some();
         seen.turn = self.turn;
         self.rolls = file.rules.contains(&Rule::Roll);
+        self.files = vec![path.clone(), file.sentinel.clone()];
         let (watcher, decision) = self.watcher.look(&file.policy(), &seen);
         self.watcher = watcher;
         match decision {
@@ -518,9 +524,10 @@ mod tests {
         touch(&sentinel, -1);
         // Each look is that of a fresh daemon.
         let look = || Follower::default().look(&host);
+        let files = [policy.clone(), sentinel.clone()];
         let run = |end: &str| {
             let hebe = stand_in(dir.path(), end);
-            halt::guarded(&host, || attempt(&hebe, &[], &log_path(&host))).expect_err(end)
+            halt::guarded(&host, &files, || attempt(&hebe, &[], &log_path(&host))).expect_err(end)
         };
         run("exit 3");
         assert!(look().1.is_some(), "it was refused: nothing was touched");
@@ -532,11 +539,17 @@ mod tests {
             assert!(follower.said.contains(word), "{word}: {}", follower.said);
         }
         assert!(halted(&host).expect("halted").contains("is not done"));
-        for file in [&policy, &sentinel] {
-            touch(file, 1);
-            assert_eq!(halted(&host), None);
-            touch(file, -1);
-            assert!(halted(&host).is_some());
+        // The clock may have been set back since.
+        for later in [1, -1] {
+            for file in [&policy, &sentinel] {
+                let modified = |file: &Path| file.metadata().and_then(|meta| meta.modified());
+                let was = modified(file).expect("time");
+                touch(file, later);
+                assert_eq!(halted(&host), None);
+                let opened = File::options().append(true).open(file);
+                opened.and_then(|f| f.set_modified(was)).expect("touch");
+                assert!(halted(&host).is_some());
+            }
         }
         // What it says was written by the last boot.
         let other = std::fs::read_to_string(halt::path(&host)).expect("text");
@@ -562,7 +575,7 @@ mod tests {
         let policy = dir.path().join("etc/policy.toml");
         std::fs::write(policy, "[[rule]]\nwhen = \"by-hand\"\n").expect("write");
         let mut told = None;
-        let done = halt::guarded(&host, || {
+        let done = halt::guarded(&host, &[], || {
             told = halted(&host);
             Ok(())
         });

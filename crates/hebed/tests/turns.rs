@@ -101,7 +101,7 @@ fn the_daemon_takes_the_hosts_turn_when_it_has_come() {
             touched: true,
         })
     };
-    assert!(guarded(&host, undone).is_err());
+    assert!(guarded(&host, &[], undone).is_err());
     let (follower, _) = Follower::default().tick(&host, true);
     assert_eq!(follower.tick(&host, false).1, None);
     let Some(MarkState::Waiting { why }) = state(&rolls) else {

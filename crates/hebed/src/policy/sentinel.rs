@@ -73,8 +73,9 @@ pub fn asked(host: &Host, sentinel: &Path, now: Moment, booted: Moment) -> Optio
     seen.since
 }
 
-fn changed_ns(sentinel: &Path) -> Option<i64> {
-    let changed = sentinel.metadata().and_then(|meta| meta.modified()).ok()?;
+/// When a file was changed, in nanoseconds since 1970; `None` if it is not there.
+pub fn changed_ns(file: &Path) -> Option<i64> {
+    let changed = file.metadata().and_then(|meta| meta.modified()).ok()?;
     match changed.duration_since(UNIX_EPOCH) {
         Ok(since) => i64::try_from(since.as_nanos()).ok(),
         Err(before) => i64::try_from(before.duration().as_nanos())
