@@ -119,7 +119,8 @@ pub fn svg(timeline: &Timeline) -> String {
     let vms: BTreeSet<&VmName> = rows.iter().filter_map(|r| r.vm.as_ref()).collect();
     let last_ms = rows.last().map_or(1.0, |r| r.at_ms).max(1.0);
     let legend_top = TOP + ROW * (vms.len() + 1) as f64 + 34.0;
-    let legend_lines = HOST_SPANS.len().div_ceil(2) + 2;
+    // And one entry for the downtime.
+    let legend_lines = (HOST_SPANS.len() + VM_SPANS.len() + 1).div_ceil(2);
     let height = legend_top + 20.0 * legend_lines as f64 + 10.0;
     let mut out = String::new();
     let width = LEFT + PLOT + 40.0;
@@ -323,6 +324,20 @@ mod tests {
         let lines = chart.matches("<line").count();
         assert_eq!(opened + lines, closed);
         assert_eq!(chart, svg(&sample()), "the same report, the same bytes");
+    }
+
+    /// What is drawn below the end is not seen.
+    #[test]
+    fn everything_lies_within_the_chart() {
+        let chart = svg(&sample());
+        let numbers = |key: &str| -> Vec<f64> {
+            let values = chart.split(key).skip(1);
+            values
+                .filter_map(|rest| rest.split('"').next()?.parse().ok())
+                .collect()
+        };
+        let height = numbers(" height=\"")[0];
+        assert!(numbers(" y=\"").into_iter().all(|y| y <= height - 10.0));
     }
 
     #[test]
