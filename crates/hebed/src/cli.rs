@@ -1,9 +1,12 @@
 //! The command line.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
+
+use crate::tls::TlsFiles;
 
 const AFTER_HELP: &str = "\
 hebed holds no state of its own: it may be stopped, killed and started at any time, and no VM
@@ -12,6 +15,7 @@ notices. Orders given with `hebe` meanwhile are found.
 Examples:
   hebed                            # /run/hebe/hebed.sock, for root alone
   hebed --group hebe               # and for the members of group hebe
+  hebed --listen 192.0.2.7:7443 --tls-cert host.pem --tls-key host.key --client-ca operators.pem
   curl --unix-socket /run/hebe/hebed.sock http://localhost/v1/vms
   curl --unix-socket /run/hebe/hebed.sock -X POST http://localhost/v1/vms/web/start
   curl --unix-socket /run/hebe/hebed.sock -N http://localhost/v1/events
@@ -35,6 +39,25 @@ pub struct Args {
     /// members can start, stop and suspend every VM and reboot the host.
     #[arg(long, value_name = "GROUP")]
     pub group: Option<String>,
+    /// Also listen on this address and port, for clients with a certificate of --client-ca.
+    #[arg(
+        long,
+        value_name = "ADDRESS:PORT",
+        requires = "tls_cert",
+        requires = "tls_key",
+        requires = "client_ca"
+    )]
+    pub listen: Option<SocketAddr>,
+    /// With --listen: the daemon's certificate in PEM, with those that lead to its authority.
+    #[arg(long, value_name = "FILE", requires = "listen")]
+    pub tls_cert: Option<PathBuf>,
+    /// With --listen: its private key in PEM.
+    #[arg(long, value_name = "FILE", requires = "listen")]
+    pub tls_key: Option<PathBuf>,
+    /// With --listen: who signs for clients, in PEM. Each client with a certificate of this
+    /// authority can start, stop and suspend every VM and reboot the host.
+    #[arg(long, value_name = "FILE", requires = "listen")]
+    pub client_ca: Option<PathBuf>,
     /// How often to look at the VMs, in milliseconds.
     #[arg(long, value_name = "MS", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(10..=60_000))]
     pub poll_ms: u64,
@@ -44,6 +67,16 @@ pub struct Args {
 }
 
 impl Args {
+    /// Where to listen for clients with certificates, if anywhere.
+    pub fn secure(&self) -> Option<(SocketAddr, TlsFiles)> {
+        let files = TlsFiles {
+            certificate: self.tls_cert.clone()?,
+            key: self.tls_key.clone()?,
+            client_ca: self.client_ca.clone()?,
+        };
+        Some((self.listen?, files))
+    }
+
     /// How often to look.
     pub fn poll(&self) -> Duration {
         Duration::from_millis(self.poll_ms)
@@ -74,7 +107,26 @@ mod tests {
         for line in ["hebed --poll-ms 0", "hebed now", "hebed --socket"] {
             assert!(Args::try_parse_from(line.split(' ')).is_err(), "{line}");
         }
+        // TCP is all of it or nothing.
+        let all = [
+            "--listen 127.0.0.1:1",
+            "--tls-cert c",
+            "--tls-key k",
+            "--client-ca a",
+        ];
+        for left_out in 0..all.len() {
+            let words: Vec<&str> = (0..all.len())
+                .filter(|i| *i != left_out)
+                .map(|i| all[i])
+                .collect();
+            let line = format!("hebed {}", words.join(" "));
+            assert!(Args::try_parse_from(line.split(' ')).is_err(), "{line}");
+        }
+        let line = format!("hebed {}", all.join(" "));
+        let args = Args::try_parse_from(line.split(' ')).expect("fine");
+        assert!(args.secure().is_some());
         let args = Args::try_parse_from(["hebed", "--group", "hebe"]).expect("fine");
+        assert_eq!(args.secure(), None);
         assert_eq!(args.poll(), Duration::from_secs(2));
     }
 }

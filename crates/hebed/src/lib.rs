@@ -7,8 +7,8 @@
 //! and the next one goes on: VMMs are sessions of their own, whose parent
 //! nothing depends on.
 //!
-//! - [`server`]: sockets, connections and what bounds them; [`limits`]: what a
-//!   request has to keep to.
+//! - [`server`]: sockets, connections and what bounds them; [`tls`]: those over
+//!   the network; [`limits`]: what a request has to keep to.
 //! - [`routes`] and [`orders`]: the API, described by `docs/openapi.json`;
 //!   [`answers`]: what it says.
 //! - [`engine`]: everything that blocks; [`jobs`]: what takes long;
@@ -34,4 +34,5 @@ pub mod run;
 pub mod server;
 pub mod stall;
 pub mod systemd;
+pub mod tls;
 pub mod watch;

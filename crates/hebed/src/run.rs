@@ -15,6 +15,7 @@ use crate::cli::Args;
 use crate::routes::router;
 use crate::server::{self, CONNECTIONS_MAX};
 use crate::systemd::Systemd;
+use crate::tls::Secure;
 use crate::{log, policy, watch};
 
 /// Threads that serve clients.
@@ -48,13 +49,23 @@ pub fn run(args: &Args, systemd: Systemd, handed: Vec<UnixListener>) -> Result<(
     } else {
         handed
     };
+    let secure = match args.secure() {
+        None => None,
+        Some((address, files)) => {
+            let secure = Secure::listen(address, &files).map_err(|e| with_cause(&e))?;
+            let address = secure.address().unwrap_or(address);
+            let ca = files.client_ca.display();
+            log::info(format!("listens on {address}, for certificates of {ca}"));
+            Some(secure)
+        }
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(THREADS)
         .max_blocking_threads(BLOCKING_THREADS)
         .enable_all()
         .build()
         .map_err(|e| format!("the daemon cannot start its threads: {}", with_cause(&e)))?;
-    let ended = runtime.block_on(serve(args, host, listeners, systemd));
+    let ended = runtime.block_on(serve(args, host, (listeners, secure), systemd));
     // Whatever still blocks may be broken off at any instant.
     runtime.shutdown_background();
     ended
@@ -63,7 +74,7 @@ pub fn run(args: &Args, systemd: Systemd, handed: Vec<UnixListener>) -> Result<(
 async fn serve(
     args: &Args,
     host: Host,
-    listeners: Vec<UnixListener>,
+    (listeners, secure): (Vec<UnixListener>, Option<Secure>),
     systemd: Systemd,
 ) -> Result<(), String> {
     let unheard = |e: std::io::Error| format!("signals cannot be heard: {}", with_cause(&e));
@@ -78,6 +89,9 @@ async fn serve(
             router(app.clone()),
             Arc::clone(&turns),
         ));
+    }
+    if let Some(secure) = secure {
+        servers.spawn(secure.serve(router(app.clone()), Arc::clone(&turns)));
     }
     if !args.no_samples {
         tokio::spawn(watch::sample(app.clone(), watch::SAMPLE_EVERY));

@@ -11,6 +11,7 @@ mod client;
 mod fake_vmm;
 mod guest;
 mod kills;
+mod secure;
 mod supervision;
 mod world;
 
@@ -30,7 +31,13 @@ fn main() -> ExitCode {
     }
     let filter = arguments.iter().find(|a| !a.starts_with('-'));
     let wanted = |name: &str| filter.is_none_or(|f| name.contains(f.as_str()));
-    let groups = [api::CASES, bounds::CASES, supervision::CASES, kills::CASES];
+    let groups = [
+        api::CASES,
+        bounds::CASES,
+        secure::CASES,
+        supervision::CASES,
+        kills::CASES,
+    ];
     let cases: Vec<Case> = groups
         .concat()
         .into_iter()

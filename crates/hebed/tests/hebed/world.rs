@@ -90,10 +90,15 @@ impl World {
 
     /// A daemon that answers.
     pub fn daemon(&self) -> Daemon<'_> {
+        self.daemon_with(&[])
+    }
+
+    /// One with more arguments.
+    pub fn daemon_with(&self, arguments: &[String]) -> Daemon<'_> {
         let log = self.root.path().join("daemon.log");
         let log = fs::OpenOptions::new().create(true).append(true).open(log);
         let mut command = self.command();
-        command.stderr(log.expect("log"));
+        command.args(arguments).stderr(log.expect("log"));
         let daemon = Daemon {
             child: command.spawn().expect("hebed starts"),
             world: self,
