@@ -1,5 +1,6 @@
 //! `hebe`: run VMs, and put a new kernel under all of them at once.
 
+mod bar;
 mod cli;
 mod commands;
 #[cfg(test)]

@@ -67,6 +67,11 @@ impl Output {
         Self { json }
     }
 
+    /// Whether answers are JSON.
+    pub fn is_json(&self) -> bool {
+        self.json
+    }
+
     /// The one answer of a command: `value` as JSON, or `text`.
     pub fn answer(&self, value: &impl Serialize, text: impl FnOnce() -> String) {
         let mut answer = if self.json {

@@ -1,6 +1,8 @@
 //! `reboot`: the verdict, the reboot itself, and its report.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use hebe_fleet::order::NotRebooted;
 use hebe_flow::reboot::Fate;
@@ -8,15 +10,17 @@ use hebe_host::Host;
 use hebe_host::preflight::{Check, Level, RebootOptions, Verdict, preflight};
 use hebe_host::reboot::{RebootEnd, reboot as run_reboot, stage};
 use hebe_host::report::complete_report;
+use hebe_host::saved::SavedPaths;
 use hebe_host::system::Leave;
 use hebe_host::timeline::{self, Downtime, Row, Timeline};
 use hebe_host::{gantt, listing};
 use hebe_policy::fleet::holder::Stop;
 use hebe_policy::span::Span;
-use hebe_types::VmName;
+use hebe_types::{RebootMethod, VmName};
 use serde::Serialize;
 
 use super::slots::{self, Fleet};
+use crate::bar::Bar;
 use crate::cli::RebootArgs;
 use crate::output::{Exit, Failure, Outcome, Output, table};
 
@@ -76,11 +80,36 @@ fn load(host: &Host, options: &RebootOptions, out: &Output) -> Outcome {
 
 /// Reboots; comes back only if that did not happen.
 fn run(host: &Host, options: &RebootOptions, out: &Output) -> RebootEnd {
-    let say = |text: &str| out.progress(text);
+    let bar = (options.method == RebootMethod::Saved).then(|| saving(host, out));
+    let say = |text: &str| match &bar {
+        Some(bar) => bar.aside(|| out.progress(text)),
+        None => out.progress(text),
+    };
     match run_reboot(host, options, &say) {
         Ok(never) => match never {},
         Err(end) => end,
     }
+}
+
+/// How far the VMs are saved, by what is allocated to their files.
+fn saving(host: &Host, out: &Output) -> Bar {
+    let survey = listing::survey(host);
+    let up = survey.rows.values().filter(|row| row.life.has_vmm());
+    let files: Vec<_> = up
+        .filter_map(|row| Some((SavedPaths::new(&host.layout, &row.name), row.memory?.0)))
+        .collect();
+    let size = |path: &Path| path.metadata().ok().map(|found| found.blocks() * 512);
+    Bar::counting(out, "saving the VMs", move || {
+        let (mut done, mut whole, mut begun) = (0, 0, false);
+        for (paths, memory) in &files {
+            let written = size(&paths.part).or_else(|| size(&paths.complete));
+            begun |= written.is_some();
+            // Zero pages are not written, so that a file is never larger.
+            done += written.unwrap_or(0).min(*memory);
+            whole += memory;
+        }
+        begun.then_some((done, whole))
+    })
 }
 
 fn dry_slot(fleet: &Fleet, out: &Output) -> Exit {

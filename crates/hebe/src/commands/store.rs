@@ -8,6 +8,7 @@ use hebe_host::stores::{ExecView, SegmentView, StoreTrouble, StoreView};
 use hebe_types::{ByteSize, VmId};
 use serde::Serialize;
 
+use crate::bar::Bar;
 use crate::cli::StoreCommand;
 use crate::output::{Exit, Failure, Outcome, Output, table};
 
@@ -40,7 +41,9 @@ fn make(host: &Host, options: &InitOptions, out: &Output) -> Outcome {
             store.display()
         )));
     }
+    let bar = Bar::busy(out, "looking for a store, or making one");
     let made = init(host, options)?;
+    drop(bar);
     out.answer(&made, || {
         let size = ByteSize(made.capacity);
         let path = made.path.display();
@@ -172,7 +175,12 @@ fn drop_segment(host: &Host, wanted: &str, yes: bool, out: &Output) -> Outcome {
     };
     // Told before its VM's lock is asked for: a VMM that holds it is no reason.
     admit(segment)?;
+    let bar = Bar::busy(
+        out,
+        &format!("scrubbing {} of segment {}", segment.memory, segment.id),
+    );
     drop_listed(host, segment, admit)?;
+    drop(bar);
     let answer = Dropped {
         segment: segment.id.0,
         result: "dropped",

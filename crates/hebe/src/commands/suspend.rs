@@ -22,7 +22,7 @@ struct Suspended<'a> {
 
 /// `hebe suspend`.
 pub fn suspend(host: &Host, names: &[VmName], out: &Output) -> Outcome {
-    each(names, out, |name| {
+    each("suspending", names, out, |name| {
         let report = ops::suspend(host, name)?;
         Ok(move |out: &Output| suspended(out, name, &report))
     })
@@ -60,7 +60,7 @@ pub fn resume(host: &Host, args: &ResumeArgs, out: &Output, started: Stamp) -> O
         again: args.again,
         accept_changed_disk: args.accept_changed_disk,
     };
-    each(&args.names, out, |name| {
+    each("resuming", &args.names, out, |name| {
         ops::resume(host, name, options)?;
         Ok(move |out: &Output| done(out, name, "running"))
     })

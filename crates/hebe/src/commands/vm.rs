@@ -17,6 +17,7 @@ use serde::Serialize;
 
 use super::seed::seed;
 use super::{agent, balloon};
+use crate::bar::Bar;
 use crate::cli::{RunArgs, StopArgs, StoreArg};
 use crate::output::{Exit, Failure, Outcome, Output, table};
 
@@ -37,7 +38,9 @@ pub fn run(host: &Host, args: RunArgs, out: &Output) -> Outcome {
         Some(path) => (definitions::read(path).map_err(HostError::from)?, None),
         None => of_flags(host, args)?,
     };
+    let bar = Bar::busy(out, &format!("starting '{}'", config.name));
     ops::run_with(host, &config, seed.as_deref())?;
+    drop(bar);
     done(out, &config.name, "running");
     Ok(Exit::Done)
 }
@@ -118,7 +121,7 @@ pub fn start(host: &Host, names: &[VmName], afresh: bool, out: &Output) -> Outco
     } else {
         ops::start
     };
-    each(names, out, |name| {
+    each("starting", names, out, |name| {
         order(host, name)?;
         Ok(move |out: &Output| done(out, name, "running"))
     })
@@ -130,7 +133,7 @@ pub fn stop(host: &Host, args: &StopArgs, out: &Output) -> Outcome {
         timeout: Duration::from_secs(args.timeout),
         force: args.force,
     };
-    each(&args.names, out, |name| {
+    each("stopping", &args.names, out, |name| {
         ops::stop(host, name, options)?;
         Ok(move |out: &Output| done(out, name, "stopped"))
     })
@@ -140,6 +143,7 @@ pub fn stop(host: &Host, args: &StopArgs, out: &Output) -> Outcome {
 /// the order in which they were named; one that fails does not keep the others
 /// from it.
 pub fn each<'a, Say: FnOnce(&Output) + Send>(
+    what: &str,
     names: &'a [VmName],
     out: &Output,
     order: impl Fn(&'a VmName) -> Result<Say, HostError> + Sync,
@@ -151,6 +155,10 @@ pub fn each<'a, Say: FnOnce(&Output) + Send>(
             distinct.push(name);
         }
     }
+    let bar = match distinct.as_slice() {
+        [one] => Bar::busy(out, &format!("{what} '{one}'")),
+        several => Bar::busy(out, &format!("{what} {} VMs", several.len())),
+    };
     let order = &order;
     thread::scope(|scope| {
         let workers: Vec<_> = distinct
@@ -161,13 +169,15 @@ pub fn each<'a, Say: FnOnce(&Output) + Send>(
         for (name, worker) in workers {
             match worker.join() {
                 Ok(Ok(say)) => {
-                    say(out);
+                    bar.aside(|| say(out));
                     continue;
                 }
-                Ok(Err(error)) => out.failure(&error.into()),
-                Err(_) => out.failure(&Failure(format!(
-                    "the order for '{name}' broke off: see `hebe list`, and please report this"
-                ))),
+                Ok(Err(error)) => bar.aside(|| out.failure(&error.into())),
+                Err(_) => bar.aside(|| {
+                    out.failure(&Failure(format!(
+                        "the order for '{name}' broke off: see `hebe list`, and please report this"
+                    )));
+                }),
             }
             exit = Exit::Failed;
         }
@@ -330,7 +340,9 @@ pub fn drop_vm(host: &Host, name: &VmName, yes: bool, out: &Output) -> Outcome {
     } else {
         ops::drop_worthless
     };
+    let bar = Bar::busy(out, &format!("dropping '{name}' and scrubbing its memory"));
     order(host, name)?;
+    drop(bar);
     done(out, name, "dropped");
     Ok(Exit::Done)
 }
