@@ -4,6 +4,7 @@ mod age;
 mod agent;
 mod balloon;
 mod check;
+mod eyes;
 mod fleet;
 mod image;
 mod plan;
@@ -19,6 +20,7 @@ use hebe_types::{ByteSize, Forward, VmName};
 pub use age::{AGE_HELP, AgeArgs};
 pub use agent::{AgentArgs, AgentOrder};
 pub use balloon::BalloonArgs;
+pub use eyes::{DASHBOARD_HELP, DashboardArgs, LOGS_HELP, LogsArgs, TOP_HELP, TopArgs};
 pub use fleet::{FleetCommand, RollArgs, RollOrder};
 pub use image::{ImageBuildArgs, ImageCommand, ImageFormat};
 pub use plan::{PLAN_HELP, PlanArgs};
@@ -104,6 +106,15 @@ Examples:
         /// The VM.
         name: VmName,
     },
+    /// Print what a VM's VMM noted, or what its guest wrote to its console.
+    #[command(after_help = LOGS_HELP)]
+    Logs(LogsArgs),
+    /// Watch the VMs and the host's age, refreshed each second.
+    #[command(after_help = TOP_HELP)]
+    Top(TopArgs),
+    /// Make the daemon's page reachable by a browser of this machine.
+    #[command(after_help = DASHBOARD_HELP)]
+    Dashboard(DashboardArgs),
     /// Speak with the agent in a VM.
     #[command(after_help = "\
 Examples:
@@ -470,6 +481,11 @@ mod tests {
             "hebe agent web ping",
             "hebe agent web freeze --for 60",
             "hebe agent web shutdown --reboot",
+            "hebe logs web --follow --lines 7",
+            "hebe logs web --console --raw",
+            "hebe logs web --json",
+            "hebe top --once --json",
+            "hebe dashboard --port 8080",
         ] {
             assert!(parse(line).is_ok(), "{line}");
         }
@@ -498,6 +514,10 @@ mod tests {
             "hebe balloon",
             "hebe balloon web --target lots",
             "hebe agent web thaw --for 3",
+            "hebe logs",
+            "hebe logs web --lines 10001",
+            "hebe top web",
+            "hebe dashboard --port 70000",
             "hebe agent web freeze --for 61",
             "hebe reboot --method lukewarm",
             "hebe reboot --svg x.svg",
@@ -577,6 +597,8 @@ mod tests {
             "hebe reboot --load --hard --method saved",
             "hebe store init /dev/dax0.0 --namespace n",
             "hebe console web --json",
+            "hebe logs web --raw",
+            "hebe logs web --console --json",
             "hebe --json completions bash",
             "hebe man --json",
         ] {

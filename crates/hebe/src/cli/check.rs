@@ -33,6 +33,10 @@ impl Cli {
                     "what it prints is no JSON: leave --json out",
                 ))
             }
+            Command::Logs(args) if args.console && self.json => Some((
+                "logs",
+                "what a guest writes to its console is no JSON: leave --json or --console out",
+            )),
             Command::Stop(args) if args.timeout == 0 && !args.force => Some((
                 "stop",
                 "--timeout 0 does not ask the guest, and without --force it is not powered off either: give it time, or say --force",

@@ -4,9 +4,11 @@ mod age;
 mod agent;
 mod balloon;
 mod console;
+mod dashboard;
 mod fleet;
 mod host;
 mod image;
+mod logs;
 mod man;
 mod plan;
 mod reboot;
@@ -15,6 +17,7 @@ mod seed;
 mod slots;
 mod store;
 mod suspend;
+mod top;
 mod vm;
 
 use hebe_host::Host;
@@ -46,6 +49,9 @@ fn carry_out(host: &Host, command: Command, out: &Output, started: Stamp) -> Out
         Command::Drop { name, yes } => vm::drop_vm(host, &name, yes, out),
         Command::Console { name } => console::console(host, &name, out),
         Command::Balloon(args) => balloon::balloon(host, &args, out),
+        Command::Logs(args) => logs::logs(host, &args, out),
+        Command::Top(args) => top::top(host, args, out),
+        Command::Dashboard(args) => dashboard::dashboard(host, &args, out),
         Command::Agent(args) => agent::agent(host, &args, out),
         Command::Suspend { names } => suspend::suspend(host, &names, out),
         Command::Resume(args) => suspend::resume(host, &args, out, started),
