@@ -3,11 +3,13 @@
 mod lanes;
 
 use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use lab::apt::{self, Tool};
 use lab::assets::Assets;
 use lab::binaries::workspace_root;
 use lab::machine::EmulatorFailure;
@@ -63,7 +65,7 @@ pub struct Scene<'a> {
 /// How often a check is repeated because the emulated processor failed.
 const EMULATOR_FAILURES: u32 = 2;
 
-const CHECKS: [Check; 15] = [
+const CHECKS: [Check; 16] = [
     Check {
         name: "format",
         lab_minutes: 0,
@@ -113,6 +115,11 @@ const CHECKS: [Check; 15] = [
         name: "fleet: real etcd",
         lab_minutes: 0,
         run: fleet,
+    },
+    Check {
+        name: "dashboard in a browser",
+        lab_minutes: 0,
+        run: dashboard,
     },
     Check {
         name: "lab: a host in its group, two reboots",
@@ -266,6 +273,38 @@ fn fleet(scene: &Scene) -> Result<()> {
         )?;
     }
     Ok(())
+}
+
+/// The daemon's page, in Debian's Chromium without a window.
+fn dashboard(scene: &Scene) -> Result<()> {
+    let tool = Tool {
+        program: "chromium",
+        package: "chromium",
+    };
+    apt::ensure_tools(&[tool], scene.progress)?;
+    let chromium =
+        apt::find_program("chromium").context("chromium was installed and is nowhere")?;
+    cargo(&["build", "--locked", "--quiet", "-p", "hebe"], &[])?;
+    let target = std::env::var_os("CARGO_TARGET_DIR");
+    let target = target.map_or_else(|| workspace_root().join("target"), PathBuf::from);
+    let (program, picture) = (target.join("debug/hebe"), target.join("dashboard.png"));
+    let text = |path: &Path| {
+        path.to_str()
+            .map(str::to_owned)
+            .context("a path is no text")
+    };
+    let (chromium, program, picture) = (text(&chromium)?, text(&program)?, text(&picture)?);
+    let environment = [
+        ("HEBE_CHROMIUM", chromium.as_str()),
+        ("HEBE_PROGRAM", &program),
+        ("HEBE_PICTURE", &picture),
+        ("HEBE_REQUIRE_BROWSER", "1"),
+    ];
+    let test = [
+        "test", "--locked", "--quiet", "-p", "hebed", "--test", "hebed",
+    ];
+    let case = ["--", "the_page_is_live"];
+    cargo(&[&test[..], &case].concat(), &environment)
 }
 
 fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {

@@ -97,12 +97,15 @@ async fn marked(mut response: Response) -> Response {
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (header::CACHE_CONTROL, "no-store"),
         (header::X_FRAME_OPTIONS, "DENY"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        // What is no page loads nothing; a drawing has styles of its own.
         (
             header::CONTENT_SECURITY_POLICY,
-            "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; form-action 'none'",
+            "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
         ),
     ] {
-        headers.insert(name, HeaderValue::from_static(value));
+        let value = HeaderValue::from_static(value);
+        headers.entry(name).or_insert(value);
     }
     response
 }
@@ -138,9 +141,33 @@ impl From<JsonRejection> for Problem {
 /// A VM's name in a path.
 pub type Named = Result<Path<VmName>, PathRejection>;
 
-async fn page() -> Response {
+/// The page. Its script and its styles stand in it, and run by a number that is
+/// another one each time: what a guest's or a VM's words may bring in does not
+/// have it.
+async fn page() -> Answer<Response> {
+    let nonce = nonce().ok_or_else(|| {
+        let text = "this kernel has no random numbers yet: try again";
+        Problem::for_now(StatusCode::SERVICE_UNAVAILABLE, text, 1)
+    })?;
+    let policy = format!(
+        "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    );
+    let text = include_str!("page.html").replace("NONCE", &nonce);
+    let mut response = text.into_response();
+    let headers = response.headers_mut();
     let kind = HeaderValue::from_static("text/html; charset=utf-8");
-    ([(header::CONTENT_TYPE, kind)], include_str!("page.html")).into_response()
+    headers.insert(header::CONTENT_TYPE, kind);
+    if let Ok(policy) = HeaderValue::from_str(&policy) {
+        headers.insert(header::CONTENT_SECURITY_POLICY, policy);
+    }
+    Ok(response)
+}
+
+fn nonce() -> Option<String> {
+    let mut bytes = [0; 16];
+    let flags = rustix::rand::GetRandomFlags::empty();
+    let count = rustix::rand::getrandom(&mut bytes, flags).ok()?;
+    (count == bytes.len()).then(|| bytes.iter().map(|b| format!("{b:02x}")).collect())
 }
 
 async fn openapi() -> Response {

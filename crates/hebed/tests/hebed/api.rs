@@ -23,6 +23,7 @@ pub const CASES: &[crate::Case] = &[
     ("systemd_hands_a_socket_over_and_hears_how_it_goes", systemd),
     ("one_daemon_at_a_time", alone),
     ("figures_for_prometheus", figures),
+    ("the_page_runs_its_own_script_alone", page),
     ("vms_are_left_alone_in_the_midst_of_an_order_for_all", quiet),
 ];
 
@@ -168,7 +169,7 @@ fn answers() {
 }
 
 /// A sample of the host, for its age.
-fn sample(world: &World) {
+pub fn sample(world: &World) {
     use hebe_host::ageing::{SLOTS, SampleStore, path_below, sample_here};
     let path = path_below(&world.host.layout.state);
     let mut store = SampleStore::open(&path, SLOTS).expect("a store of samples");
@@ -189,6 +190,37 @@ fn report(world: &World) {
     let now = hebe_sys::clock::stamp_now();
     timeline.note(now, Side::Before, None, EventKind::Asked);
     keep_report(&world.host, &timeline, ReportPlace::Disk).expect("kept");
+}
+
+fn page() {
+    let world = World::new();
+    let daemon = world.daemon();
+    let nonce = || {
+        let reply = daemon.get("/");
+        let policy = reply.header("content-security-policy").expect("a policy");
+        assert!(!policy.contains("unsafe"), "{policy}");
+        for part in [
+            "default-src 'none'",
+            "frame-ancestors 'none'",
+            "connect-src 'self'",
+        ] {
+            assert!(policy.contains(part), "{policy}");
+        }
+        let rest = policy.split("script-src 'nonce-").nth(1).expect("a nonce");
+        let nonce = rest.split('\'').next().expect("its end").to_owned();
+        let marked = format!("<script nonce=\"{nonce}\">");
+        assert_eq!(reply.body.matches("<script").count(), 1);
+        assert!(reply.body.contains(&marked) && !reply.body.contains("NONCE"));
+        // Nothing from elsewhere.
+        assert!(!reply.body.contains("://") && !reply.body.contains("src=\"/"));
+        nonce
+    };
+    let first = nonce();
+    assert_eq!(first.len(), 32);
+    assert_ne!(first, nonce());
+    let other = daemon.get("/v1/vms");
+    let policy = other.header("content-security-policy").expect("a policy");
+    assert!(policy.starts_with("default-src 'none'"), "{policy}");
 }
 
 fn life() {

@@ -6,6 +6,8 @@
 
 mod api;
 mod bounds;
+mod browser;
+mod chromium;
 mod client;
 #[path = "../../../hebe-host/tests/host/fake_vmm.rs"]
 mod fake_vmm;
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
         secure::CASES,
         supervision::CASES,
         kills::CASES,
+        browser::CASES,
     ];
     let cases: Vec<Case> = groups
         .concat()
