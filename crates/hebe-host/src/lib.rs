@@ -16,7 +16,7 @@
 //! - [`timeline`], [`report`], [`gantt`]: the report that spans both kernels.
 //! - [`luo`]: VMs whose memory Linux itself carries into the next kernel.
 //! - [`network`]: networks that Hebe makes for VMs.
-//! - [`check`]: is this machine ready?
+//! - [`check`]: is this machine ready? [`setup`]: making it so.
 //! - [`ageing`]: samples of how it is doing.
 
 pub mod ageing;
@@ -45,6 +45,7 @@ mod resuming;
 pub mod saved;
 pub mod saving;
 pub mod segments;
+pub mod setup;
 pub mod stopping;
 pub mod store_init;
 pub mod stores;

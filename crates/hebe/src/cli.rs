@@ -10,6 +10,7 @@ mod image;
 mod plan;
 mod reboot;
 mod seed;
+mod setup;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -26,6 +27,7 @@ pub use image::{ImageBuildArgs, ImageCommand, ImageFormat};
 pub use plan::{PLAN_HELP, PlanArgs};
 pub use reboot::{MethodArg, RebootArgs};
 pub use seed::SeedArgs;
+pub use setup::{SETUP_HELP, SetupArgs, SetupStore};
 
 const EXIT_CODES: &str = "\
 Exit status:
@@ -406,6 +408,10 @@ pub enum HostCommand {
         after_help = "Exit status 3: something is missing.\n\nExamples:\n  hebe host check\n  hebe host check --json"
     )]
     Check,
+    /// Make this machine ready: reserve memory, tell GRUB, enable the units. Shows what
+    /// would change, and asks.
+    #[command(after_help = SETUP_HELP)]
+    Setup(SetupArgs),
     /// Keep the VMs while the service manager takes the host down; it is the stop of
     /// hebe-freeze.service. Where the host stays up, nothing happens.
     #[command(after_help = "\
@@ -475,6 +481,9 @@ mod tests {
             "hebe reboot --report --svg x.svg",
             "hebe host check",
             "hebe host stopping --rest",
+            "hebe host setup --size 16GiB --yes",
+            "hebe host setup --store luo --dry-run",
+            "hebe host setup --undo",
             "hebe reboot --load --kernel k",
             "hebe reboot --direct",
             "hebe completions bash",
@@ -590,6 +599,9 @@ mod tests {
             "hebe reboot --report --kexec",
             "hebe reboot --report --timeout 5",
             "hebe reboot --report --force",
+            "hebe host setup --undo --size 16GiB",
+            "hebe host setup --store luo --size 16GiB",
+            "hebe host setup --dry-run --yes",
             "hebe reboot --report --direct",
             "hebe reboot --report --load",
             "hebe reboot --load --direct",

@@ -234,6 +234,7 @@ fn every_flag_that_is_named_exists() {
         "hebed/",
         "hebe-host/src/launch.rs",
         "hebe-sys/src/fdstore/",
+        "hebe-host/src/setup/",
         "hebe-host/src/systemd/",
         "hints.rs",
         "/tests/",

@@ -2,7 +2,7 @@
 
 use clap::CommandFactory;
 
-use super::{Cli, Command, FromArg, MethodArg};
+use super::{Cli, Command, FromArg, HostCommand, MethodArg, SetupStore};
 
 impl Cli {
     /// Refuses flags that would be ignored because of the value of another;
@@ -56,6 +56,11 @@ impl Cli {
                 );
                 let why = args.options().contradiction().or(late)?;
                 Some(("reboot", why))
+            }
+            Command::Host(HostCommand::Setup(args))
+                if args.size.is_some() && args.store == SetupStore::Luo =>
+            {
+                Some(("host", "--store luo reserves nothing: leave --size out"))
             }
             _ => None,
         }

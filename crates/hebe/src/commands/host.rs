@@ -22,6 +22,7 @@ struct Answer<'a> {
 pub fn host(host: &Host, command: &HostCommand, out: &Output) -> Outcome {
     match command {
         HostCommand::Check => check(host, out),
+        HostCommand::Setup(args) => super::setup::setup(host, args, out),
         HostCommand::Stopping { rest } => stopping(host, *rest, out),
         HostCommand::Sample => super::age::sample(host, out),
         HostCommand::Age(args) => super::age::age(host, args, out),

@@ -14,6 +14,7 @@ mod plan;
 mod reboot;
 mod rolls;
 mod seed;
+mod setup;
 mod slots;
 mod store;
 mod suspend;
