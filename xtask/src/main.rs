@@ -1,6 +1,7 @@
 //! The project's own tasks: `cargo xtask COMMAND`.
 
 mod bench;
+mod deb;
 mod demo;
 mod image_build;
 mod kernel;
@@ -69,6 +70,8 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Fetch everything the lab needs (the other commands do so, too).
     Setup(setup::SetupArgs),
+    /// Build a Debian package of the product (dpkg-deb).
+    Deb(deb::DebArgs),
     /// Boot a lab host with the product's programs and run commands in it.
     Lab(lab_shell::LabArgs),
     /// Build the lab's own small kernel from Debian's source package.
@@ -106,6 +109,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
             Some(port) => lab_shell::attach(port, &args.command),
             None => lab_shell::run(&assets()?, &args, &progress),
         },
+        Command::Deb(args) => deb::run(&args, &progress),
         Command::Kernel(args) => kernel::run(&assets()?, &args, &progress),
         Command::Tidy => tidy::run().map(|()| ExitCode::SUCCESS),
     }
