@@ -231,6 +231,8 @@ pub(crate) fn start_helper(layout: &Layout) -> Result<(), String> {
     command.stderr(Stdio::from(log));
     let started = proc::spawn_detached(command, Vec::new());
     let mut child = started.map_err(|e| format!("{}: {e}", program.display()))?;
+    // VMs need it until they are suspended, whoever started it.
+    let _ = crate::systemd::adopt_helper("net", child.id());
     let mut word = String::new();
     if let Some(stdout) = child.stdout.take() {
         BufReader::new(stdout)

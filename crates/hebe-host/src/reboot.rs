@@ -44,7 +44,7 @@ use crate::vmm;
 /// How long a VMM may take to answer when everybody else is down.
 const LAST_LOOK_WAIT: Duration = Duration::from_secs(2);
 
-/// How often in a row, a second apart, the service manager must say that the
+/// How often in a row, two seconds apart, the service manager must say that the
 /// host stays up, until that is believed.
 const STAYS_MAX: u32 = 5;
 
@@ -181,7 +181,7 @@ fn ordered(
 fn wait_to_be_ended(host: &Host) -> String {
     let mut stays = 0;
     while stays < STAYS_MAX {
-        thread::sleep(Duration::from_secs(1));
+        thread::sleep(Duration::from_secs(2));
         match host.system.going() {
             Ok(Going::Stays) => stays += 1,
             _ => stays = 0,

@@ -26,13 +26,13 @@ const METHOD_RETURN: u8 = 2;
 const ERROR: u8 = 3;
 
 /// Starts scope `name` around process `pid`.
-pub(super) fn start_scope(socket: &Path, name: &str, vm: &str, pid: u32) -> io::Result<()> {
+pub(super) fn start_scope(socket: &Path, name: &str, title: &str, pid: u32) -> io::Result<()> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(WAIT))?;
     stream.set_write_timeout(Some(WAIT))?;
     let uid = rustix::process::geteuid().as_raw().to_string();
     authenticate(&mut stream, &uid)?;
-    stream.write_all(&call(name, vm, pid))?;
+    stream.write_all(&call(name, title, pid))?;
     answer(&mut stream)
 }
 
@@ -89,12 +89,12 @@ fn answer(stream: &mut UnixStream) -> io::Result<()> {
 }
 
 /// The call: `StartTransientUnit(name, mode, properties, auxiliary)`.
-fn call(name: &str, vm: &str, pid: u32) -> Vec<u8> {
+fn call(name: &str, title: &str, pid: u32) -> Vec<u8> {
     let mut body = Wire::default();
     body.string(name);
     body.string("fail");
     body.array(8, |list| {
-        list.property("Description", "s", |v| v.string(&format!("Hebe: VM {vm}")));
+        list.property("Description", "s", |v| v.string(title));
         list.property("Slice", "s", |v| v.string(super::SLICE));
         // Nothing stops it with the services: that is the whole point.
         list.property("DefaultDependencies", "b", |v| v.word(0));

@@ -100,12 +100,24 @@ pub fn ask(how: Leave) -> Result<(), String> {
 /// # Errors
 /// It stays where it is.
 pub fn adopt(vm: &VmName, pid: u32) -> io::Result<()> {
+    adopt_as(&format!("vm-{vm}"), &format!("Hebe: VM {vm}"), pid)
+}
+
+/// The same with a process that all VMs need.
+///
+/// # Errors
+/// It stays where it is.
+pub fn adopt_helper(name: &str, pid: u32) -> io::Result<()> {
+    adopt_as(name, &format!("Hebe: {name}"), pid)
+}
+
+fn adopt_as(name: &str, title: &str, pid: u32) -> io::Result<()> {
     // An implicit slice would be stopped with everything else.
     let shipped = UNIT_DIRS.iter().any(|d| Path::new(d).join(SLICE).exists());
     if !booted() || !shipped || !rustix::process::geteuid().is_root() {
         return Ok(());
     }
-    bus::start_scope(Path::new(PRIVATE), &scope_name(vm, pid), vm.as_str(), pid)
+    bus::start_scope(Path::new(PRIVATE), &scope_name(name, pid), title, pid)
 }
 
 /// Whether a VMM in this control group outlives the stop of ordinary services:
@@ -117,9 +129,9 @@ pub(crate) fn is_safe(group: &str) -> bool {
 
 /// The process is part of it: a scope ends with its last process, and the next
 /// VMM of the same VM may come before systemd noticed.
-fn scope_name(vm: &VmName, pid: u32) -> String {
+fn scope_name(name: &str, pid: u32) -> String {
     // A hyphen is a level of the hierarchy for slices alone.
-    format!("hebe-vm-{vm}-{pid}.scope")
+    format!("hebe-{name}-{pid}.scope")
 }
 
 fn systemctl(words: &[&str]) -> Result<String, String> {
@@ -165,8 +177,7 @@ mod tests {
 
     #[test]
     fn a_scope_has_a_name_that_systemd_takes() {
-        let vm: VmName = "web-1".parse().expect("name");
-        let scope = scope_name(&vm, 42);
+        let scope = scope_name("vm-web-1", 42);
         assert_eq!(scope, "hebe-vm-web-1-42.scope");
         // unit_name_is_valid(): letters, digits and :-_.\, 255 bytes at most.
         let plain = |c: char| c.is_ascii_alphanumeric() || "-.".contains(c);
