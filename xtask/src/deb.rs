@@ -170,13 +170,7 @@ fn from_the_program(tree: &Tree, hebe: &Path) -> Result<()> {
 fn documents(tree: &Tree, root: &Path) -> Result<()> {
     let doc = "usr/share/doc/hebe";
     let mut copyright = fs::read_to_string(root.join("packaging/deb/copyright"))?;
-    // The format wants every line indented, and none empty.
-    for line in fs::read_to_string(root.join("LICENSE-MIT"))?.lines() {
-        let line = line.trim_end();
-        copyright.push_str(if line.is_empty() { " ." } else { " " });
-        copyright.push_str(line);
-        copyright.push('\n');
-    }
+    copyright.push_str(&fs::read_to_string(root.join("LICENSE-MIT"))?);
     tree.write(&format!("{doc}/copyright"), &copyright)?;
     for name in ["README.md", "SPECIFICATION.md"] {
         tree.copy(&root.join(name), &format!("{doc}/{name}"), 0o644)?;
