@@ -16,6 +16,7 @@ use crate::launch::ExitRecord;
 use crate::listing::{VmRow, VmState, with_cause};
 use crate::lock::VmLock;
 use crate::luo;
+use crate::luo::carry::Carried;
 use crate::ops::{self, StopOptions};
 use crate::pending;
 use crate::resuming::{ResumeOptions, resume_one};
@@ -137,6 +138,31 @@ impl Job {
         }
         let (result, note) = self.suspend(fate);
         (result.map(|()| fate).map_err(|t| t.why), note)
+    }
+
+    /// [`Job::keep`] in memory that Linux carries: it is frozen, and what it began
+    /// to use since it was preserved is preserved, too; or it runs again.
+    pub(crate) fn keep_carried(
+        &self,
+        carried: &Carried,
+        again: bool,
+    ) -> (Result<Fate, String>, Option<Note>) {
+        let (result, note) = self.keep(Fate::Keep, again);
+        let complete = match &result {
+            Ok(Fate::Keep) => carried.complete(),
+            _ => return (result, note),
+        };
+        let Err(why) = complete else {
+            return (result, note);
+        };
+        let socket = self.host.layout.socket(&self.vm);
+        match vmm::let_run(&socket) {
+            Ok(()) => (Err(why), None),
+            Err(error) => {
+                let stays = with_cause(&error);
+                (Err(format!("{why}; and it stays frozen: {stays}")), None)
+            }
+        }
     }
 
     /// What its VMM says that it is in; `None` where its guest runs.

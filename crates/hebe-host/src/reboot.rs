@@ -222,7 +222,7 @@ pub(crate) struct Driver<'a> {
     began: Instants,
     pub(crate) say: &'a (dyn Fn(&str) + Sync),
     /// What Linux carries; as long as it is here, and no longer.
-    carry: Option<Carry>,
+    pub(crate) carry: Option<Carry>,
     /// VMs that were told to power off and are not up again, when all that can
     /// be brought back is.
     not_booted: BTreeSet<VmName>,
@@ -538,9 +538,8 @@ impl<'a> Driver<'a> {
     }
 
     fn unprepare(&mut self) -> Result<(), String> {
-        if let Some(carry) = self.carry.take() {
-            carry.forget(self.host);
-        }
+        // Without a store of PID 1's nobody else holds anything of it.
+        let let_go = self.carry.take().map_or(Ok(()), |c| c.forget(self.host));
         self.host.store.release();
         if let Ok(Some(now)) = self.host.store.view() {
             notes::settle(&self.host.layout, &now);
@@ -553,7 +552,8 @@ impl<'a> Driver<'a> {
             shut && !self.not_booted.contains(name)
         };
         pending.vms.retain(|c| !ours(&c.name));
-        pending.write(self.host).map_err(say)
+        pending.write(self.host).map_err(say)?;
+        let_go
     }
 
     /// Whatever runs now would be lost. VMs that were frozen or saved by this

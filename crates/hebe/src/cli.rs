@@ -424,6 +424,10 @@ Example:
         #[arg(long)]
         rest: bool,
     },
+    /// Take what systemd holds of the kernel before; it is the start of
+    /// hebe-freeze.service. Where there is nothing, nothing happens.
+    #[command(after_help = "Example:\n  hebe host starting        # not by hand: systemd runs it")]
+    Starting,
     /// Note how the host is doing; run it from a timer.
     #[command(after_help = "Example:\n  hebe host sample")]
     Sample,
@@ -480,6 +484,7 @@ mod tests {
             "hebe image build d.img --agent=/x --format qcow2 --json",
             "hebe reboot --report --svg x.svg",
             "hebe host check",
+            "hebe host starting",
             "hebe host stopping --rest",
             "hebe host setup --size 16GiB --yes",
             "hebe host setup --store luo --dry-run",
@@ -559,7 +564,7 @@ mod tests {
                 found += 1;
             }
         }
-        assert_eq!(found, 4);
+        assert_eq!(found, 5);
     }
 
     /// Whoever gives a flag must not find out later that it did nothing.

@@ -7,7 +7,7 @@ use hebe_types::ByteSize;
 
 use super::carry::{Candidate, candidates, plan};
 use super::image::{self, Formats};
-use crate::host::{Host, LiveUpdateConfig};
+use crate::host::{CarrierChoice, Host, LiveUpdateConfig};
 use crate::listing::{Survey, with_cause};
 use crate::preflight::{Check, Level, NextKernel, VmVerdict};
 
@@ -33,7 +33,7 @@ pub(crate) fn checks(
     if vms.is_empty() {
         return Vec::new();
     }
-    let mut checks = vec![running(host), command_line(next)];
+    let mut checks = vec![running(host), carrier(host), command_line(next)];
     let here = host.system.release();
     let own = PathBuf::from(format!("/boot/vmlinuz-{here}"));
     checks.extend(next_image((&here, &own), &next.kernel));
@@ -59,6 +59,28 @@ fn running(host: &Host) -> Check {
     match opened {
         Ok(()) => Check::ok(id, "the running kernel can carry memory into the next one"),
         Err(error) => Check::bad(id, Level::Fail, with_cause(&error), "or use --method saved"),
+    }
+}
+
+/// Who holds the memory up to the jump, and why.
+fn carrier(host: &Host) -> Check {
+    let id = "live-update:carrier";
+    let chosen = host.config().unwrap_or_default().live_update.carrier;
+    match super::carrier(host) {
+        Ok(words) => Check::ok(
+            id,
+            format!("PID 1 holds the memory until the next kernel has it: {words}"),
+        ),
+        Err(why) if chosen == CarrierChoice::Systemd => Check::bad(
+            id,
+            Level::Fail,
+            format!("host.toml says carrier = \"systemd\", and that cannot be: {why}"),
+            "set [live_update] carrier = \"auto\", or use --method saved",
+        ),
+        Err(why) => Check::ok(
+            id,
+            format!("Hebe holds the memory until it leaves by itself: {why}"),
+        ),
     }
 }
 

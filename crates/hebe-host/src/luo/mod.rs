@@ -29,13 +29,15 @@ use hebe_sys::fdpass;
 use hebe_sys::luo::{LuoError, Orchestrator};
 use hebe_types::{ByteSize, StoreKind, VmConfig, VmId, VmName};
 
-use crate::host::{Host, HostError, Layout};
+use crate::definitions;
+use crate::host::{CarrierChoice, Host, HostError, Layout};
 use crate::launch::{ExitRecord, Instance, LAUNCH_WAIT, Launch, Memory, Origin, launch};
-use crate::listing::VmRow;
+use crate::listing::{VmRow, with_cause};
 use crate::lock::VmLock;
 use crate::notes;
 use crate::ops;
 use crate::stores::{SegmentView, StoreTrouble};
+use crate::systemd;
 use crate::vmm;
 
 /// The store's name in lists and definitions.
@@ -58,11 +60,26 @@ pub(crate) fn orchestrator(host: &Host) -> Result<Box<dyn Orchestrator>, LuoErro
 }
 
 /// Whether what is preserved outlives this process where the service manager
-/// leaves for the next kernel, because it holds the sessions. Until something
-/// does, `hebe reboot` leaves by itself while VMs are in this store, and
-/// [`crate::stopping`] saves them.
-pub(crate) fn carried_by_manager(_host: &Host) -> bool {
-    false
+/// leaves for the next kernel, because PID 1 holds the sessions; in words, by
+/// whom. Otherwise `hebe reboot` leaves by itself while VMs are in this store,
+/// and [`crate::stopping`] saves them.
+///
+/// # Errors
+/// Why PID 1 does not hold them.
+pub(crate) fn carrier(host: &Host) -> Result<String, String> {
+    let config = host.config().map_err(|e| with_cause(&e))?;
+    if config.live_update.carrier == CarrierChoice::Own {
+        return Err("host.toml says carrier = \"own\"".into());
+    }
+    host.system.live_update().map_err(|e| with_cause(&e))?;
+    host.system.armed()?;
+    let vms = definitions::all(&host.layout).len();
+    host.system.fd_store_of(systemd::UNIT, vms + 1)
+}
+
+/// The same as yes or no.
+pub(crate) fn carried_by_manager(host: &Host) -> bool {
+    carrier(host).is_ok()
 }
 
 /// Whether `store = "auto"` means this store, where there is no other one.

@@ -189,11 +189,19 @@ fn ground(
     }
     let ground = Ground {
         store: store && survives,
-        carried: survives && luo::carried_by_manager(host),
+        // A soft reboot ends every VMM, and no kernel takes anything over.
+        carried: survives && going == Going::Kexec && carries(host, &verdict, notes),
         wish: config.vms,
         ordered: order.map(|o| o.method),
     };
     (ground, verdict, survey)
+}
+
+/// Whether PID 1 can hold what the next kernel is to take over, and that can.
+fn carries(host: &Host, verdict: &Verdict, notes: &mut Vec<String>) -> bool {
+    let ids = verdict.checks.iter().map(|check| check.id.as_str());
+    let ids: Vec<&str> = ids.filter(|id| id.starts_with("live-update")).collect();
+    sound(verdict, &ids, notes) && luo::carried_by_manager(host)
 }
 
 /// Whether all of these checks hold; what does not is noted.
@@ -263,6 +271,8 @@ struct Event<'a> {
     driver: Driver<'a>,
     machine: Stopping,
     going: Going,
+    /// See [`Ground::carried`].
+    carried: bool,
 }
 
 impl<'a> Event<'a> {
@@ -305,6 +315,7 @@ impl<'a> Event<'a> {
             driver,
             machine: Stopping::new(chains),
             going,
+            carried: ground.carried,
         }
     }
 
@@ -329,6 +340,7 @@ impl<'a> Event<'a> {
                     }
                     if let Input::VmFailed(vm, why) = &answer.input {
                         (self.driver.say)(&format!("{vm}: {why}"));
+                        self.give_up(vm);
                     }
                     answer.input
                 }
@@ -373,6 +385,7 @@ impl<'a> Event<'a> {
         }
         failed.extend(self.driver.note_frozen().err().map(|e| with_cause(&e)));
         failed.extend(self.driver.hold_store().err());
+        failed.extend(self.carry().err());
         (self.driver.say)("flushing disks");
         self.driver.host.system.sync();
         self.driver.note(EventKind::Prepared);
@@ -380,6 +393,61 @@ impl<'a> Event<'a> {
             return Ok(());
         }
         Err(failed.join("; "))
+    }
+
+    /// Has the memory of VMs that Linux is to carry preserved while they run, and
+    /// PID 1 hold it. Those of which that fails are kept in another way.
+    fn carry(&mut self) -> Result<(), String> {
+        if !self.carried {
+            return Ok(());
+        }
+        let host = self.driver.host;
+        let verdicts = &self.driver.verdict.vms;
+        let vms = luo::carry::candidates(&self.driver.survey, verdicts);
+        if vms.is_empty() || luo::carry::was_handed_over(host, &vms) {
+            return Ok(());
+        }
+        let prepared = host
+            .system
+            .fd_store()
+            .and_then(|store| luo::carry::Carry::prepare_into(host, &vms, store, self.driver.say));
+        let failed = match prepared {
+            Ok((carry, failed)) => {
+                self.driver.carry = Some(carry);
+                failed
+            }
+            Err(why) => vms
+                .iter()
+                .map(|vm| (vm.name.clone(), why.clone()))
+                .collect(),
+        };
+        let mut told = Vec::new();
+        for (vm, why) in failed {
+            let mut sentence = format!("the memory of '{vm}' is not carried: {why}");
+            // One that runs is saved when its turn comes to be frozen.
+            let frozen = vms.iter().any(|v| v.name == vm && !v.runs);
+            if frozen && let Err(why) = self.driver.job(&vm).keep(Fate::Save, false).0 {
+                sentence.push_str(&format!("; it was frozen, and cannot be saved: {why}"));
+            }
+            told.push(sentence);
+        }
+        match told.is_empty() {
+            true => Ok(()),
+            false => Err(told.join("; ")),
+        }
+    }
+
+    /// Nothing of a VM that is kept in another way goes along.
+    fn give_up(&mut self, vm: &VmName) {
+        let host = self.driver.host;
+        let carry = self.driver.carry.as_mut();
+        let given_up = carry.map(|carry| carry.give_up(host, vm));
+        if let Some(Err(why)) = given_up {
+            let note =
+                format!("the next kernel gets memory of '{vm}' that is not to be used: {why}");
+            (self.driver.say)(&note);
+            self.driver.timeline.notes.push(note);
+        }
     }
 
     /// Puts a VM that is to be shut down on the list of those to boot.
@@ -406,8 +474,15 @@ impl<'a> Event<'a> {
         (self.driver.say)(&format!("{vm}: {}", fate_words(fate)));
         let job = self.driver.job(&vm);
         let sender = sender.clone();
+        let row = self.driver.survey.rows.get(&vm);
+        let files = row.is_some_and(|row| memory_of(row) == Memory::Files);
+        let carried = self.driver.carry.as_ref().and_then(|carry| carry.vm(&vm));
         thread::spawn(move || {
-            let (result, note) = job.keep(fate, again);
+            let (result, note) = match (fate, carried) {
+                (Fate::Keep, Some(carried)) => job.keep_carried(&carried, again),
+                (Fate::Keep, None) if files => (Err("nobody carries its memory".to_owned()), None),
+                _ => job.keep(fate, again),
+            };
             let input = match result {
                 Ok(fate) => Input::VmDone(vm, fate),
                 Err(why) => Input::VmFailed(vm, why),
@@ -439,11 +514,19 @@ impl<'a> Event<'a> {
             };
             let row = self.driver.survey.rows.get(&end.vm);
             let files = row.is_some_and(|row| memory_of(row) == Memory::Files);
-            // Files have no other holder than their VMM.
             if files && end.fate == Some(Fate::Keep) {
                 continue;
             }
             let _ = vmm::quit(self.driver.host, &end.vm, Some(expected));
+        }
+        // Files have no other holder than their VMM, but where PID 1 is one.
+        if let Some(Err(why)) = self
+            .driver
+            .carry
+            .as_ref()
+            .map(|c| c.end_holders(self.driver.host))
+        {
+            (self.driver.say)(&why);
         }
     }
 }

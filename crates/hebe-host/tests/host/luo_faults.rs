@@ -93,7 +93,7 @@ fn all_run(world: &World) {
 }
 
 /// The memory of a VM, as the reboot job gets it.
-fn files(world: &World, vm: &str) -> SegmentFiles {
+pub fn files(world: &World, vm: &str) -> SegmentFiles {
     let socket = world.host.layout.socket(&name(vm));
     let mut client = Client::connect(&socket).expect("connect");
     let answer = client.call(&Request::SegmentFiles).expect("files");

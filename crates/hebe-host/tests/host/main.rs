@@ -10,6 +10,7 @@ mod kills;
 mod life;
 mod live_update;
 mod luo_faults;
+mod luo_systemd;
 mod networks;
 mod races;
 mod reboots;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         kills::CASES,
         live_update::CASES,
         luo_faults::CASES,
+        luo_systemd::CASES,
         networks::CASES,
         races::CASES,
         verdicts::CASES,

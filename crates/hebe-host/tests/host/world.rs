@@ -19,6 +19,8 @@ use hebe_host::store_init::{InitOptions, init};
 use hebe_host::stores::{DeviceStore, NewSegment, StoreAccess, StoreTrouble, StoreView};
 use hebe_host::system::{Leave, System, SystemError};
 use hebe_host::{Host, Layout};
+use hebe_sys::fdstore::FdStore;
+use hebe_sys::fdstore::fake::FakeManager;
 use hebe_sys::luo::fake::FakeKernel;
 use hebe_sys::luo::{LuoError, Orchestrator};
 use hebe_types::{ByteSize, RebootMethod, SegmentId, Stamp, VmId, VmName};
@@ -52,6 +54,8 @@ pub struct FakeMachine {
     pub at_services: Mutex<Option<Box<dyn FnOnce() + Send>>>,
     /// Its Live Update Orchestrator, where it has one.
     pub luo: Mutex<Option<FakeKernel>>,
+    /// A PID 1 with a file descriptor store, where it is one.
+    pub manager: Mutex<Option<FakeManager>>,
     /// Given back when the machine leaves, as a kernel does with all locks.
     pub store: Mutex<Option<Arc<DeviceStore>>>,
 }
@@ -192,11 +196,42 @@ impl System for FakeMachine {
         let luo = self.luo.lock().expect("lock").clone();
         Ok(Box::new(luo.ok_or(LuoError::NotOffered)?.open()?))
     }
+    fn fd_store(&self) -> Result<Arc<dyn FdStore>, String> {
+        let manager = self.manager.lock().expect("lock").clone();
+        Ok(Arc::new(manager.ok_or("PID 1 is not systemd")?))
+    }
+    fn fd_store_of(&self, unit: &str, room: usize) -> Result<String, String> {
+        let manager = self.manager.lock().expect("lock").clone();
+        let manager = manager.ok_or("PID 1 is systemd 257, and 261 is needed")?;
+        manager
+            .has_room(room)
+            .then(|| format!("{unit} of 262"))
+            .ok_or("full".into())
+    }
+    fn was_handed_sessions(&self) -> bool {
+        let manager = self.manager.lock().expect("lock");
+        manager.as_ref().is_some_and(|m| !m.names().is_empty())
+    }
     fn start_keeper(&self, host: &Host) -> Result<usize, String> {
-        let device = self.orchestrator().map_err(|e| e.to_string())?;
+        let manager = self.manager.lock().expect("lock").clone();
+        let luo = self.luo.lock().expect("lock").clone();
+        let (mut names, mut handed) = (Vec::new(), Vec::new());
+        if let (Some(manager), Some(luo)) = (&manager, luo) {
+            for (name, fd) in manager.pass() {
+                handed.extend(luo.adopt(fd));
+                names.push(name);
+            }
+        }
+        let device = keeper::source(host, handed).map_err(|e| e.to_string())?;
         let (said, word) = std::io::pipe().expect("pipe");
         let place = Place::of(host);
-        std::thread::spawn(move || keeper::keep(device, place, word));
+        let let_go = move || {
+            for name in names {
+                let told = manager.as_ref().map(|manager| manager.remove(&name));
+                told.expect("a manager").expect("heard");
+            }
+        };
+        std::thread::spawn(move || keeper::keep_then(device, place, word, let_go));
         let mut line = String::new();
         let read = BufReader::new(said).read_line(&mut line);
         read.map_err(|e| e.to_string())?;
@@ -230,6 +265,18 @@ impl StoreAccess for Absent {
         Ok(())
     }
     fn release(&self) {}
+}
+
+/// What PID 1 does in the next kernel: it gets each session that its store had.
+fn retrieved(luo: &FakeKernel, names: Vec<String>) -> Vec<(String, OwnedFd)> {
+    let Ok(device) = luo.open() else {
+        return Vec::new();
+    };
+    let get = |name: String| {
+        let session = device.retrieve_fd(&name.parse().ok()?).ok()?;
+        Some((name, session))
+    };
+    names.into_iter().filter_map(get).collect()
 }
 
 /// A host and everything in it.
@@ -269,6 +316,21 @@ impl World {
         world
     }
 
+    /// The same, and PID 1 is one that can hold sessions over a kexec.
+    pub fn with_manager(max: usize) -> Self {
+        let world = Self::live_update();
+        let socket = world.root.path().join("notify");
+        let manager = FakeManager::new(&socket, max);
+        *world.machine.manager.lock().expect("lock") = Some(manager);
+        world
+    }
+
+    /// Its PID 1.
+    pub fn manager(&self) -> FakeManager {
+        let manager = self.machine.manager.lock().expect("lock");
+        manager.clone().expect("systemd")
+    }
+
     /// Lists what the kernel before handed over beside what the store holds.
     pub fn keep_arrivals(&mut self) {
         let socket = self.host.layout.keeper_socket();
@@ -304,6 +366,7 @@ impl World {
             left: AtomicBool::new(false),
             realtime_set: Mutex::new(None),
             luo: Mutex::new(None),
+            manager: Mutex::new(None),
             store: Mutex::new(None),
             at_sync: Mutex::new(None),
             at_services: Mutex::new(None),
@@ -402,7 +465,12 @@ impl World {
     /// another boot.
     pub fn next_boot(&self) {
         if let Some(luo) = &*self.machine.luo.lock().expect("lock") {
+            let manager = self.machine.manager.lock().expect("lock");
+            let stored = manager.as_ref().map(FakeManager::names);
             luo.kexec();
+            if let (Some(manager), Some(names)) = (&*manager, stored) {
+                manager.replace(retrieved(luo, names));
+            }
         }
         let vms = fs::read_dir(self.host.layout.run.join("vms"));
         for entry in vms.into_iter().flatten().flatten() {

@@ -60,6 +60,11 @@ impl FakeManager {
         self.socket.as_os_str()
     }
 
+    /// Whether its store takes so many at all.
+    pub fn has_room(&self, wanted: usize) -> bool {
+        self.lock().max >= wanted
+    }
+
     /// From now on it takes so many.
     pub fn set_max(&self, max: usize) {
         self.lock().max = max;

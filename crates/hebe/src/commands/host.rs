@@ -2,7 +2,7 @@
 
 use hebe_host::Host;
 use hebe_host::check::host_check;
-use hebe_host::luo::keeper;
+use hebe_host::luo::{asking, keeper};
 use hebe_host::preflight::{Check, Level};
 use hebe_host::stopping;
 use hebe_sys::fdstore;
@@ -22,6 +22,7 @@ struct Answer<'a> {
 pub fn host(host: &Host, command: &HostCommand, out: &Output) -> Outcome {
     match command {
         HostCommand::Check => check(host, out),
+        HostCommand::Starting => starting(host),
         HostCommand::Setup(args) => super::setup::setup(host, args, out),
         HostCommand::Stopping { rest } => stopping(host, *rest, out),
         HostCommand::Sample => super::age::sample(host, out),
@@ -47,6 +48,16 @@ fn check(host: &Host, out: &Output) -> Outcome {
         text
     });
     Ok(if ready { Exit::Done } else { Exit::CheckFailed })
+}
+
+/// `hebe host starting`.
+fn starting(host: &Host) -> Outcome {
+    asking::take_handed(host).map_err(|why| {
+        Failure(format!(
+            "what systemd holds of the kernel before cannot be taken, and stays with it: {why}"
+        ))
+    })?;
+    Ok(Exit::Done)
 }
 
 /// `hebe host stopping`. With `rest` it comes after another one, of which
