@@ -157,6 +157,11 @@ const CHECKS: [Check; 16] = [
         run: lab_tests::live_update::run,
     },
     Check {
+        name: "lab: live update by systemd",
+        lab_minutes: 6,
+        run: lab_tests::live_update_systemd::run,
+    },
+    Check {
         name: "lab: tests that run guests",
         lab_minutes: 3,
         run: lab_tests::kvm_tests::run,

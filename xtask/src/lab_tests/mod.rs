@@ -7,6 +7,7 @@ pub mod fleet;
 pub mod kvm_tests;
 pub mod live_update;
 mod live_update_faults;
+pub mod live_update_systemd;
 pub mod loops;
 pub mod methods;
 pub mod refusals;

@@ -69,7 +69,7 @@ fn carrier(host: &Host) -> Check {
     match super::carrier(host) {
         Ok(words) => Check::ok(
             id,
-            format!("PID 1 holds the memory until the next kernel has it: {words}"),
+            format!("while systemd takes the host down, PID 1 holds the memory: {words}"),
         ),
         Err(why) if chosen == CarrierChoice::Systemd => Check::bad(
             id,

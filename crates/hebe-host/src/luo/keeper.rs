@@ -527,8 +527,11 @@ impl Start {
         }
         let let_go = move || {
             let Some(address) = self.notify else { return };
-            let told = Notify::connect(&address)
-                .and_then(|pid1| names.iter().try_for_each(|name| pid1.remove(name)));
+            // It hears nobody who is gone when it looks who it was.
+            let told = Notify::connect(&address).and_then(|pid1| {
+                names.iter().try_for_each(|name| pid1.remove(name))?;
+                pid1.settle(WAIT)
+            });
             if let Err(error) = told {
                 // They are finished, and hold nothing.
                 eprintln!("systemd was not told to let go of its descriptors: {error}");
