@@ -19,6 +19,8 @@ const OPTIONS: [&str; 3] = [
     "CONFIG_LIVEUPDATE",
     "CONFIG_LIVEUPDATE_MEMFD",
 ];
+/// The check that says who holds the memory.
+pub(crate) const CARRIER: &str = "live-update:carrier";
 /// The first Linux that has it.
 const FIRST: (u32, u32) = (6, 19);
 
@@ -64,9 +66,9 @@ fn running(host: &Host) -> Check {
 
 /// Who holds the memory up to the jump, and why.
 fn carrier(host: &Host) -> Check {
-    let id = "live-update:carrier";
+    let id = CARRIER;
     let chosen = host.config().unwrap_or_default().live_update.carrier;
-    match super::carrier(host) {
+    match host.system.armed().and_then(|()| super::carrier(host)) {
         Ok(words) => Check::ok(
             id,
             format!("while systemd takes the host down, PID 1 holds the memory: {words}"),

@@ -61,7 +61,8 @@ pub(crate) fn orchestrator(host: &Host) -> Result<Box<dyn Orchestrator>, LuoErro
 
 /// Whether what is preserved outlives this process where the service manager
 /// leaves for the next kernel, because PID 1 holds the sessions; in words, by
-/// whom. Otherwise `hebe reboot` leaves by itself while VMs are in this store,
+/// whom. That the unit is active is not asked: when the host is taken down it is
+/// being stopped. Otherwise `hebe reboot` leaves by itself while VMs are in this store,
 /// and [`crate::stopping`] saves them.
 ///
 /// # Errors
@@ -72,14 +73,13 @@ pub(crate) fn carrier(host: &Host) -> Result<String, String> {
         return Err("host.toml says carrier = \"own\"".into());
     }
     host.system.live_update().map_err(|e| with_cause(&e))?;
-    host.system.armed()?;
     let vms = definitions::all(&host.layout).len();
     host.system.fd_store_of(systemd::UNIT, vms + 1)
 }
 
-/// The same as yes or no.
+/// Whether that will be so when the host is taken down.
 pub(crate) fn carried_by_manager(host: &Host) -> bool {
-    carrier(host).is_ok()
+    host.system.armed().is_ok() && carrier(host).is_ok()
 }
 
 /// Whether `store = "auto"` means this store, where there is no other one.

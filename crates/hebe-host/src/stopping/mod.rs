@@ -190,7 +190,7 @@ fn ground(
     let ground = Ground {
         store: store && survives,
         // A soft reboot ends every VMM, and no kernel takes anything over.
-        carried: survives && going == Going::Kexec && carries(host, &verdict, notes),
+        carried: survives && going == Going::Kexec && carries(host, &verdict, &survey, notes),
         wish: config.vms,
         ordered: order.map(|o| o.method),
     };
@@ -198,10 +198,22 @@ fn ground(
 }
 
 /// Whether PID 1 can hold what the next kernel is to take over, and that can.
-fn carries(host: &Host, verdict: &Verdict, notes: &mut Vec<String>) -> bool {
+fn carries(host: &Host, verdict: &Verdict, survey: &Survey, notes: &mut Vec<String>) -> bool {
     let ids = verdict.checks.iter().map(|check| check.id.as_str());
-    let ids: Vec<&str> = ids.filter(|id| id.starts_with("live-update")).collect();
-    sound(verdict, &ids, notes) && luo::carried_by_manager(host)
+    // Whether PID 1 can is asked below: its unit is being stopped already.
+    let ids = ids.filter(|id| id.starts_with("live-update") && *id != luo::check::CARRIER);
+    let ids: Vec<&str> = ids.collect();
+    if !sound(verdict, &ids, notes) {
+        return false;
+    }
+    let has_files = |row: &VmRow| memory_of(row) == Memory::Files && row.life.has_vmm();
+    let carrier = luo::carrier(host);
+    if let (Err(why), true) = (&carrier, survey.rows.values().any(has_files)) {
+        notes.push(format!(
+            "PID 1 does not hold the memory of VMs in store luo: {why}"
+        ));
+    }
+    carrier.is_ok()
 }
 
 /// Whether all of these checks hold; what does not is noted.

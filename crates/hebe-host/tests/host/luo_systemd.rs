@@ -227,6 +227,14 @@ fn chosen() {
     assert!(said.sentence.contains("carrier = \"own\""), "{said:?}");
     let stopped = stop(&world, Going::Kexec);
     assert_eq!(fates(&stopped), [Some(Fate::Save)], "{stopped:?}");
+    let said = format!("{stopped:?}");
+    assert!(said.contains("carrier = "), "{said}");
+    let named = World::with_manager(8);
+    named.start(&["web"]);
+    config(&named, "systemd");
+    stage_warm(&named);
+    let stopped = stop(&named, Going::Kexec);
+    assert_eq!(fates(&stopped), [Some(Fate::Keep)], "{stopped:?}");
     let old = World::live_update();
     old.start(&["web"]);
     *old.machine.going.lock().expect("lock") = Some(Ok(Going::Stays));

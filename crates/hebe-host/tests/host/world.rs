@@ -102,8 +102,12 @@ impl System for FakeMachine {
         going.clone().unwrap_or(Ok(Going::Stays))
     }
     fn armed(&self) -> Result<(), String> {
-        let going = self.going.lock().expect("lock");
-        going.as_ref().map(drop).ok_or("not armed".into())
+        match &*self.going.lock().expect("lock") {
+            None => Err("not armed".into()),
+            Some(Ok(Going::Stays)) => Ok(()),
+            // What is being stopped is not active any more.
+            Some(_) => Err("hebe-freeze.service is deactivating".into()),
+        }
     }
     fn ask(&self, how: Leave) -> Result<(), String> {
         self.event(&format!("ask {how:?}"));
