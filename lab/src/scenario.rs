@@ -140,7 +140,8 @@ pub struct GuestSpec {
     pub kernel: KernelName,
     /// It has the disk that [`LabOptions::guest_disks`] made under its name.
     pub disk: bool,
-    /// It has sockets, an agent that serves them, pvpanic and a generation ID;
+    /// It has sockets, an agent that serves them, pvpanic, a generation ID and a
+    /// real-time clock;
     /// the agent must be among [`LabOptions::guest_programs`].
     pub agent: bool,
     /// It has a balloon.
@@ -224,6 +225,7 @@ impl GuestSpec {
             restart_limit: None,
             after: Vec::new(),
             console: ConsoleConfig::default(),
+            rtc: self.agent,
             pvpanic: self.agent,
             generation_id: self.agent,
             vsock: self.agent.then(VsockConfig::default),

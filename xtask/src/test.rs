@@ -65,7 +65,7 @@ pub struct Scene<'a> {
 /// How often a check is repeated because the emulated processor failed.
 const EMULATOR_FAILURES: u32 = 2;
 
-const CHECKS: [Check; 16] = [
+const CHECKS: &[Check] = &[
     Check {
         name: "format",
         lab_minutes: 0,
@@ -160,6 +160,11 @@ const CHECKS: [Check; 16] = [
         name: "lab: live update by systemd",
         lab_minutes: 6,
         run: lab_tests::live_update_systemd::run,
+    },
+    Check {
+        name: "lab: balloons and live update",
+        lab_minutes: 4,
+        run: lab_tests::balloon::run,
     },
     Check {
         name: "lab: tests that run guests",

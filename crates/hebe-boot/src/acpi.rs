@@ -46,6 +46,8 @@ pub struct AcpiPlan {
     pub vcpus: u8,
     /// A serial port.
     pub serial: bool,
+    /// A real-time clock.
+    pub rtc: bool,
     /// A device that takes word of a panic.
     pub pvpanic: bool,
     /// A VM generation ID, which is written too.
@@ -58,7 +60,7 @@ pub fn write_acpi(ram: &vm_memory::GuestMemoryMmap<()>, plan: &AcpiPlan) -> Resu
         bytes: vec![0; Rsdp::len().next_multiple_of(16)],
     };
     let dsdt = image.append(&dsdt(plan));
-    let fadt = image.append(&to_bytes(&fadt(dsdt)));
+    let fadt = image.append(&to_bytes(&fadt(dsdt, plan.rtc)));
     let madt = image.append(&to_bytes(&madt(plan.vcpus)));
     let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
     xsdt.add_entry(fadt);
@@ -107,7 +109,7 @@ fn port(address: u16) -> GAS {
     )
 }
 
-fn fadt(dsdt: u64) -> impl Aml {
+fn fadt(dsdt: u64, rtc: bool) -> impl Aml {
     let mut fadt = FADTBuilder::new(OEM, TABLE, REVISION)
         .dsdt_64(dsdt)
         .preferred_pm_profile(PmProfile::PerformanceServer)
@@ -120,7 +122,11 @@ fn fadt(dsdt: u64) -> impl Aml {
     fadt.reset_value = layout::RESET_VALUE;
     fadt.sleep_control_reg = port(layout::PORT_SLEEP_CONTROL);
     fadt.sleep_status_reg = port(layout::PORT_SLEEP_STATUS);
-    fadt.iapc_boot_arch = (BOOT_ARCH_NO_VGA | BOOT_ARCH_NO_CMOS).into();
+    let no_clock = if rtc { 0 } else { BOOT_ARCH_NO_CMOS };
+    fadt.iapc_boot_arch = (BOOT_ARCH_NO_VGA | no_clock).into();
+    if rtc {
+        fadt.century = layout::RTC_CENTURY;
+    }
     fadt.finalize()
 }
 
@@ -151,6 +157,9 @@ fn dsdt(plan: &AcpiPlan) -> Vec<u8> {
     }
     if plan.pvpanic {
         pvpanic(&mut body);
+    }
+    if plan.rtc {
+        clock(&mut body);
     }
     // \_S5: the sleep type for power-off.
     let sleep_type = layout::SLEEP_TYPE_OFF;
@@ -257,6 +266,17 @@ fn serial_port(body: &mut Vec<u8>) {
     scope_sb(vec![&device]).to_aml_bytes_into(body);
 }
 
+/// Without an interrupt: it wakes nobody.
+fn clock(body: &mut Vec<u8>) {
+    let hid = EISAName::new("PNP0B00");
+    let hid = Name::new("_HID".into(), &hid);
+    let ports = IO::new(layout::PORT_RTC, layout::PORT_RTC, 1, 2);
+    let resources = ResourceTemplate::new(vec![&ports]);
+    let crs = Name::new("_CRS".into(), &resources);
+    let device = Device::new("RTC_".into(), vec![&hid, &crs]);
+    scope_sb(vec![&device]).to_aml_bytes_into(body);
+}
+
 /// Takes word of a panic (the `pvpanic` interface of QEMU, docs/specs).
 fn pvpanic(body: &mut Vec<u8>) {
     let hid = Name::new("_HID".into(), &"QEMU0001");
@@ -289,6 +309,7 @@ mod tests {
         AcpiPlan {
             vcpus,
             serial,
+            rtc: true,
             pvpanic: true,
             generation_id: Some(*b"sixteen bytes id"),
         }
@@ -329,6 +350,10 @@ mod tests {
         let dsdt = table(u64_at(&fadt, 140));
         assert_eq!(&dsdt[..4], b"DSDT");
         let names = |name: &[u8]| dsdt.windows(name.len()).any(|w| w == name);
+        // EISA id PNP0B00, and the FADT's word of a clock.
+        assert!(names(&[0x41, 0xd0, 0x0b, 0x00]));
+        assert_eq!(fadt[108], layout::RTC_CENTURY);
+        assert_eq!(fadt[109] & 1 << 5, 0, "there is a CMOS clock");
         assert!(names(b"QEMU0001") && names(b"VM_Gen_Counter\0"));
         assert_eq!(read(layout::GENERATION_ID, 16), b"sixteen bytes id");
         let madt = table(u64_at(&xsdt, 44));

@@ -60,6 +60,10 @@ pub const SLEEP_TYPE_OFF: u8 = 5;
 pub const IRQ_EVENTS: u32 = 5;
 /// Where a guest tells that its kernel panicked, one byte.
 pub const PORT_PVPANIC: u16 = 0x505;
+/// Index and data of the real-time clock, one byte each.
+pub const PORT_RTC: u16 = 0x70;
+/// Register that holds the century.
+pub const RTC_CENTURY: u8 = 0x32;
 /// First serial port.
 pub const PORT_SERIAL: u16 = 0x3f8;
 /// Interrupt of the first serial port.

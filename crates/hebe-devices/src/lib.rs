@@ -24,6 +24,7 @@ mod msix;
 mod pci;
 mod platform;
 mod pvpanic;
+mod rtc;
 mod serial;
 mod virtio;
 
@@ -33,6 +34,7 @@ pub use platform::{
     Doorbells, EventLog, MsiMessage, MsiVector, MsixBackend, Platform, Ram, Reclaim,
 };
 pub use pvpanic::Pvpanic;
+pub use rtc::Rtc;
 pub use serial::{SERIAL_IRQ, SERIAL_PORT, SerialPort, SerialStateError};
 pub use virtio::{
     BAR_SIZE, BalloonFigures, Counters, DeviceError, DeviceKind, FrameStream, NetBackend,

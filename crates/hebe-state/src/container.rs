@@ -44,6 +44,8 @@ pub enum SectionKind {
     Pvpanic = 9,
     /// VM generation ID.
     GenerationId = 10,
+    /// Real-time clock.
+    Rtc = 11,
 }
 
 impl SectionKind {
@@ -59,6 +61,7 @@ impl SectionKind {
             Self::Virtio,
             Self::Pvpanic,
             Self::GenerationId,
+            Self::Rtc,
         ]
         .into_iter()
         .find(|kind| *kind as u32 == number)

@@ -105,6 +105,9 @@ pub struct VmConfig {
     /// VMs that are started before this one when the host starts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub after: Vec<VmName>,
+    /// A real-time clock, as PCs have it.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub rtc: bool,
     /// A device by which the guest tells that its kernel panicked.
     #[serde(default, skip_serializing_if = "is_off")]
     pub pvpanic: bool,
@@ -406,6 +409,7 @@ mod tests {
             restart_limit: None,
             after: Vec::new(),
             console: ConsoleConfig::default(),
+            rtc: false,
             pvpanic: false,
             generation_id: false,
             vsock: None,
@@ -450,7 +454,7 @@ mod tests {
     #[test]
     fn sockets_are_off_unless_asked_for_and_leave_no_trace_then() {
         let off = toml::to_string(&sample()).expect("text");
-        for key in ["vsock", "pvpanic", "generation_id", "balloon"] {
+        for key in ["vsock", "pvpanic", "generation_id", "balloon", "rtc"] {
             assert!(!off.contains(key), "{off}");
         }
         let on = format!("{off}\n[vsock]\n");

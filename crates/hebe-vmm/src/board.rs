@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use hebe_boot::layout;
-use hebe_devices::{PciRoot, Pvpanic, SerialPort};
+use hebe_devices::{PciRoot, Pvpanic, Rtc, SerialPort};
 use hebe_kvm::IoHandler;
 
 use crate::acpi::Acpi;
@@ -14,6 +14,7 @@ use crate::vm::Event;
 /// Linux falls back to that.
 const PORT_KEYBOARD: u16 = 0x64;
 const KEYBOARD_RESET: u8 = 0xfe;
+const PORT_RTC_LAST: u16 = layout::PORT_RTC + 1;
 
 /// Everything that answers to vCPUs' I/O. Shared by all vCPU threads; each
 /// part locks for itself.
@@ -22,6 +23,7 @@ pub(crate) struct Board {
     pub(crate) serial: Option<Arc<SerialPort>>,
     pub(crate) acpi: Acpi,
     pub(crate) pvpanic: Option<Pvpanic>,
+    pub(crate) rtc: Option<Rtc>,
 }
 
 impl Board {
@@ -30,12 +32,14 @@ impl Board {
         serial: Option<Arc<SerialPort>>,
         acpi: Acpi,
         pvpanic: Option<Pvpanic>,
+        rtc: Option<Rtc>,
     ) -> Self {
         Self {
             pci,
             serial,
             acpi,
             pvpanic,
+            rtc,
         }
     }
 
@@ -64,6 +68,11 @@ impl IoHandler for Board {
                     data[0] = pvpanic.pio_read();
                 }
             }
+            layout::PORT_RTC..=PORT_RTC_LAST => {
+                if let Some(rtc) = &self.rtc {
+                    data[0] = rtc.pio_read(port - layout::PORT_RTC);
+                }
+            }
             _ => {
                 if let (Some(serial), Some(offset)) = (&self.serial, serial_offset(port)) {
                     data[0] = serial.pio_read(offset);
@@ -83,6 +92,11 @@ impl IoHandler for Board {
                 let device = self.pvpanic.as_ref();
                 if let Some(news) = device.and_then(|d| d.pio_write(data[0])) {
                     log::note(news);
+                }
+            }
+            layout::PORT_RTC..=PORT_RTC_LAST => {
+                if let Some(rtc) = &self.rtc {
+                    rtc.pio_write(port - layout::PORT_RTC, data[0]);
                 }
             }
             _ => {

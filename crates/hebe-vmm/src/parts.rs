@@ -9,10 +9,11 @@ use std::sync::{Arc, OnceLock};
 
 use hebe_boot::layout;
 use hebe_devices::{
-    ConsoleHub, DeviceKind, PciRoot, Platform, Pvpanic, Ram, SerialPort, VirtioPci, VsockHost,
+    ConsoleHub, DeviceKind, PciRoot, Platform, Pvpanic, Ram, Rtc, SerialPort, VirtioPci, VsockHost,
 };
 use hebe_kvm::Machine;
 use hebe_state::v1::devices::{PciRootV1, SerialV1};
+use hebe_state::v1::machine::RtcV1;
 use hebe_state::v2::devices::VirtioV2;
 use hebe_state::{SectionKind, StateReader};
 use hebe_store::Segment;
@@ -125,6 +126,7 @@ pub(crate) fn build(site: &Site<'_>, ram: Ram) -> Result<Parts, VmError> {
             serial,
             acpi,
             identity.config.pvpanic.then(Pvpanic::default),
+            identity.config.rtc.then(|| Rtc::new(wall_clock)),
         ),
         devices,
         console: hub,
@@ -178,6 +180,12 @@ pub(crate) fn restore(
     } else {
         None
     };
+    let rtc = if identity.config.rtc {
+        let saved: RtcV1 = reader.take(0)?;
+        Some(Rtc::restore(&saved, wall_clock))
+    } else {
+        None
+    };
     if identity.config.generation_id {
         held.generation.restore(reader.take(0)?);
     }
@@ -188,10 +196,15 @@ pub(crate) fn restore(
         Some(saved),
     );
     Ok(Parts {
-        board: Board::new(pci, serial, acpi, pvpanic),
+        board: Board::new(pci, serial, acpi, pvpanic, rtc),
         devices,
         console: hub,
     })
+}
+
+/// The host's, in nanoseconds since 1970.
+fn wall_clock() -> u64 {
+    hebe_sys::clock::stamp_now().realtime_ns
 }
 
 fn platform(machine: &Arc<Machine>, ram: Ram) -> Platform {

@@ -217,6 +217,9 @@ impl Vm {
         if let Some(pvpanic) = &self.board.pvpanic {
             writer.add(0, &pvpanic.save());
         }
+        if let Some(rtc) = &self.board.rtc {
+            writer.add(0, &rtc.save());
+        }
         if self.identity.config.generation_id {
             writer.add(0, &self.held.generation.save()?);
         }
@@ -422,6 +425,34 @@ mod tests {
             identity.config.cmdline = "again".into();
             let vm = Vm::boot_with(held, identity, segment, &events).expect("booted");
             assert!(!vm.status().guest_panicked);
+        }
+    }
+
+    /// Reads register 9 of the clock, the year, into EAX over and over: what
+    /// it read last is in AL. `mov al, 9; out 0x70, al; in al, 0x71; jmp`.
+    const READS_THE_YEAR: &[u8] = &[0xb0, 0x09, 0xe6, 0x70, 0xe4, 0x71, 0xeb, 0xf8];
+
+    #[test]
+    fn a_clock_is_there_only_where_it_is_asked_for_and_goes_on_after_a_resume() {
+        if guest::cannot_run() {
+            return;
+        }
+        for (more, clocks) in [("", 0), ("rtc = true\n", 1)] {
+            let dir = tempfile::tempdir().expect("dir");
+            let (events, _inbox) = mpsc::channel();
+            let running = testing::running_code(READS_THE_YEAR, dir.path(), more, &events);
+            let (mut vm, segment) = running.expect("vm");
+            assert_eq!(usize::from(vm.board.rtc.is_some()), clocks);
+            vm.freeze().expect("freeze");
+            let id = vm.status().id;
+            drop(vm);
+            let state = segment.exec().load().expect("state");
+            let reader = StateReader::parse(&state).expect("parse");
+            assert_eq!(reader.instances(SectionKind::Rtc).len(), clocks);
+            let run_dir = dir.path().to_owned();
+            let mut vm = Vm::resume(id, run_dir, segment, &state, &events).expect("resumed");
+            assert_eq!(usize::from(vm.board.rtc.is_some()), clocks);
+            vm.start().expect("it runs");
         }
     }
 

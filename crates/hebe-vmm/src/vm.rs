@@ -272,6 +272,7 @@ impl Vm {
         let tables = AcpiPlan {
             vcpus: config.vcpus,
             serial: config.console.serial,
+            rtc: config.rtc,
             pvpanic: config.pvpanic,
             generation_id: generation.transpose()?,
         };

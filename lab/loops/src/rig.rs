@@ -143,6 +143,7 @@ impl Rig {
             restart_limit: None,
             after: Vec::new(),
             console: ConsoleConfig::default(),
+            rtc: false,
             pvpanic: false,
             generation_id: false,
             vsock: None,

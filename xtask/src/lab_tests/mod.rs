@@ -2,6 +2,7 @@
 //! processor has nested virtualization whatever this one has.
 
 pub mod agent;
+pub mod balloon;
 pub mod faults;
 pub mod fleet;
 pub mod kvm_tests;

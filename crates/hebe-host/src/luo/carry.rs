@@ -22,7 +22,7 @@ use hebe_types::{ByteSize, SegmentId, VmId, VmName};
 
 use super::{STORE, asking, files_of, forget_running};
 use crate::host::{Host, HostError, Layout, LiveUpdateConfig};
-use crate::listing::{Survey, with_cause};
+use crate::listing::{Survey, VmRow, with_cause};
 use crate::notes;
 use crate::preflight::{Verdict, VmVerdict};
 use crate::stores::{ExecView, StoreTrouble};
@@ -39,6 +39,8 @@ pub(crate) struct Candidate {
     kept: Option<SegmentId>,
     /// It runs, and is frozen by this reboot.
     pub(crate) runs: bool,
+    /// By its balloon the guest gave memory back.
+    pub(crate) gave_back: bool,
 }
 
 /// Every VM in store `luo` that is frozen, or will be, as `verdicts` say.
@@ -60,6 +62,7 @@ pub(crate) fn candidates_of(survey: &Survey, keeps: impl Fn(&VmName) -> bool) ->
                 memory: row.memory?,
                 kept: None,
                 runs,
+                gave_back: gave_back(row),
             });
         }
         let mut segments = survey.store.iter().flat_map(|s| &s.segments);
@@ -73,9 +76,16 @@ pub(crate) fn candidates_of(survey: &Survey, keeps: impl Fn(&VmName) -> bool) ->
             memory: kept.memory,
             kept: Some(kept.id),
             runs,
+            // What it was before is not known: what is filled is said anyway.
+            gave_back: false,
         })
     })
     .collect()
+}
+
+fn gave_back(row: &VmRow) -> bool {
+    let balloon = row.status.as_ref().and_then(|s| s.balloon.as_ref());
+    balloon.is_some_and(|b| b.inflated.0 > 0 || b.reported.0 > 0 || b.actual < b.memory)
 }
 
 impl Candidate {

@@ -21,6 +21,8 @@ const OPTIONS: [&str; 3] = [
 ];
 /// The check that says who holds the memory.
 pub(crate) const CARRIER: &str = "live-update:carrier";
+/// What an operator can do where a balloon's work is undone.
+const GIVE_AGAIN: &str = "have that much memory, or use --method saved; fill_max in host.toml refuses more than a limit; afterwards `hebe balloon NAME --target` with all of its memory, and then with less, lets the guest give it back again";
 /// The first Linux that has it.
 const FIRST: (u32, u32) = (6, 19);
 
@@ -221,7 +223,17 @@ fn memory(host: &Host, vms: &[Candidate], config: LiveUpdateConfig) -> Vec<Check
         match files.and_then(|files| plan(&files, config)) {
             Ok(plan) => {
                 needs += plan.needs().bytes();
-                checks.push(Check::ok(id, format!("memory of '{}': {plan}", vm.name)));
+                let sentence = format!("memory of '{}': {plan}", vm.name);
+                // An operator who lets guests give memory back counts on it.
+                checks.push(match vm.gave_back && plan.fill.bytes() > 0 {
+                    false => Check::ok(id, sentence),
+                    true => Check::bad(
+                        id,
+                        Level::Warn,
+                        format!("{sentence}; what its balloon gave back is among that, and stays in use after the reboot"),
+                        GIVE_AGAIN,
+                    ),
+                });
             }
             Err(why) => checks.push(Check::bad(
                 id,

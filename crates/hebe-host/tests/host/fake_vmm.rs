@@ -288,7 +288,13 @@ impl Fake {
             first_tx: self.resume.as_ref().map(|r| r.running),
             resume: self.resume.clone(),
             cage: None,
-            balloon: None,
+            balloon: self.told("gives-back").then(|| {
+                let reported = hebe_types::ByteSize::mib(1);
+                Box::new(hebe_api::BalloonStatus {
+                    reported,
+                    ..hebe_api::BalloonStatus::default()
+                })
+            }),
         }
     }
 

@@ -366,6 +366,14 @@ fn refused() {
     let says = says.expect("a check of its memory");
     assert_eq!(says.level, Level::Ok);
     assert!(says.sentence.contains("4MiB will be filled"), "{says:?}");
+    // To a guest that gives memory back it means more.
+    world.tell("web", "gives-back");
+    let says = verdict(&good).checks;
+    let says = says.iter().find(|c| c.id == "live-update:web");
+    let says = says.expect("a check of its memory");
+    assert_eq!(says.level, Level::Warn);
+    assert!(says.sentence.contains("4MiB will be filled"), "{says:?}");
+    assert!(says.sentence.contains("balloon"), "{says:?}");
     // A VM that goes by file needs none of it.
     let saved = RebootOptions {
         method: RebootMethod::Saved,

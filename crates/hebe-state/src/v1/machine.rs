@@ -142,6 +142,25 @@ impl Section for GenerationIdV1 {
     const VERSION: u32 = 1;
 }
 
+/// A real-time clock; absent where the VM has none.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RtcV1 {
+    /// The register that the data port is for.
+    pub index: u8,
+    /// Seconds that the guest's clock is ahead of the host's wall clock.
+    pub ahead_s: i64,
+    /// The time's registers while the guest sets it: seconds, minutes, hours,
+    /// day of the week, day, month, year, century.
+    pub set: Option<[u8; 8]>,
+    /// All 128 registers; those of the time mean nothing.
+    pub registers: Vec<u8>,
+}
+
+impl Section for RtcV1 {
+    const KIND: SectionKind = SectionKind::Rtc;
+    const VERSION: u32 = 1;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -305,6 +324,26 @@ mod tests {
         let mut reader = StateReader::parse(&bytes).expect("parse");
         assert_eq!(reader.take(0), Ok(panic));
         assert_eq!(reader.take(0), Ok(id));
+        assert_eq!(reader.finish(), Ok(()));
+    }
+
+    #[test]
+    fn a_clock_is_kind_11() {
+        let rtc = RtcV1 {
+            index: 0x32,
+            ahead_s: -300,
+            set: Some([1, 2, 3, 4, 5, 6, 7, 8]),
+            registers: vec![0x26, 2],
+        };
+        let mut writer = StateWriter::new();
+        writer.add(0, &rtc);
+        let bytes = writer.finish();
+        let mut raw = StateWriter::new();
+        let payload = [0x32, 0xd7, 4, 1, 1, 2, 3, 4, 5, 6, 7, 8, 2, 0x26, 2];
+        raw.add_raw(11, 1, 0, &payload);
+        assert_eq!(bytes, raw.finish());
+        let mut reader = StateReader::parse(&bytes).expect("parse");
+        assert_eq!(reader.take(0), Ok(rtc));
         assert_eq!(reader.finish(), Ok(()));
     }
 

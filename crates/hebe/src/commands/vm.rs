@@ -87,6 +87,7 @@ fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
         restart_limit: None,
         after: Vec::new(),
         console: ConsoleConfig::default(),
+        rtc: false,
         pvpanic: false,
         generation_id: false,
         vsock: args.vsock.then(VsockConfig::default),
