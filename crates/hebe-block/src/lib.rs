@@ -5,6 +5,7 @@
 //! it alone, readers share it. The lock belongs to the open file, so it ends
 //! with the process however that ends.
 
+mod clear;
 mod identity;
 mod qcow2;
 mod raw;

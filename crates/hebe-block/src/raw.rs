@@ -10,8 +10,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use hebe_state::v2::devices::DiskIdentityV2;
 use hebe_types::{DiskConfig, DiskFormat};
-use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 
+use crate::clear;
 use crate::identity;
 use crate::qcow2::{Image, ImageTrouble, Link, needs};
 
@@ -430,10 +431,19 @@ impl BlockBackend {
     /// Gives `len` bytes from `offset` on back to the host; they read as
     /// zero afterwards. `Unsupported` where the host cannot.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        let holes = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         self.discard_by(offset, len, |file| match &self.chain {
             Some(chain) => chain.image.zero(offset, len),
-            None => rustix::fs::fallocate(file, holes, offset, len).map_err(io::Error::from),
+            None => clear::discard(file, offset, len),
+        })
+    }
+
+    /// Makes `len` bytes from `offset` on read as zeros, and gives them back
+    /// to the host if it can and `may_give_back`. Without that the room stays
+    /// the disk's, except in an image, which notes zeros without room.
+    pub fn write_zeroes(&self, offset: u64, len: u64, may_give_back: bool) -> io::Result<()> {
+        self.discard_by(offset, len, |file| match &self.chain {
+            Some(chain) => chain.image.zero(offset, len),
+            None => clear::zero(file, offset, len, may_give_back),
         })
     }
 

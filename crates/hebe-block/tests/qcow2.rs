@@ -61,6 +61,7 @@ fn what_is_written_survives_and_closing_changes_nothing_after_settling() {
     disk.write_at(b"last", SIZE - 4).expect("write");
     disk.write_at(&[7; 200_000], 100_000).expect("write");
     disk.discard(131_072, 65_536).expect("discard");
+    disk.write_zeroes(250_000, 10_000, false).expect("zero");
     assert!(disk.write_at(b"x", SIZE).is_err());
     assert!(disk.read_at(&mut [0], SIZE).is_err());
     disk.settle().expect("settle");
@@ -78,6 +79,8 @@ fn what_is_written_survives_and_closing_changes_nothing_after_settling() {
         (read(&disk, 100_000), read(&disk, 131_072)),
         ([7; 4], [0; 4])
     );
+    let around = [249_996, 250_000, 259_996, 260_000].map(|at| read(&disk, at));
+    assert_eq!(around, [[7; 4], [0; 4], [0; 4], [7; 4]]);
     assert_eq!(read(&disk, 131_072 + 65_536), [7; 4]);
     let busy = open(&path, &[]);
     assert!(matches!(busy, Err(BlockError::Busy(_))), "{busy:?}");

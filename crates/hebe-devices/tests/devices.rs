@@ -24,6 +24,8 @@ const STATUS: u64 = 0x40_1000;
 
 const F_RO: u64 = 1 << 5;
 const F_FLUSH: u64 = 1 << 9;
+const F_DISCARD: u64 = 1 << 13;
+const F_ZEROES: u64 = 1 << 14;
 const F_ANNOUNCE: u64 = 1 << 21 | 1 << 17 | 1 << 16;
 
 fn put(ram: &Ram, addr: u64, bytes: &[u8]) {
@@ -117,6 +119,81 @@ fn a_disk_refuses_what_is_not_on_it() {
     assert_eq!(disk.request(0, sectors - 1, &[(DATA, 512, true)]).0, 0);
     assert_eq!(disk.device.stopped_reason(), None);
     assert_eq!(disk.device.counters().dropped, 13);
+}
+
+/// A range to discard or to zero.
+fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
+    let mut bytes = sector.to_le_bytes().to_vec();
+    bytes.extend([sectors, flags].map(u32::to_le_bytes).concat());
+    bytes
+}
+
+const DISCARD: u32 = 11;
+const ZEROES: u32 = 13;
+
+#[test]
+fn ranges_are_discarded_or_zeroed_and_the_rest_of_the_disk_stays() {
+    for (kind, flags) in [(DISCARD, 0), (ZEROES, 0), (ZEROES, 1)] {
+        let subject = BlockSubject::new();
+        std::fs::write(subject.file.path(), vec![7; 1 << 20]).expect("fill");
+        let blocks = |s: &BlockSubject| {
+            use std::os::unix::fs::MetadataExt;
+            s.file.as_file().metadata().expect("metadata").blocks()
+        };
+        let full = blocks(&subject);
+        let backend = BlockBackend::open(subject.file.path(), false).expect("open");
+        let mut disk = Disk::start(backend, F_FLUSH | F_DISCARD | F_ZEROES);
+        let ranges = [range(8, 512, flags), range(1024, 8, flags)].concat();
+        put(&disk.machine.ram, DATA, &ranges);
+        let done = disk.request(kind, 0, &[(DATA, ranges.len() as u32, false)]);
+        assert_eq!(done, (0, 1), "{kind} {flags}");
+        assert_eq!(disk.request(4, 0, &[]), (0, 1), "flush");
+        let bytes = std::fs::read(subject.file.path()).expect("read");
+        assert_eq!(bytes.len(), 1 << 20);
+        for (sector, bytes) in bytes.chunks(512).enumerate() {
+            let cleared = (8..520).contains(&sector) || (1024..1032).contains(&sector);
+            let wanted = if cleared { 0 } else { 7 };
+            assert!(bytes.iter().all(|b| *b == wanted), "sector {sector}");
+        }
+        if kind == DISCARD || flags == 1 {
+            assert!(blocks(&subject) < full, "room is given back");
+        }
+    }
+}
+
+#[test]
+fn ranges_that_are_not_on_the_disk_or_have_unknown_flags_are_refused() {
+    let subject = BlockSubject::new();
+    std::fs::write(subject.file.path(), vec![7; 1 << 20]).expect("fill");
+    let backend = BlockBackend::open(subject.file.path(), false).expect("open");
+    let mut disk = Disk::start(backend, F_FLUSH);
+    let sectors = 2048;
+    for (kind, bytes, status) in [
+        (DISCARD, range(sectors, 1, 0), 1),
+        (DISCARD, range(sectors - 1, 2, 0), 1),
+        (ZEROES, range(u64::MAX, 1, 0), 1),
+        (ZEROES, range(0, u32::MAX, 0), 1),
+        (DISCARD, range(0, 1, 1), 2),
+        (ZEROES, range(0, 1, 2), 2),
+        (ZEROES, range(0, 1, u32::MAX), 2),
+        (DISCARD, range(0, 1, 0)[..15].to_vec(), 1),
+        (DISCARD, range(0, 1, 0).repeat(17), 1),
+        // The first is good and done, the second is not.
+        (ZEROES, [range(0, 1, 0), range(sectors, 1, 0)].concat(), 1),
+    ] {
+        put(&disk.machine.ram, DATA, &bytes);
+        let data = [(DATA, bytes.len() as u32, false)];
+        assert_eq!(disk.request(kind, 0, &data).0, status, "{kind} {bytes:?}");
+    }
+    assert_eq!(disk.request(DISCARD, 0, &[]).0, 1, "no range");
+    assert_eq!(disk.device.stopped_reason(), None);
+    let bytes = std::fs::read(subject.file.path()).expect("read");
+    assert!(bytes[..512].iter().all(|b| *b == 0) && bytes[512..].iter().all(|b| *b == 7));
+    // What cannot be written is offered neither.
+    let backend = BlockBackend::open(BlockSubject::new().file.path(), true).expect("open");
+    let read_only = Disk::start(backend, 0);
+    let offered = Driver::new(&read_only.machine, SLOT).features();
+    assert_eq!(offered & (F_DISCARD | F_ZEROES), 0);
 }
 
 #[test]

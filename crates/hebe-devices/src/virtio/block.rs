@@ -19,11 +19,15 @@ const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
 const F_BLK_SIZE: u64 = 1 << 6;
 const F_FLUSH: u64 = 1 << 9;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
 
 const T_IN: u32 = 0;
 const T_OUT: u32 = 1;
 const T_FLUSH: u32 = 4;
 const T_GET_ID: u32 = 8;
+const T_DISCARD: u32 = 11;
+const T_WRITE_ZEROES: u32 = 13;
 
 const S_OK: u8 = 0;
 const S_IOERR: u8 = 1;
@@ -38,6 +42,16 @@ const CHUNK: usize = 256 << 10;
 /// Most bytes of one request: bounds how long a pause waits for it.
 const REQUEST_MAX: u64 = 64 << 20;
 const QUEUE: usize = 0;
+/// A range to discard or to zero: first sector, sectors, flags.
+const RANGE_LEN: usize = 16;
+/// Most of them in one request.
+const RANGES_MAX: usize = 16;
+/// Most sectors of one range.
+const RANGE_SECTORS_MAX: u32 = (REQUEST_MAX / SECTOR_SIZE) as u32;
+/// What discarded ranges are best aligned to, in sectors.
+const DISCARD_ALIGN: u32 = 8;
+/// The flag of a range: its room may be given back.
+const UNMAP: u32 = 1;
 
 pub(crate) struct Block {
     backend: Arc<BlockBackend>,
@@ -166,6 +180,7 @@ impl Block {
                 None => Ok(Outcome::status(S_IOERR)),
             },
             T_FLUSH => Ok(Outcome::status(status_of(self.backend.flush()))),
+            kind @ (T_DISCARD | T_WRITE_ZEROES) => self.clear(kind, readable, ram),
             T_GET_ID => {
                 let written = writable.write(ram, &self.id)? as u32;
                 let status = if written == ID_LEN as u32 {
@@ -186,6 +201,56 @@ impl Block {
         let capacity = self.backend.sectors().checked_mul(SECTOR_SIZE)?;
         let sane = len.is_multiple_of(SECTOR_SIZE) && len <= REQUEST_MAX && end <= capacity;
         sane.then_some((offset, usize::try_from(len).ok()?))
+    }
+
+    /// Discards or zeroes the ranges that the request holds, one by one; the
+    /// first that fails is the answer.
+    fn clear(
+        &mut self,
+        kind: u32,
+        mut readable: Cursor<'_>,
+        ram: &MeteredRam,
+    ) -> Result<Outcome, QueueError> {
+        let mut bytes = [0; RANGE_LEN * RANGES_MAX];
+        let len = readable.remaining() as usize;
+        if len == 0 || len > bytes.len() || !len.is_multiple_of(RANGE_LEN) {
+            return Ok(Outcome::status(S_IOERR));
+        }
+        readable.read(ram, &mut bytes[..len])?;
+        for range in bytes[..len].as_chunks::<RANGE_LEN>().0 {
+            let status = self.clear_range(kind, range);
+            if status != S_OK {
+                return Ok(Outcome::status(status));
+            }
+        }
+        if self.write_through {
+            return Ok(Outcome::status(status_of(self.backend.flush())));
+        }
+        Ok(Outcome::status(S_OK))
+    }
+
+    fn clear_range(&self, kind: u32, range: &[u8; RANGE_LEN]) -> u8 {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, flags @ ..] = *range;
+        let sector = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+        let sectors = u32::from_le_bytes([i, j, k, l]);
+        let flags = u32::from_le_bytes(flags);
+        // Virtio 1.2, 5.2.6.2: only zeroing knows a flag, and only this one.
+        if flags & !UNMAP != 0 || (kind == T_DISCARD && flags != 0) {
+            return S_UNSUPP;
+        }
+        let extent = self.extent(sector, u64::from(sectors) * SECTOR_SIZE);
+        let Some((offset, len)) = extent.filter(|_| sectors <= RANGE_SECTORS_MAX) else {
+            return S_IOERR;
+        };
+        let len = len as u64;
+        let cleared = match kind {
+            T_DISCARD => self.backend.discard(offset, len),
+            _ => self.backend.write_zeroes(offset, len, flags & UNMAP != 0),
+        };
+        match cleared {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => S_UNSUPP,
+            other => status_of(other),
+        }
     }
 
     fn read(
@@ -241,21 +306,32 @@ fn status_of(result: io::Result<()>) -> u8 {
 
 impl Device for Block {
     fn features(&self) -> u64 {
-        let readonly = if self.backend.readonly() { F_RO } else { 0 };
-        F_SEG_MAX | F_BLK_SIZE | F_FLUSH | readonly
+        let by_use = match self.backend.readonly() {
+            true => F_RO,
+            // Whatever the host can: a guest keeps what it was offered.
+            false => F_DISCARD | F_WRITE_ZEROES,
+        };
+        F_SEG_MAX | F_BLK_SIZE | F_FLUSH | by_use
     }
 
     fn queues(&self) -> usize {
         1
     }
 
-    /// `struct virtio_blk_config` up to `blk_size`.
+    /// `struct virtio_blk_config` up to `write_zeroes_may_unmap`.
     fn config(&self) -> Vec<u8> {
         let mut config = self.backend.sectors().to_le_bytes().to_vec();
         config.extend_from_slice(&0u32.to_le_bytes());
         config.extend_from_slice(&SEG_MAX.to_le_bytes());
         config.extend_from_slice(&[0; 4]);
         config.extend_from_slice(&(SECTOR_SIZE as u32).to_le_bytes());
+        // Topology, write-back, number of queues: not offered.
+        config.extend_from_slice(&[0; 12]);
+        let (ranges, sectors) = (RANGES_MAX as u32, RANGE_SECTORS_MAX);
+        for word in [sectors, ranges, DISCARD_ALIGN, sectors, ranges] {
+            config.extend_from_slice(&word.to_le_bytes());
+        }
+        config.extend_from_slice(&[1, 0, 0, 0]);
         config
     }
 
