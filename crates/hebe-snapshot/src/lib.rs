@@ -26,7 +26,7 @@ use hebe_types::{ByteSize, Gpa};
 
 pub use load::{LoadStats, SavedFile};
 pub use save::{SaveStats, save, save_into};
-pub use view::{RamView, RamViewMut};
+pub use view::{RamView, RamViewMut, UsedRun};
 
 /// Why a VM cannot be saved, or a saved one not restored.
 #[derive(Debug, thiserror::Error)]

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -219,13 +220,18 @@ pub(crate) fn write_all(
     let mut at = plan.ram_at;
     let zero_crc = zero_chunk_crc();
     for view in ram {
-        for chunk in view.bytes.chunks(CHUNK as usize) {
+        for (index, chunk) in view.bytes.chunks(CHUNK as usize).enumerate() {
             let before = stats.ram_bytes_written;
-            write_pages(sink, at, chunk, &mut stats)?;
+            let start = index * CHUNK as usize;
+            let runs = view.runs(start..start + chunk.len());
+            for run in &runs {
+                let at = at + run.start as u64;
+                write_pages(sink, at, &chunk[run.clone()], &mut stats)?;
+            }
             let crc = if stats.ram_bytes_written == before {
                 zero_crc
             } else {
-                crc32fast::hash(chunk)
+                hash(chunk, &runs)
             };
             tables.extend_from_slice(&crc.to_le_bytes());
             at += chunk.len() as u64;
@@ -259,6 +265,22 @@ pub(crate) fn write_all(
 fn now_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0, |d| d.as_nanos() as u64)
+}
+
+/// The checksum of a chunk that is zeros but for these runs.
+fn hash(chunk: &[u8], runs: &[Range<usize>]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    let mut done = 0;
+    let zeros = |hasher: &mut crc32fast::Hasher, len: usize| {
+        (0..len / ZERO_PAGE.len()).for_each(|_| hasher.update(&ZERO_PAGE));
+    };
+    for run in runs {
+        zeros(&mut hasher, run.start - done);
+        hasher.update(&chunk[run.clone()]);
+        done = run.end;
+    }
+    zeros(&mut hasher, chunk.len() - done);
+    hasher.finalize()
 }
 
 /// Writes the pages of a chunk that are not all zeros, run by run.

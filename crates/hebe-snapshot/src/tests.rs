@@ -159,6 +159,44 @@ fn pages_of_zeros_take_no_space_and_no_memory() {
 }
 
 #[test]
+fn what_has_no_memory_is_not_read_and_the_file_is_the_same() {
+    let sample = sample();
+    sample.save();
+    let whole = fs::read(&sample.path).expect("read");
+    let asked = std::cell::RefCell::new(Vec::new());
+    // By granules of eight pages, some of which are zeros that have memory.
+    let step = 8 * 4096;
+    let used = |gpa: Gpa, len: u64| {
+        let (ram, base) = match gpa.0 < HIGH {
+            true => (&sample.low, 0),
+            false => (&sample.high, HIGH),
+        };
+        asked.borrow_mut().push((gpa, len));
+        let (from, end) = (gpa.0 - base, gpa.0 - base + len);
+        let has = |at: &u64| {
+            let piece = &ram[*at as usize..(*at + step).min(end) as usize];
+            piece.iter().any(|byte| *byte != 0)
+        };
+        let first = (from..end).step_by(step as usize).find(has)?;
+        Some((Gpa(base + first), step.min(end - first)))
+    };
+    let views = sample.views().map(|view| view.with_holes(&used));
+    save(&sample.path, STATE, &views).expect("save");
+    let (low, high) = sample.load().expect("load");
+    assert!(low == sample.low && high == sample.high);
+    assert!(!asked.borrow().is_empty());
+    // All but the header, which has the time.
+    let sparse = fs::read(&sample.path).expect("read");
+    assert!(sparse[4096..] == whole[4096..]);
+    // A word that leads nowhere costs nothing but reading.
+    let nowhere = |gpa: Gpa, _len: u64| Some((gpa, 0));
+    let views = sample.views().map(|view| view.with_holes(&nowhere));
+    save(&sample.path, STATE, &views).expect("save");
+    let (low, high) = sample.load().expect("load");
+    assert!(low == sample.low && high == sample.high);
+}
+
+#[test]
 fn a_file_without_holes_loads_too() {
     let sample = sample();
     sample.save();

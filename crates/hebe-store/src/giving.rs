@@ -7,7 +7,8 @@
 use std::io;
 
 use hebe_types::{ByteSize, Extent, GRANULE, Gpa};
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::io::Errno;
 
 use crate::Segment;
 use crate::segment::pieces;
@@ -59,6 +60,34 @@ impl Segment {
             at += len;
         }
         Ok(last.saturating_sub(first))
+    }
+
+    /// Of a range of guest RAM, the first run that has memory; `None` where it
+    /// has none. In a store all of it has. Nothing is touched. While the VM
+    /// runs that is a guess.
+    pub fn used_run(&self, gpa: Gpa, len: u64) -> Option<(Gpa, u64)> {
+        let files = self.own_files();
+        let placed = self.spec().ram.iter().find_map(|p| {
+            let into = gpa.0.checked_sub(p.gpa.0)?;
+            let left = p.place.len.checked_sub(into).filter(|left| *left > 0)?;
+            Some((p.place.offset + into, left.min(len)))
+        });
+        let Some((offset, len)) = placed.filter(|_| !files.is_empty()) else {
+            return Some((gpa, len));
+        };
+        for (fd, done, place) in pieces(&files, Extent { offset, len }) {
+            let end = place.offset + place.len;
+            let start = match seek(fd, SeekFrom::Data(place.offset)) {
+                Ok(start) if start < end => start,
+                // The next data lies behind, or there is none.
+                Ok(_) | Err(Errno::NXIO) => continue,
+                Err(_) => place.offset,
+            };
+            let hole = seek(fd, SeekFrom::Hole(start)).unwrap_or(end).min(end);
+            let into = done + (start - place.offset);
+            return Some((Gpa(gpa.0 + into), hole.max(start) - start));
+        }
+        None
     }
 
     /// Bytes that this segment's files have memory for, swapped-out ones
@@ -161,6 +190,26 @@ mod tests {
         assert_eq!(given(MIB, 0), Some(0));
         assert_eq!(given(32 * MIB, PAGE), None, "beyond its RAM");
         assert_eq!(given(u64::MAX - PAGE, 2 * PAGE), None);
+    }
+
+    #[test]
+    fn runs_with_memory_are_found_without_giving_any_other_page_memory() {
+        let segment = luo_segment(ByteSize::mib(48));
+        assert_eq!(segment.used_run(Gpa(0), 48 * MIB), None);
+        // In two files, one page at a border.
+        for page in [3 * MIB, 3 * MIB + PAGE, 16 * MIB - PAGE, 40 * MIB] {
+            byte(&segment, page, Some(1));
+        }
+        let used = segment.resident();
+        let run = |from: u64, len: u64| segment.used_run(Gpa(from), len);
+        let first = Some((Gpa(3 * MIB), 2 * PAGE));
+        assert_eq!(run(0, 48 * MIB), first);
+        assert_eq!(run(3 * MIB + PAGE, MIB), Some((Gpa(3 * MIB + PAGE), PAGE)));
+        assert_eq!(run(3 * MIB, PAGE), Some((Gpa(3 * MIB), PAGE)));
+        assert_eq!(run(4 * MIB, MIB), None);
+        assert_eq!(run(4 * MIB, 40 * MIB), Some((Gpa(16 * MIB - PAGE), PAGE)));
+        assert_eq!(run(16 * MIB, 32 * MIB), Some((Gpa(40 * MIB), PAGE)));
+        assert_eq!(segment.resident(), used);
     }
 
     #[test]

@@ -246,7 +246,10 @@ impl Vm {
 
     fn write_file(&self, file: &File, name: &Path) -> Result<u64, VmError> {
         let state = self.build_state()?;
-        let views: Vec<RamView> = self.segment.ram().iter().map(parts::ram_view).collect();
+        // What the guest gave back is not read: that would take memory for it.
+        let used = |gpa, len| self.segment.used_run(gpa, len);
+        let views = self.segment.ram().iter().map(parts::ram_view);
+        let views: Vec<RamView> = views.map(|view| view.with_holes(&used)).collect();
         Ok(hebe_snapshot::save_into(file, name, &state, &views)?.bytes_written)
     }
 }
@@ -305,6 +308,24 @@ mod tests {
         vm.freeze_until(in_time).expect("in time");
         let status = segment.exec().status();
         assert!(matches!(status, ExecStatus::Frozen { .. }), "{status:?}");
+    }
+
+    #[test]
+    fn saving_takes_no_memory_for_what_the_guest_does_not_use() {
+        if guest::cannot_run() {
+            return;
+        }
+        let dir = tempfile::tempdir().expect("dir");
+        let (events, _inbox) = mpsc::channel();
+        let (mut vm, segment) = running(dir.path(), "", &events).expect("vm");
+        vm.pause().expect("pause");
+        let used = segment.resident().expect("files of its own");
+        assert!(used < hebe_types::ByteSize::mib(8), "{used}");
+        vm.unpause().expect("unpause");
+        let path = dir.path().join("web.part");
+        let file = File::create(&path).expect("a file");
+        vm.save_until(&file, &path, None).expect("saved");
+        assert_eq!(segment.resident(), Some(used));
     }
 
     #[test]
