@@ -149,7 +149,6 @@ fn filled(text: &str) -> Vec<String> {
         let word = word.split('|').next().unwrap_or_default();
         match word {
             "SHELL" => "bash".to_owned(),
-            "SIZE" => "64MiB".to_owned(),
             // Counted or timed.
             "N" | "SECONDS" => "7".to_owned(),
             "SIZE" => "7MiB".to_owned(),

@@ -22,7 +22,7 @@ const OPTIONS: [&str; 3] = [
 /// The check that says who holds the memory.
 pub(crate) const CARRIER: &str = "live-update:carrier";
 /// What an operator can do where a balloon's work is undone.
-const GIVE_AGAIN: &str = "have that much memory, or use --method saved; fill_max in host.toml refuses more than a limit; afterwards `hebe balloon NAME --target` with all of its memory, and then with less, lets the guest give it back again";
+const GIVE_AGAIN: &str = "have that much memory, or use --method saved; fill_max in host.toml refuses more than a limit; afterwards `hebe balloon NAME --target SIZE` with all of its memory, and then with less, lets the guest give it back again";
 /// The first Linux that has it.
 const FIRST: (u32, u32) = (6, 19);
 
