@@ -1,7 +1,10 @@
 //! Rolls through a group, in a real etcd.
 
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Read as _, Write};
+use std::net::{TcpListener, TcpStream};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -9,9 +12,10 @@ use hebe_fleet::Member;
 use hebe_fleet::etcd::{Change, Condition};
 use hebe_fleet::order::{Order, release_after_boot};
 use hebe_fleet::rolls::{Going, Read, Rolls, WishError};
+use hebe_fleet::slots::FleetError;
 use hebe_policy::fleet::forecast::Inventory;
 use hebe_policy::fleet::holder::Stop;
-use hebe_policy::fleet::slots::Found;
+use hebe_policy::fleet::slots::{Found, Phase};
 use hebe_policy::fleet::turns::{Denied, MarkState, RollState, Rollout, Turn, Wish};
 
 use crate::server::Server;
@@ -310,5 +314,85 @@ fn without_an_answer_it_is_nobodys_turn_and_what_cannot_be_read_is_told() {
         put(value);
         let error = keeps.read().expect_err(value).to_string();
         assert!(error.contains("/hebe/roll/1/rack1/roll"), "{error}");
+    }
+}
+
+/// A way to etcd on which something happens just before the next transaction
+/// arrives there.
+fn detour(etcd: &str, before: impl Fn() + Send + 'static) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("port");
+    let url = format!("http://{}", listener.local_addr().expect("address"));
+    let etcd = etcd.trim_start_matches("http://").to_owned();
+    thread::spawn(move || {
+        for client in listener.incoming().flatten() {
+            let _ = pass_on(client, &etcd, &before);
+        }
+    });
+    url
+}
+
+fn pass_on(mut client: TcpStream, etcd: &str, before: &impl Fn()) -> std::io::Result<()> {
+    let mut reader = BufReader::new(client.try_clone()?);
+    let (mut head, mut length) = (String::new(), 0);
+    while reader.read_line(&mut head)? > 2 {}
+    for line in head.lines() {
+        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            length = value.trim().parse().unwrap_or(0);
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body)?;
+    if head.starts_with("POST /v3/kv/txn") {
+        before();
+    }
+    let mut etcd = TcpStream::connect(etcd)?;
+    // So that the answer has an end.
+    let head = head.replacen("\r\n", "\r\nconnection: close\r\n", 1);
+    etcd.write_all(&[head.as_bytes(), &body].concat())?;
+    std::io::copy(&mut etcd, &mut client).map(drop)
+}
+
+#[test]
+fn a_pause_between_the_last_look_and_the_reboot_counts() {
+    let Some(server) = Server::start(1) else {
+        return;
+    };
+    let (a, b) = (
+        member(&server, "a", "boot-1"),
+        member(&server, "b", "boot-1"),
+    );
+    for wish in [Wish::Pause, Wish::Skip(name("a"))] {
+        let id = format!("{wish:?}");
+        let keeps = rolls(&b);
+        let begun = keeps.begin(&rollout(&id, 1, &["a", "b"]));
+        assert!(begun.expect("answer").is_none(), "none is under way");
+        let slots = going(&a, &id);
+        let slot = a.new_slot().expect("slot");
+        let taken = slots.take(&slot, slot.since_s).expect("answer");
+        assert_eq!(taken, hebe_fleet::Taken::Leased);
+        // It looks, it is its turn, and while it says so, somebody else says
+        // something, too.
+        let others = (b.clone(), wish.clone());
+        let once = AtomicBool::new(true);
+        let url = detour(&server.endpoints[0], move || {
+            if once.swap(false, Ordering::SeqCst) {
+                let (b, wish) = &others;
+                rolls(b).wish(b, wish, "root@b").expect("granted");
+            }
+        });
+        let late = Member {
+            slots: crate::slots(&config(&[url], 9), "a"),
+            ..a.clone()
+        };
+        let mut rebooting = slot.clone();
+        rebooting.phase = Phase::Rebooting;
+        let pinned = going(&late, &id).pin(&rebooting);
+        assert!(matches!(pinned, Err(FleetError::Changed)), "{pinned:?}");
+        assert_ne!(state(&keeps, "a"), Some(MarkState::Away));
+        // Asked again, it sees why.
+        let pinned = going(&late, &id).pin(&rebooting);
+        assert!(matches!(pinned, Err(FleetError::NoTurn(_))), "{pinned:?}");
+        a.slots.release(&slot).expect("answer");
+        keeps.wish(&b, &Wish::Abort, "root@b").expect("aborted");
     }
 }
