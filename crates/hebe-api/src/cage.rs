@@ -15,7 +15,7 @@ pub struct CageReport {
 /// One part of a cage.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CagePart {
-    /// `limits`, `namespaces`, `capabilities`, `landlock` or `seccomp`.
+    /// `limits`, `namespaces`, `user`, `capabilities`, `landlock` or `seccomp`.
     pub name: String,
     /// Whether it holds, whole or as far as the kernel has it.
     pub on: bool,

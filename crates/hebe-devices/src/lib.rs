@@ -38,5 +38,5 @@ pub use rtc::Rtc;
 pub use serial::{SERIAL_IRQ, SERIAL_PORT, SerialPort, SerialStateError};
 pub use virtio::{
     BAR_SIZE, BalloonFigures, Counters, DeviceError, DeviceKind, FrameStream, NetBackend,
-    VirtioPci, VsockHost,
+    VirtioPci, VsockHost, on_worker_start,
 };

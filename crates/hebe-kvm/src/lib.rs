@@ -9,6 +9,7 @@ mod cpuid;
 mod machine;
 mod pod;
 mod rate;
+pub mod requests;
 mod routing;
 mod settle;
 mod tsc;

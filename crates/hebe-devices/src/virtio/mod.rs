@@ -35,6 +35,7 @@ pub use kind::DeviceKind;
 pub use transport::VirtioPci;
 pub use vsock::VsockHost;
 pub use wire::{FrameStream, NetBackend};
+pub use worker::on_worker_start;
 
 /// Parts that [`crate::fuzzing`] drives one by one.
 pub(crate) mod fuzzed {

@@ -17,7 +17,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
@@ -56,6 +56,14 @@ struct Inner {
     kicks: Vec<EventFd>,
     epoll: OwnedFd,
     shared: Arc<Shared>,
+}
+
+static FIRST: OnceLock<fn()> = OnceLock::new();
+
+/// What each device's thread that begins from now on does first of all, such as
+/// to confine itself. The first word counts.
+pub fn on_worker_start(first: fn()) {
+    let _ = FIRST.set(first);
 }
 
 /// Handle of a device's worker. Dropping it ends the thread.
@@ -101,6 +109,9 @@ impl Worker {
         });
         let body = Arc::clone(&inner);
         let thread = std::thread::Builder::new().name(name).spawn(move || {
+            if let Some(first) = FIRST.get() {
+                first();
+            }
             // A fault of ours must not take the VM down, nor go unseen.
             if catch_unwind(AssertUnwindSafe(|| body.run())).is_err() {
                 body.shared.stop("internal error: the worker panicked");

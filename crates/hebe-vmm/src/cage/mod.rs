@@ -10,7 +10,8 @@
 //!   seccomp. A file that it is to save its VM in is handed to it, open;
 //! - make the system calls that a VMM makes, and none that starts a program,
 //!   opens a socket, or reaches another process: seccomp, once for the
-//!   process and again, narrower, for each vCPU;
+//!   process and again, narrower, for each vCPU and each device;
+//! - is nobody that other processes know: a user of its own, where root started it;
 //! - and has no capability, no way to get one back, no network, and leaves no
 //!   core file, which would hold guest RAM.
 //!
@@ -29,7 +30,7 @@ use hebe_api::{CagePart, CageReport};
 use crate::log;
 
 pub(crate) use syscalls::has_filters;
-pub use syscalls::narrow_vcpu;
+pub use syscalls::{narrow_device, narrow_vcpu};
 pub use verdict::EXIT_STATUS;
 
 /// Whether a VMM is confined.
@@ -69,6 +70,7 @@ pub fn enter(wish: Wish) -> Result<CageReport, CageError> {
     let parts = vec![
         part("limits", privileges::limit()),
         part("namespaces", privileges::leave_namespaces()),
+        part("user", privileges::become_nobody_else()),
         part("capabilities", privileges::drop_capabilities()),
         part("landlock", files::confine()),
         part("seccomp", syscalls::confine()),

@@ -2,11 +2,13 @@
 
 use rustix::io::Errno;
 use rustix::process::{
-    DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit,
+    DumpableBehavior, Gid, Resource, Rlimit, Uid, getrlimit, set_dumpable_behavior, setrlimit,
 };
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, UnshareFlags, clear_ambient_capability_set,
-    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs, unshare_unsafe,
+    CapabilitiesSecureBits, CapabilitySet, CapabilitySets, UnshareFlags,
+    clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities,
+    set_capabilities_secure_bits, set_no_new_privs, set_thread_groups, set_thread_res_gid,
+    set_thread_res_uid, unshare_unsafe,
 };
 
 /// Most open descriptors: a few dozen for the largest VM, and three for each
@@ -49,6 +51,34 @@ pub(super) fn leave_namespaces() -> Result<String, String> {
             Errno::INVAL => "off in this kernel".to_owned(),
             other => other.to_string(),
         })
+}
+
+/// The first of 2²⁴ users of whom each VMM is one; systemd gives none of them
+/// away, and neither does a distribution.
+const FIRST_USER: u32 = 1_900_000_000;
+
+/// A user and a group of its own, drawn by the process's number, and no other
+/// groups: neither the user that started it nor another VM's. Files are looked at
+/// as before (setfsuid(2)), because a VMM must see whether its disks are where a
+/// resume would find them; nothing can be opened all the same.
+///
+/// What the kernel lets root do by capabilities is kept until they are dropped.
+pub(super) fn become_nobody_else() -> Result<String, String> {
+    if !rustix::process::geteuid().is_root() {
+        return Err("not started by root: it stays the user that it is".to_owned());
+    }
+    let told = |what: &str, errno: Errno| format!("{what} ({errno})");
+    let number = FIRST_USER + (std::process::id() & 0x00ff_ffff);
+    let (user, group) = (Uid::from_raw(number), Gid::from_raw(number));
+    set_capabilities_secure_bits(CapabilitiesSecureBits::NO_SETUID_FIXUP)
+        .map_err(|e| told("capabilities cannot be kept so far", e))?;
+    set_thread_groups(&[]).map_err(|e| told("other groups cannot be left", e))?;
+    set_thread_res_gid(group, group, group).map_err(|e| told("no group of its own", e))?;
+    set_thread_res_uid(user, user, user).map_err(|e| told("no user of its own", e))?;
+    // SAFETY: setfsuid(2) takes a number and touches no memory; no other thread
+    // exists that could differ from this one.
+    unsafe { libc::setfsuid(0) };
+    Ok(format!("{number}"))
 }
 
 /// No capability in any set, for good.

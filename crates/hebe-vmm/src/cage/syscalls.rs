@@ -5,13 +5,17 @@
 //! filter sees them: the C library then takes `clone`. `mremap` makes a mapping
 //! longer without looking at its descriptor, which is closed: the next VM's
 //! segment follows this one's; the C library then copies. The second lets no file
-//! be opened. The third holds for the whole process, and one more for vCPU
-//! threads, which the guest keeps busiest.
+//! be opened. The third holds for the whole process, and one more for each vCPU's
+//! and each device's thread, which the guest keeps busiest: what it lets through is
+//! in the tables [`COMMON`], [`VCPU`] and [`DEVICE`]. KVM is asked for what
+//! `hebe_kvm` asks, by number: a vCPU's thread makes no VM and maps no memory, a
+//! device's asks nothing at all.
 
 use std::collections::BTreeMap;
 use std::process;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use hebe_kvm::requests;
 use libc::c_long;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen as Len, SeccompCmpOp as Op, SeccompCondition,
@@ -54,30 +58,24 @@ const COMMON: &[c_long] = &[
     libc::SYS_writev,
 ];
 
-/// What a VMM does besides: disks, taps, its control socket, events, a file to
-/// be saved in, and another VM after a reset.
-const VMM: &[c_long] = &[
+/// What a device's thread does besides: disks, taps, sockets of guests, memory
+/// given back.
+const DEVICE: &[c_long] = &[
     libc::SYS_accept4,
-    libc::SYS_clone3,
     libc::SYS_dup,
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_wait,
     libc::SYS_eventfd2,
-    libc::SYS_fadvise64,
     libc::SYS_fallocate,
     libc::SYS_fdatasync,
     libc::SYS_fstat,
-    libc::SYS_fstatfs,
     libc::SYS_fsync,
-    libc::SYS_ftruncate,
     libc::SYS_getpeername,
     libc::SYS_getsockname,
     libc::SYS_getsockopt,
     libc::SYS_lseek,
-    libc::SYS_msync,
-    libc::SYS_newfstatat,
     libc::SYS_poll,
     libc::SYS_ppoll,
     libc::SYS_pread64,
@@ -89,13 +87,24 @@ const VMM: &[c_long] = &[
     libc::SYS_readv,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
-    libc::SYS_rt_sigpending,
     libc::SYS_sendmsg,
     libc::SYS_sendto,
     libc::SYS_setsockopt,
     libc::SYS_shutdown,
     libc::SYS_statx,
     libc::SYS_sync_file_range,
+];
+
+/// What a VMM does besides, on its other threads: its control socket, a file to
+/// be saved in, and another VM after a reset.
+const VMM: &[c_long] = &[
+    libc::SYS_clone3,
+    libc::SYS_fadvise64,
+    libc::SYS_fstatfs,
+    libc::SYS_ftruncate,
+    libc::SYS_msync,
+    libc::SYS_newfstatat,
+    libc::SYS_rt_sigpending,
     libc::SYS_uname,
 ];
 
@@ -130,9 +139,6 @@ const LOOKS: &[c_long] = &[
     libc::SYS_readlink,
 ];
 
-/// The first byte of every request to KVM (KVM API, `KVMIO`).
-const KVM_REQUESTS: u64 = 0xae00;
-
 /// Confines this thread, and those that it starts.
 pub(super) fn confine() -> Result<String, String> {
     // All programs are compiled before the first is put on: whatever can fail
@@ -158,7 +164,9 @@ pub(super) fn confine() -> Result<String, String> {
     put_on(&no_files)?;
     put_on(&whole)?;
     CONFINED.store(true, Ordering::Relaxed);
-    Ok("process, vcpus".to_owned())
+    // Devices' threads begin after this.
+    hebe_devices::on_worker_start(narrow_device);
+    Ok("process, vcpus, devices".to_owned())
 }
 
 /// Whether [`confine`] has confined this process.
@@ -168,13 +176,24 @@ pub(crate) fn has_filters() -> bool {
 
 /// Confines a vCPU's thread further.
 pub fn narrow_vcpu() {
-    let narrowed = vcpu_rules().and_then(|rules| {
+    narrow("vCPU", vcpu_rules());
+}
+
+/// Confines a device's thread further.
+pub fn narrow_device() {
+    narrow("device", device_rules());
+}
+
+fn narrow(whose: &str, rules: Result<Rules, String>) {
+    let narrowed = rules.and_then(|rules| {
         let program = compile(rules, SeccompAction::Trap, SeccompAction::Allow)?;
         apply_filter(&program).map_err(|e| e.to_string())
     });
     // The process's own filters hold as before.
     if let Err(why) = narrowed {
-        log::log_error(&format!("a vCPU's thread is not confined further: {why}"));
+        log::log_error(&format!(
+            "a {whose}'s thread is not confined further: {why}"
+        ));
     }
 }
 
@@ -185,8 +204,8 @@ fn looks() -> Rules {
 }
 
 fn process_rules() -> Result<Rules, String> {
-    let mut rules = vcpu_rules()?;
-    rules.extend(VMM.iter().map(|&call| (call, Vec::new())));
+    let mut rules = thread_rules()?;
+    rules.extend(DEVICE.iter().chain(VMM).map(|&call| (call, Vec::new())));
     let own = u64::from(process::id());
     let no_program = [when(2, Op::MaskedEq(libc::PROT_EXEC as u64), 0)?];
     // A thread of this process, and no new process.
@@ -206,12 +225,12 @@ fn process_rules() -> Result<Rules, String> {
         ),
         (
             libc::SYS_ioctl,
-            vec![
-                kvm()?,
-                offloads()?,
-                // `set_nonblocking` of a socket.
-                rule(&[when(1, Op::Eq, libc::FIONBIO)?])?,
-            ],
+            [
+                requests(requests::VCPU)?,
+                requests(requests::MACHINE)?,
+                requests(&[libc::TUNSETOFFLOAD as u32, libc::FIONBIO as u32])?,
+            ]
+            .concat(),
         ),
         (libc::SYS_prctl, prctl()?),
         (
@@ -227,13 +246,13 @@ fn process_rules() -> Result<Rules, String> {
     Ok(rules)
 }
 
-fn vcpu_rules() -> Result<Rules, String> {
+/// What guests make a VMM do, on each of its threads.
+fn thread_rules() -> Result<Rules, String> {
     let mut rules: Rules = COMMON.iter().map(|&call| (call, Vec::new())).collect();
     rules.extend(looks());
     let no_program = [when(2, Op::MaskedEq(libc::PROT_EXEC as u64), 0)?];
     let own = u64::from(process::id());
     rules.insert(libc::SYS_fcntl, one_of(1, FCNTL)?);
-    rules.insert(libc::SYS_ioctl, vec![kvm()?, offloads()?]);
     rules.insert(libc::SYS_mmap, vec![rule(&no_program)?]);
     rules.insert(libc::SYS_mprotect, vec![rule(&no_program)?]);
     // abort() signals its own thread.
@@ -241,14 +260,29 @@ fn vcpu_rules() -> Result<Rules, String> {
     Ok(rules)
 }
 
-fn kvm() -> Result<SeccompRule, String> {
-    rule(&[when(1, Op::MaskedEq(0xff00), KVM_REQUESTS)?])
+fn vcpu_rules() -> Result<Rules, String> {
+    let mut rules = thread_rules()?;
+    // What a driver takes from its NIC's tap is told by the vCPU on which it says
+    // so.
+    let tap = requests(&[libc::TUNSETOFFLOAD as u32])?;
+    let all = [requests(requests::VCPU)?, tap].concat();
+    rules.insert(libc::SYS_ioctl, all);
+    Ok(rules)
 }
 
-/// What a guest's driver takes from its NIC's tap, told by the vCPU on which it
-/// says so.
-fn offloads() -> Result<SeccompRule, String> {
-    rule(&[when(1, Op::Eq, libc::TUNSETOFFLOAD)?])
+fn device_rules() -> Result<Rules, String> {
+    let mut rules = thread_rules()?;
+    rules.extend(DEVICE.iter().map(|&call| (call, Vec::new())));
+    // `set_nonblocking` of a socket.
+    rules.insert(libc::SYS_ioctl, requests(&[libc::FIONBIO as u32])?);
+    Ok(rules)
+}
+
+fn requests(numbers: &[u32]) -> Result<Vec<SeccompRule>, String> {
+    numbers
+        .iter()
+        .map(|&number| rule(&[when(1, Op::Eq, u64::from(number))?]))
+        .collect()
 }
 
 /// A thread's name, a name for memory, a narrower filter; and where the

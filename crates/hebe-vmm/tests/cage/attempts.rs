@@ -10,7 +10,7 @@ use hebe_block::BlockBackend;
 use hebe_devices::VsockHost;
 use hebe_store::Segment;
 use hebe_types::{ByteSize, Gpa, VmId};
-use hebe_vmm::cage::narrow_vcpu;
+use hebe_vmm::cage::{narrow_device, narrow_vcpu};
 use libc::{c_long, c_ulong};
 
 /// How an attempt must end inside the cage.
@@ -39,7 +39,19 @@ pub struct Open {
     segment: c_ulong,
 }
 
+const CREATE_VM: u32 = hebe_kvm::requests::CREATE_VM;
+
 impl Open {
+    /// With a descriptor that is not KVM's, which the kernel looks at after its
+    /// filters.
+    fn ask_kvm(&self, request: u32) -> io::Result<()> {
+        let file = self.record.as_raw_fd() as c_ulong;
+        match call(libc::SYS_ioctl, [file, request.into(), 0, 0, 0]) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
     pub fn before_the_cage(dir: &Path) -> io::Result<Self> {
         let path = dir.join("own/disk.img");
         File::create(&path)?.set_len(1 << 20)?;
@@ -194,6 +206,79 @@ pub const ATTEMPTS: &[Attempt] = &[
         File::open(dir.join("own/exit.json")).map(drop)
     }),
     attempt(
+        "make another VM on a vCPU's thread",
+        End::Killed(libc::SYS_ioctl),
+        |_, open| {
+            narrow_if_caged();
+            open.ask_kvm(CREATE_VM)
+        },
+    ),
+    attempt(
+        "give a VM memory on a vCPU's thread",
+        End::Killed(libc::SYS_ioctl),
+        |_, open| {
+            narrow_if_caged();
+            open.ask_kvm(0x4020_ae46)
+        },
+    ),
+    attempt("run on a vCPU's thread", End::Works, |_, open| {
+        narrow_if_caged();
+        open.ask_kvm(0xae80)
+    }),
+    attempt("make another VM after a reset", End::Works, |_, open| {
+        open.ask_kvm(CREATE_VM)
+    }),
+    attempt(
+        "ask KVM for what no VMM asks",
+        End::Killed(libc::SYS_ioctl),
+        // KVM_SET_GUEST_DEBUG
+        |_, open| open.ask_kvm(0x4048_ae9b),
+    ),
+    attempt(
+        "run a vCPU on a device's thread",
+        End::Killed(libc::SYS_ioctl),
+        |_, open| {
+            narrow_device_if_caged();
+            open.ask_kvm(0xae80)
+        },
+    ),
+    attempt(
+        "use a disk and a socket on a device's thread",
+        End::Works,
+        |_, open| {
+            narrow_device_if_caged();
+            let disk = open.disk.again().map_err(io::Error::other)?;
+            disk.write_at(&[7; 512], 512)?;
+            disk.read_at(&mut [0; 512], 512)?;
+            disk.discard(0, 4096)?;
+            disk.flush()?;
+            let (mut accepted, _) = open.vsock.accept()?;
+            accepted.set_nonblocking(true)?;
+            accepted.read_exact(&mut [0; 10])?;
+            accepted.write_all(b"OK 7\n")
+        },
+    ),
+    attempt(
+        "look for a file on a device's thread",
+        End::Killed(libc::SYS_newfstatat),
+        |dir, _| {
+            narrow_device_if_caged();
+            // The C library's own way to stat(2).
+            let path = std::ffi::CString::new(dir.join("own").as_os_str().as_encoded_bytes());
+            let path = path.map_err(io::Error::other)?;
+            let mut room = [0_u8; 256];
+            let at = libc::AT_FDCWD as c_ulong;
+            let words = [
+                at,
+                path.as_ptr() as c_ulong,
+                room.as_mut_ptr() as c_ulong,
+                0,
+                0,
+            ];
+            call(libc::SYS_newfstatat, words).map(drop)
+        },
+    ),
+    attempt(
         "listen on a vCPU's thread",
         End::Killed(libc::SYS_accept4),
         |_, _| {
@@ -347,6 +432,15 @@ pub const ATTEMPTS: &[Attempt] = &[
             call(libc::SYS_memfd_create, [name, 0, 0, 0, 0]).map(drop)
         },
     ),
+    // The kernel refuses it, too: without shared memory it would be no thread.
+    privileged(
+        "start a thread on a device's thread",
+        libc::SYS_clone,
+        |_, _| {
+            narrow_device_if_caged();
+            call(libc::SYS_clone, [libc::CLONE_THREAD as c_ulong, 0, 0, 0, 0]).map(exit_if_child)
+        },
+    ),
     privileged("ptrace its parent", libc::SYS_ptrace, |_, _| {
         let attach = libc::PTRACE_ATTACH as c_ulong;
         call(libc::SYS_ptrace, [attach, parent_id().into(), 0, 0, 0]).map(drop)
@@ -370,6 +464,9 @@ pub const ATTEMPTS: &[Attempt] = &[
         )
         .map(drop)
     }),
+    attempt("pass for root", End::Killed(libc::SYS_setresuid), |_, _| {
+        call(libc::SYS_setresuid, [0; 5]).map(drop)
+    }),
     privileged("become another user", libc::SYS_setuid, |_, _| {
         call(libc::SYS_setuid, [0; 5]).map(drop)
     }),
@@ -392,6 +489,12 @@ fn tell_where() {
 fn narrow_if_caged() {
     if crate::is_caged() {
         narrow_vcpu();
+    }
+}
+
+fn narrow_device_if_caged() {
+    if crate::is_caged() {
+        narrow_device();
     }
 }
 

@@ -53,6 +53,11 @@ fn field(task: &Path, name: &str) -> String {
     line.trim_start_matches(name).trim().to_owned()
 }
 
+fn numbers(text: &str) -> Vec<u32> {
+    let words = text.split_whitespace();
+    words.map(|word| word.parse().expect("a number")).collect()
+}
+
 /// A thread takes its name, and its own filters, after it began.
 fn wait_for_vcpu(tasks: &str) {
     let until = Instant::now() + Duration::from_secs(10);
@@ -77,14 +82,14 @@ fn every_thread_of_a_vmm_is_in_the_cage_and_the_status_says_so() {
     let vmm = start("on");
     let status = vmm.status();
     let cage = status.cage.expect("a cage");
-    for part in ["limits", "capabilities", "seccomp"] {
+    for part in ["limits", "user", "capabilities", "seccomp"] {
         let is_on = cage.parts.iter().any(|p| p.name == part && p.on);
         assert!(is_on, "{part}: {cage}");
     }
     for open in cage.open() {
         assert!(vmm.log().contains(&open.detail), "{open:?} is not told");
     }
-    let mut vcpus = 0;
+    let (mut vcpus, mut devices) = (0, 0);
     let tasks = format!("/proc/{}/task", vmm.child.id());
     wait_for_vcpu(&tasks);
     for task in fs::read_dir(tasks).expect("tasks") {
@@ -101,13 +106,28 @@ fn every_thread_of_a_vmm_is_in_the_cage_and_the_status_says_so() {
         assert_eq!(on, ("1".into(), "2".into()), "{name}");
         let layers: u32 = field(&task, "Seccomp_filters:").parse().expect("a number");
         let is_vcpu = name.starts_with("vcpu");
-        assert_eq!(layers, if is_vcpu { 4 } else { 3 }, "{name}");
+        let narrower = is_vcpu || name.starts_with("virtio-");
+        assert_eq!(layers, if narrower { 4 } else { 3 }, "{name}");
+        devices += u32::from(name.starts_with("virtio-"));
+        // Real, effective and saved, and for files; no other group.
+        let users: Vec<u32> = numbers(&field(&task, "Uid:"));
+        assert!(
+            users[..3].iter().all(|u| *u >= 1_900_000_000),
+            "{name} {users:?}"
+        );
+        let groups: Vec<u32> = numbers(&field(&task, "Gid:"));
+        assert!(
+            groups.iter().all(|g| *g >= 1_900_000_000),
+            "{name} {groups:?}"
+        );
+        assert_eq!(field(&task, "Groups:"), "", "{name}");
         vcpus += u32::from(is_vcpu);
         for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
             assert_eq!(field(&task, set), "0000000000000000", "{name} {set}");
         }
     }
     assert_eq!(vcpus, 1);
+    assert!(devices >= 3, "console, entropy, disk: {devices}");
     let limits = format!("/proc/{}/limits", vmm.child.id());
     if let Ok(limits) = fs::read_to_string(limits) {
         let core = limits.lines().find(|l| l.starts_with("Max core file size"));
