@@ -147,6 +147,11 @@ const CHECKS: &[Check] = &[
         run: lab_tests::agent::run,
     },
     Check {
+        name: "lab: Debian in Debian, over systemctl kexec",
+        lab_minutes: 6,
+        run: lab_tests::debian::run,
+    },
+    Check {
         name: "lab: damage and kills",
         lab_minutes: 3,
         run: lab_tests::faults::run,

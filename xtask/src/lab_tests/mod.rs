@@ -3,6 +3,7 @@
 
 pub mod agent;
 pub mod balloon;
+pub mod debian;
 pub mod faults;
 pub mod fleet;
 pub mod kvm_tests;
