@@ -146,7 +146,23 @@ pub fn reboot(
     extra: &[&str],
     progress: &dyn Progress,
 ) -> Result<Trial> {
-    let result = watched(lab, guests, method, kernel, extra, progress);
+    let argv = arguments(lab, method, kernel, extra)?;
+    progress.step(&format!("{} reboot into {kernel}", method.as_str()));
+    reboot_by(lab, guests, method, &argv, progress)
+}
+
+/// [`reboot`], by a command that is left running as long as the old kernel.
+///
+/// # Errors
+/// The same.
+pub fn reboot_by(
+    lab: &mut Lab,
+    guests: &[GuestSpec],
+    method: Method,
+    argv: &[String],
+    progress: &dyn Progress,
+) -> Result<Trial> {
+    let result = watched(lab, guests, method, argv, progress);
     result.map_err(|error| {
         // A VMM that ends takes a moment to say why.
         std::thread::sleep(WATCH);
@@ -158,8 +174,7 @@ fn watched(
     lab: &mut Lab,
     guests: &[GuestSpec],
     method: Method,
-    kernel: KernelName,
-    extra: &[&str],
+    argv: &[String],
     progress: &dyn Progress,
 ) -> Result<Trial> {
     let before = lab.wait_for_guests(guests)?;
@@ -175,8 +190,6 @@ fn watched(
     if method != Method::QemuCpr {
         lab.all_running(guests)?;
     }
-    progress.step(&format!("{} reboot into {kernel}", method.as_str()));
-    let argv = arguments(lab, method, kernel, extra)?;
     let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
     let host_after = order(lab, &argv)?;
     check_resumes(lab, guests)?;

@@ -152,6 +152,11 @@ const CHECKS: &[Check] = &[
         run: lab_tests::debian::run,
     },
     Check {
+        name: "lab: a host with systemd and the package",
+        lab_minutes: 12,
+        run: lab_tests::systemd::run,
+    },
+    Check {
         name: "lab: damage and kills",
         lab_minutes: 3,
         run: lab_tests::faults::run,

@@ -13,6 +13,7 @@ pub mod live_update_systemd;
 pub mod loops;
 pub mod methods;
 pub mod refusals;
+pub mod systemd;
 
 use anyhow::{Context, Result, ensure};
 use lab::agent::ExecOutput;
