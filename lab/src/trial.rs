@@ -16,6 +16,8 @@ use crate::scenario::{GuestSpec, Lab, host_files};
 
 /// Longest time from the order to the next kernel's settled user space.
 const REBOOT_LIMIT: Duration = Duration::from_secs(420);
+/// The same where systemd goes down before it and comes up after it.
+const SYSTEM_REBOOT_LIMIT: Duration = Duration::from_secs(900);
 /// How long guests are watched before the order and after the last of them
 /// answers again.
 const WATCH: Duration = Duration::from_secs(3);
@@ -252,7 +254,11 @@ fn arguments(lab: &Lab, method: Method, kernel: KernelName, extra: &[&str]) -> R
 fn order(lab: &mut Lab, argv: &[&str]) -> Result<HostStatus> {
     let old = lab.boot.boot_id.clone();
     let pid = lab.machine.agent.spawn(argv, LOG)?;
-    let end = Instant::now() + REBOOT_LIMIT;
+    let limit = match lab.options.system {
+        Some(_) => SYSTEM_REBOOT_LIMIT,
+        None => REBOOT_LIMIT,
+    };
+    let end = Instant::now() + limit;
     let agent = lab.machine.agent;
     let same_kernel = || {
         agent
