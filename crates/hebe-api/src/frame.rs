@@ -223,6 +223,7 @@ mod tests {
             guest_panicked: false,
             stopped_devices: vec!["\x07".into(); 10_000],
             ram_meter: RamMeter::default(),
+            disk_request_ns: None,
             first_tx: None,
             resume: None,
             cage: None,

@@ -145,6 +145,11 @@ pub struct VmStatus {
     pub stopped_devices: Vec<String>,
     /// Bytes of guest RAM that device code touched so far.
     pub ram_meter: RamMeter,
+    /// How long a request of the slowest disk takes at present, in nanoseconds:
+    /// a mean over about the last sixty. `None` before the first, and from a
+    /// release that did not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_request_ns: Option<u64>,
     /// Stamp of the first frame that the guest sent after the last resume or start.
     pub first_tx: Option<Stamp>,
     /// Stamps of the last resume, if the VM was resumed.

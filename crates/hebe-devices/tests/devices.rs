@@ -90,6 +90,7 @@ fn a_disk_reads_what_it_wrote_in_any_split() {
     assert_eq!(disk.request(4, 0, &[]), (0, 1), "flush");
     let counters = disk.device.counters();
     assert_eq!(counters.requests, 3);
+    assert!(disk.device.request_ns().is_some_and(|ns| ns > 0));
     assert_eq!(
         (counters.bytes_in, counters.bytes_out),
         (512 << 10, 512 << 10)
@@ -329,6 +330,7 @@ fn a_frame_that_fits_no_buffer_is_dropped_and_the_next_one_comes() {
     nic.queues[0].wait_used(&nic.machine.ram, 1);
     assert_eq!(get(&nic.machine.ram, DATA + 12, 5), b"short");
     assert_eq!(nic.device.counters().dropped, 1);
+    assert_eq!(nic.device.request_ns(), None);
 }
 
 #[test]

@@ -12,7 +12,8 @@
 //!          count of readings, value and limit of each (NaN: not told), checksum
 //! ```
 //!
-//! All numbers are little-endian. What the samples mean is [`hebe_policy::ageing`]'s.
+//! All numbers are little-endian. What is sampled is in [`sensors`]'s head; what
+//! the samples mean is [`hebe_policy::ageing`]'s.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -22,6 +23,10 @@ use std::path::{Path, PathBuf};
 use hebe_policy::ageing::{Indicator, Reading, Sample};
 
 use crate::files;
+
+mod sensors;
+
+pub use sensors::{sample, sample_quietly};
 
 const MAGIC: &[u8; 8] = b"HEBEAGE\0";
 const VERSION: u32 = 1;
@@ -226,111 +231,6 @@ fn decode(slot: &[u8]) -> Option<(u64, Sample)> {
         readings,
     };
     Some((u64::from_le_bytes(eight(slot, 0)?), sample))
-}
-
-/// Takes a sample of this host.
-pub fn sample_here() -> io::Result<Sample> {
-    let now = hebe_sys::clock::stamp_now();
-    Ok(Sample {
-        boot: hebe_sys::proc::boot_id()?,
-        up_s: hebe_sys::proc::since_boot_ns() as f64 / 1e9,
-        at_s: now.realtime_ns as f64 / 1e9,
-        readings: readings(Path::new("/proc")),
-    })
-}
-
-/// What a /proc tells; what it does not tell is left out.
-pub fn readings(proc: &Path) -> [Option<Reading>; Indicator::ALL.len()] {
-    let text = |file: &str| fs::read_to_string(proc.join(file)).unwrap_or_default();
-    let memory = text("meminfo");
-    Indicator::ALL.map(|indicator| match indicator {
-        Indicator::MemoryAvailable => Some(Reading {
-            value: kib(&memory, "MemAvailable:")?,
-            limit: 0.0,
-        }),
-        Indicator::Slab => Some(Reading {
-            value: kib(&memory, "SUnreclaim:")?,
-            limit: kib(&memory, "MemTotal:")?,
-        }),
-        Indicator::Fragmentation => Some(Reading {
-            value: fragmentation(&text("buddyinfo"))?,
-            limit: 1.0,
-        }),
-        Indicator::OpenFiles => {
-            let text = text("sys/fs/file-nr");
-            let mut words = text.split_whitespace();
-            Some(Reading {
-                value: words.next()?.parse().ok()?,
-                limit: words.nth(1)?.parse().ok()?,
-            })
-        }
-        Indicator::Threads => {
-            let text = text("loadavg");
-            let threads = text.split_whitespace().nth(3)?.split('/').nth(1)?;
-            let limit =
-                self::number(&fs::read_to_string(proc.join("sys/kernel/threads-max")).ok()?)?;
-            Some(Reading {
-                value: threads.parse().ok()?,
-                limit,
-            })
-        }
-        Indicator::Swap => {
-            let limit = kib(&memory, "SwapTotal:").filter(|total| *total > 0.0)?;
-            Some(Reading {
-                value: limit - kib(&memory, "SwapFree:")?,
-                limit,
-            })
-        }
-        Indicator::VmmMemory => vmm_memory(proc, kib(&memory, "MemTotal:")?),
-    })
-}
-
-fn number(text: &str) -> Option<f64> {
-    text.trim().parse().ok()
-}
-
-/// A field of meminfo or status, in bytes.
-fn kib(text: &str, name: &str) -> Option<f64> {
-    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-    number(line.trim().strip_suffix("kB")?).map(|kib| kib * 1024.0)
-}
-
-/// The part of free memory in pieces below 2 MiB (order 9 of 4 KiB pages): of
-/// it no huge page can be made, for guest RAM or for its page tables.
-fn fragmentation(buddyinfo: &str) -> Option<f64> {
-    let (mut small, mut all) = (0.0, 0.0);
-    for line in buddyinfo.lines() {
-        let counts = line.split_once("zone")?.1.split_whitespace().skip(1);
-        for (order, count) in counts.enumerate() {
-            let pages = number(count)? * 2f64.powi(order as i32);
-            all += pages;
-            if order < 9 {
-                small += pages;
-            }
-        }
-    }
-    (all > 0.0).then(|| small / all)
-}
-
-/// The mean of what each VMM has for itself. A VMM may end while it is read.
-fn vmm_memory(proc: &Path, total: f64) -> Option<Reading> {
-    let mut own = Vec::new();
-    for entry in fs::read_dir(proc).ok()?.flatten() {
-        let is_process = entry.file_name().to_string_lossy().parse::<u32>().is_ok();
-        if !is_process {
-            continue;
-        }
-        let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-        if name.trim() == "hebe-vmm" {
-            let status = fs::read_to_string(entry.path().join("status")).unwrap_or_default();
-            own.extend(kib(&status, "RssAnon:"));
-        }
-    }
-    let count = own.len() as f64;
-    (count > 0.0).then(|| Reading {
-        value: own.iter().sum::<f64>() / count,
-        limit: total / count,
-    })
 }
 
 #[cfg(test)]

@@ -1,4 +1,7 @@
+use std::time::Duration;
+
 use super::*;
+use crate::host::{Host, Layout};
 
 fn sample(up_s: f64) -> Sample {
     let mut readings = [None; Indicator::ALL.len()];
@@ -101,7 +104,8 @@ fn a_proc_is_read_as_it_is_and_a_strange_one_tells_nothing() {
         fs::create_dir_all(path.parent().expect("parent")).expect("dir");
         fs::write(path, text).expect("write");
     };
-    assert_eq!(readings(dir.path()), [None; Indicator::ALL.len()]);
+    let nothing = |vmms: &[_]| sensors::readings(dir.path(), &dir.path().join("none"), vmms);
+    assert_eq!(nothing(&[]), [None; Indicator::ALL.len()]);
     put(
         "meminfo",
         "MemTotal:  1000 kB\nMemAvailable:  600 kB\nSUnreclaim:  50 kB\nSwapTotal:  80 kB\nSwapFree:  30 kB\n",
@@ -117,14 +121,20 @@ fn a_proc_is_read_as_it_is_and_a_strange_one_tells_nothing() {
         ("10", "hebe-vmm", 30),
         ("11", "hebe-vmm", 50),
         ("12", "sh", 9),
+        ("13", "hebed", 70),
     ] {
         put(&format!("{pid}/comm"), &format!("{name}\n"));
         put(&format!("{pid}/status"), &format!("RssAnon:\t {kib} kB\n"));
     }
+    let vmm = |ms, disk_request_ns| sensors::Answered {
+        took: Duration::from_millis(ms),
+        disk_request_ns,
+    };
+    let vmms = [vmm(1, Some(4_000_000)), vmm(3, None)];
     let reading = |value: f64, limit: f64| Some(Reading { value, limit });
     let k = 1024.0;
     assert_eq!(
-        readings(dir.path()),
+        nothing(&vmms),
         [
             reading(600.0 * k, 0.0),
             reading(50.0 * k, 1000.0 * k),
@@ -133,17 +143,63 @@ fn a_proc_is_read_as_it_is_and_a_strange_one_tells_nothing() {
             reading(345.0, 10_000.0),
             reading(50.0 * k, 80.0 * k),
             reading(40.0 * k, 500.0 * k),
+            reading(70.0 * k, 1000.0 * k),
+            reading(0.002, 10.0),
+            reading(0.004, 30.0),
+            None,
         ]
     );
     put("meminfo", "MemTotal: lots\n");
     put("buddyinfo", "nonsense\n");
     put("loadavg", "1\n");
-    assert_eq!(readings(dir.path()).iter().flatten().count(), 1);
+    assert_eq!(nothing(&[]).iter().flatten().count(), 1);
+}
+
+#[test]
+fn what_suspends_leave_in_the_state_directory_is_counted_without_the_samples() {
+    let dir = tempfile::tempdir().expect("dir");
+    let state_files = || {
+        let all = sensors::readings(Path::new("/nonexistent"), dir.path(), &[]);
+        all.last().copied().flatten().expect("told")
+    };
+    assert_eq!(state_files().value, 0.0);
+    let put = |file: &str, len: usize| {
+        let path = dir.path().join(file);
+        fs::create_dir_all(path.parent().expect("parent")).expect("dir");
+        fs::write(path, vec![1; len]).expect("write");
+    };
+    put("saved/web.hebe", 300_000);
+    put("notes/web", 10);
+    put("ageing/samples", 2_000_000);
+    std::os::unix::fs::symlink("/", dir.path().join("elsewhere")).expect("link");
+    let found = state_files();
+    assert!((300_000.0..400_000.0).contains(&found.value), "{found:?}");
+    assert!(found.limit > found.value, "{found:?}");
+}
+
+/// A sampler of another release may know fewer indicators, or more.
+#[test]
+fn samples_of_another_release_are_read_as_far_as_they_go() {
+    let mut slot = encode(1, &sample(1.0));
+    slot[40..44].copy_from_slice(&7u32.to_le_bytes());
+    let sum = crc32fast::hash(&slot[..SUM_AT]);
+    slot[SUM_AT..].copy_from_slice(&sum.to_le_bytes());
+    let (_, read) = decode(&slot).expect("read");
+    assert_eq!(read, sample(1.0));
+    slot[40..44].copy_from_slice(&12u32.to_le_bytes());
+    let sum = crc32fast::hash(&slot[..SUM_AT]);
+    slot[SUM_AT..].copy_from_slice(&sum.to_le_bytes());
+    assert!(decode(&slot).is_some());
 }
 
 #[test]
 fn this_host_can_be_sampled() {
-    let one = sample_here().expect("sample");
+    let dir = tempfile::tempdir().expect("dir");
+    let mut host = Host::here();
+    host.layout = Layout::below(dir.path());
+    fs::create_dir_all(&host.layout.state).expect("dir");
+    let one = sensors::sample(&host).expect("sample");
     assert!(one.up_s > 0.0 && one.at_s > 1e9);
     assert!(one.readings[0].is_some_and(|r| r.value > 0.0));
+    assert!(one.readings[10].is_some_and(|r| r.limit > 0.0));
 }

@@ -6,6 +6,7 @@
 //! - [`calendar`]: events and windows.
 //! - [`policy`]: when to go, decided from facts.
 //! - [`fleet`]: through a group of hosts, at most k at once.
+//! - [`cluster`]: what a group can do over one cycle, by simulation.
 //! - [`span`]: lengths of time as people write them.
 //!
 //! Whoever does the I/O reads the files and the clock, and hands both in.
@@ -14,6 +15,7 @@
 
 pub mod ageing;
 pub mod calendar;
+pub mod cluster;
 pub mod fleet;
 pub mod policy;
 pub mod span;

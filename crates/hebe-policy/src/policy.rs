@@ -32,7 +32,8 @@ use crate::span::Span;
 
 /// Most windows that are followed from one into the next.
 const WINDOWS_MAX: usize = 1000;
-/// Least uptime that makes a host due without a person.
+/// Least uptime that makes a host due without a person, where the policy says
+/// nothing.
 const UPTIME_LEAST: Span = Span::hours(1);
 
 /// When hosts are to be rejuvenated.
@@ -48,6 +49,10 @@ pub struct Policy {
     /// When no host may begin, whatever a rule says.
     #[serde(default, rename = "blackout")]
     pub blackouts: Vec<Window>,
+    /// How long a host must have been up before a calendar or ageing makes it
+    /// due; an hour if nothing is said. See [`Policy::rest`].
+    #[serde(default)]
+    pub least_uptime: Option<Span>,
 }
 
 fn one() -> u32 {
@@ -112,7 +117,7 @@ pub struct Facts {
     pub load: Vec<Load>,
     /// Hosts of the group that are under way.
     pub under_way: u32,
-    /// Before then it has not been up for [`Policy::least_uptime`], and no
+    /// Before then it has not been up for [`Policy::rest`], and no
     /// calendar and no ageing makes it due; `None` if it has.
     #[serde(default)]
     pub rested: Option<Moment>,
@@ -221,6 +226,9 @@ impl Policy {
         if self.blackouts.iter().any(|w| nothing(&w.length)) {
             return Err(PolicyError::NoTime("length"));
         }
+        if self.least_uptime.as_ref().is_some_and(nothing) {
+            return Err(PolicyError::NoTime("least_uptime"));
+        }
         for rule in &self.rules {
             match rule {
                 Rule::Calendar { within, .. } if nothing(within) => {
@@ -246,19 +254,25 @@ impl Policy {
             all.at_most = all.at_most.min(one.at_most);
             all.rules.extend(one.rules);
             all.blackouts.extend(one.blackouts);
+            let least = |policy: Option<Span>| policy.unwrap_or(UPTIME_LEAST);
+            if all.least_uptime.or(one.least_uptime).is_some() {
+                let longest = least(all.least_uptime).max(least(one.least_uptime));
+                all.least_uptime = Some(longest);
+            }
             all
         })
     }
 
     /// How long a host must have been up before a calendar or ageing makes it
-    /// due, by a clock that nobody sets: a wall clock that steps back has the
-    /// event at which the host went once more.
-    pub fn least_uptime(&self) -> Span {
+    /// due, by a clock that nobody sets: as long as the policy says, and at
+    /// least as long as the longest `within`, because a wall clock that steps
+    /// back has the event at which the host went once more.
+    pub fn rest(&self) -> Span {
         let within = self.rules.iter().filter_map(|rule| match rule {
             Rule::Calendar { within, .. } => Some(*within),
             Rule::Ageing { .. } | Rule::ByHand | Rule::Roll => None,
         });
-        within.fold(UPTIME_LEAST, Span::max)
+        within.fold(self.least_uptime.unwrap_or(UPTIME_LEAST), Span::max)
     }
 
     /// The first instant from `now` on that no blackout covers.
@@ -276,6 +290,16 @@ impl Policy {
 }
 
 impl Rule {
+    /// As a policy names it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Calendar { .. } => "calendar",
+            Self::Ageing { .. } => "ageing",
+            Self::ByHand => "by-hand",
+            Self::Roll => "roll",
+        }
+    }
+
     fn quiet(&self) -> Option<Quiet> {
         match self {
             Self::Calendar { quiet, .. } | Self::Ageing { quiet, .. } => *quiet,

@@ -500,6 +500,7 @@ impl Vm {
             guest_panicked: self.board.has_panicked(),
             stopped_devices: self.devices.iter().filter_map(stopped).collect(),
             ram_meter: self.meter(),
+            disk_request_ns: self.devices.iter().filter_map(|d| d.request_ns()).max(),
             first_tx: self
                 .devices
                 .iter()

@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
-use hebe_host::ageing::{SLOTS, SampleStore, path_below, sample_here};
+use hebe_host::Host;
+use hebe_host::ageing::{SLOTS, SampleStore, path_below, sample};
 use serde_json::Value;
 
 fn hebe(root: &Path, arguments: &[&str]) -> Output {
@@ -41,7 +42,7 @@ fn a_host_is_sampled_and_it_is_too_early_to_tell() {
 fn a_leak_is_a_status_and_a_sentence() {
     let dir = tempfile::tempdir().expect("dir");
     let mut store = SampleStore::open(&path_below(dir.path()), SLOTS).expect("store");
-    let mut sample = sample_here().expect("sample");
+    let mut sample = sample(&Host::here()).expect("sample");
     for i in 0..50 {
         sample.up_s += 10.0;
         sample.at_s += 10.0;
@@ -77,4 +78,55 @@ fn a_leak_is_a_status_and_a_sentence() {
             "{flag}"
         );
     }
+}
+
+/// What the boot before suffered from was cured by its end, whether or not this
+/// one was sampled yet.
+#[test]
+fn right_after_a_reboot_the_boot_before_is_not_assessed() {
+    let dir = tempfile::tempdir().expect("dir");
+    let mut store = SampleStore::open(&path_below(dir.path()), SLOTS).expect("store");
+    let mut sample = sample(&Host::here()).expect("sample");
+    let this_boot = sample.boot;
+    sample.boot = [7; 16];
+    for i in 0..50 {
+        sample.up_s += 10.0;
+        sample.at_s += 10.0;
+        sample.readings[0].as_mut().expect("memory").value = 1e9 - f64::from(i) * 1e6;
+        store.append(&sample).expect("append");
+    }
+    let svg = dir.path().join("age.svg");
+    let look = || {
+        let path = svg.to_string_lossy().into_owned();
+        let age = ["host", "age", "--period", "none", "--svg", &path];
+        let text = hebe(dir.path(), &age);
+        let json = hebe(dir.path(), &[&["--json"], &age[..]].concat());
+        let value: Value = serde_json::from_slice(&json.stdout).expect("JSON");
+        (text, value)
+    };
+    let (text, value) = look();
+    assert_eq!(text.status.code(), Some(0), "{text:?}");
+    let said = String::from_utf8_lossy(&text.stdout);
+    assert!(said.contains("no sample of this boot yet"), "{said}");
+    assert_eq!(
+        (&value["samples"], &value["samples_before"]),
+        (&0.into(), &50.into())
+    );
+    assert_eq!(value["ageing"], false);
+    let drawn = std::fs::read_to_string(&svg).expect("chart");
+    assert!(
+        drawn.contains("available memory") && !drawn.contains(">reboot<"),
+        "{drawn}"
+    );
+    sample.boot = this_boot;
+    sample.at_s += 60.0;
+    store.append(&sample).expect("append");
+    let (text, value) = look();
+    assert_eq!(text.status.code(), Some(0), "{text:?}");
+    assert_eq!(
+        (&value["samples"], &value["ageing"]),
+        (&1.into(), &false.into())
+    );
+    let drawn = std::fs::read_to_string(&svg).expect("chart");
+    assert!(drawn.contains(">reboot<"), "{drawn}");
 }

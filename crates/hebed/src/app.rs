@@ -5,13 +5,14 @@ use std::time::Instant;
 
 use axum::http::StatusCode;
 use hebe_host::{Host, HostError};
+use hebe_policy::ageing::Indicator;
 use hebe_types::VmName;
 use serde_json::Value;
 use tokio::sync::{Notify, Semaphore};
 
 use crate::answers::{Problem, Supervision};
 use crate::engine::{Broken, Engine};
-use crate::events::Bus;
+use crate::events::{Bus, Event};
 use crate::jobs::{Job, JobKind, Jobs};
 use crate::watch::Watched;
 
@@ -38,6 +39,8 @@ pub struct Inner {
     pub id: String,
     /// What the supervisor thinks.
     watched: Mutex<Watched>,
+    /// What tends to its limit, and in how many seconds it reaches it.
+    exhaustions: Mutex<Vec<(Indicator, f64)>>,
     /// Something changed that the supervisor should look at now.
     pub look_now: Notify,
 }
@@ -63,6 +66,7 @@ impl App {
             began: Instant::now(),
             id: format!("{:x}-{:x}", std::process::id(), began),
             watched: Mutex::default(),
+            exhaustions: Mutex::default(),
             look_now: Notify::new(),
         }))
     }
@@ -70,6 +74,30 @@ impl App {
     /// What the supervisor thinks.
     pub fn watched(&self) -> MutexGuard<'_, Watched> {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What tends to its limit, and in how many seconds it reaches it.
+    pub fn exhaustions(&self) -> Vec<(Indicator, f64)> {
+        let all = self.exhaustions.lock();
+        all.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes note of it, for whoever asks.
+    pub fn note_exhaustions(&self, found: Vec<(Indicator, f64)>) {
+        let mut all = self
+            .exhaustions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *all = found;
+    }
+
+    /// Tells the log, and all who listen, how the host is ageing.
+    pub fn tell_ageing(&self, text: String, trouble: bool) {
+        match trouble {
+            true => crate::log::warning(text.clone()),
+            false => crate::log::info(text.clone()),
+        }
+        self.bus.tell(&Event::Ageing { text, trouble });
     }
 
     /// What the supervisor has in mind with one VM.

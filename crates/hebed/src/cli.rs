@@ -64,6 +64,14 @@ pub struct Args {
     /// Take no samples of how the host is ageing.
     #[arg(long)]
     pub no_samples: bool,
+    /// How often to take a sample of how the host is ageing, in seconds. The newest 8,640 are
+    /// kept: more often than every 50 s, they do not reach the five days back that a look for
+    /// daily cycles takes.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub sample_every: u64,
+    /// How often to look at the policy and at new samples, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=300))]
+    pub look_every: u64,
 }
 
 impl Args {
@@ -80,6 +88,16 @@ impl Args {
     /// How often to look.
     pub fn poll(&self) -> Duration {
         Duration::from_millis(self.poll_ms)
+    }
+
+    /// Between two samples.
+    pub fn sample_every(&self) -> Duration {
+        Duration::from_secs(self.sample_every)
+    }
+
+    /// Between two looks at the policy.
+    pub fn look_every(&self) -> Duration {
+        Duration::from_secs(self.look_every)
     }
 }
 
@@ -104,7 +122,13 @@ mod tests {
 
     #[test]
     fn bad_lines_are_refused() {
-        for line in ["hebed --poll-ms 0", "hebed now", "hebed --socket"] {
+        for line in [
+            "hebed --poll-ms 0",
+            "hebed now",
+            "hebed --socket",
+            "hebed --sample-every 0",
+            "hebed --look-every 301",
+        ] {
             assert!(Args::try_parse_from(line.split(' ')).is_err(), "{line}");
         }
         // TCP is all of it or nothing.
@@ -128,5 +152,7 @@ mod tests {
         let args = Args::try_parse_from(["hebed", "--group", "hebe"]).expect("fine");
         assert_eq!(args.secure(), None);
         assert_eq!(args.poll(), Duration::from_secs(2));
+        assert_eq!(args.sample_every(), Duration::from_secs(600));
+        assert_eq!(args.look_every(), Duration::from_secs(60));
     }
 }

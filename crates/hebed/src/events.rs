@@ -42,6 +42,13 @@ pub enum Event {
         /// Somebody should look.
         trouble: bool,
     },
+    /// How the host is ageing.
+    Ageing {
+        /// A sentence with its reason.
+        text: String,
+        /// Somebody should look.
+        trouble: bool,
+    },
 }
 
 impl Event {
@@ -51,6 +58,7 @@ impl Event {
             Self::Job(_) => "job",
             Self::Vm { .. } => "vm",
             Self::Supervisor { .. } => "supervisor",
+            Self::Ageing { .. } => "ageing",
         }
     }
 }

@@ -15,9 +15,11 @@
 //!   [`events`]: what is told to whoever listens.
 //! - [`watch`]: looks at the VMs, and carries out what
 //!   [`hebe_flow::supervise`] decides; takes samples of the host.
-//! - [`policy`]: runs `hebe reboot` when the host's policy says so.
+//! - [`policy`]: runs `hebe reboot` when the host's policy says so; [`ageing`]:
+//!   alerts when the host begins to age.
 //! - [`metrics`], [`log`], [`systemd`], [`cli`]: the rest.
 
+pub mod ageing;
 pub mod answers;
 pub mod app;
 pub mod cli;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;
 
 use hebe_host::Host;
-use hebe_host::ageing::sample_here;
+use hebe_host::ageing::{sample, sample_quietly};
 use hebe_host::listing::{Survey, VmState};
 use hebe_host::report::last_report;
 use hebe_host::timeline::Downtime;
@@ -47,14 +47,18 @@ pub struct HostFigures {
     sample: Option<Sample>,
 }
 
-/// Reads it; the report lies in the store, which is left alone in the midst of
-/// a reboot.
-pub fn host_figures(host: &Host, with_report: bool) -> HostFigures {
-    let report = with_report.then(|| last_report(host).ok().flatten());
+/// Reads it; the store, in which the report lies, and the VMMs are left alone
+/// in the midst of a reboot (`quiet`).
+pub fn host_figures(host: &Host, quiet: bool) -> HostFigures {
+    let report = (!quiet).then(|| last_report(host).ok().flatten());
     let report = report.flatten();
     HostFigures {
         downtimes: report.map(|r| r.downtimes()).unwrap_or_default(),
-        sample: sample_here().ok(),
+        sample: if quiet {
+            sample_quietly(host).ok()
+        } else {
+            sample(host).ok()
+        },
     }
 }
 
@@ -66,6 +70,7 @@ pub fn text(app: &App, survey: Option<&Survey>, figures: &HostFigures) -> String
         vms(survey, &mut registry);
     }
     host(figures, &mut registry);
+    exhaustions(&app.exhaustions(), &mut registry);
     let mut text = String::new();
     // Writing to a string does not fail.
     let _ = encode(&mut text, &registry);
@@ -182,6 +187,17 @@ fn host(figures: &HostFigures, registry: &mut Registry) {
     registry.register("host_indicator_limit", help, limits);
 }
 
+/// Indicators that do not tend to their limit have no time.
+fn exhaustions(all: &[(Indicator, f64)], registry: &mut Registry) {
+    let times = Gauges::default();
+    for (indicator, seconds) in all {
+        let labels = label("indicator", indicator.name());
+        times.get_or_create_owned(&labels).set(*seconds);
+    }
+    let help = "When the indicator reaches its limit, from the last sample on; told of those alone that tend to it";
+    registry.register_with_unit("host_exhausted_in", help, Unit::Seconds, times);
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
@@ -212,6 +228,7 @@ mod tests {
             guest_panicked: false,
             stopped_devices: Vec::new(),
             ram_meter: RamMeter::default(),
+            disk_request_ns: None,
             first_tx: None,
             resume: None,
             cage: None,
@@ -253,12 +270,14 @@ mod tests {
                 stopped_ms: Some(100.0),
                 to_first_reply_ms: Some(200.0),
             }],
-            sample: sample_here().ok(),
+            sample: sample(&host).ok(),
         };
         let mut started_again = Registry::with_prefix("hebe");
         let counts = BTreeMap::from([(figures.downtimes[0].vm.clone(), 2)]);
         restarts(&counts, &mut started_again);
-        let mut all = text(&App::new(host), Some(&survey), &figures);
+        let app = App::new(host);
+        app.note_exhaustions(vec![(Indicator::Slab, 3_600.0)]);
+        let mut all = text(&app, Some(&survey), &figures);
         encode(&mut all, &started_again).expect("text");
         all
     }

@@ -1,5 +1,5 @@
-//! Follows this host's policy, where there is one: looks once a minute, and
-//! runs `hebe reboot` when the policy says go.
+//! Follows this host's policy, where there is one: looks once a minute, at how
+//! the host is ageing, too, and runs `hebe reboot` when the policy says go.
 //!
 //! What decides is [`hebe_policy::policy::watch`], which a simulation runs,
 //! too. The reboot is a program of its own, in a process group of its own: it
@@ -18,28 +18,25 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use hebe_fleet::FleetConfig;
-use hebe_host::ageing::{path_below, read};
 use hebe_host::definitions::read_toml;
 use hebe_host::listing::with_cause;
 use hebe_host::{Host, files};
-use hebe_policy::ageing::{Look, assess};
+use hebe_policy::ageing::Look;
 use hebe_policy::calendar::{Moment, Window};
 use hebe_policy::policy::watch::{Seen, Watcher};
 use hebe_policy::policy::{Decision, Policy, Rule, Why};
+use hebe_policy::span::Span;
 use rustix::time::{ClockId, clock_gettime};
 use serde::Deserialize;
 
+use crate::ageing::Monitor;
 use crate::app::App;
 use crate::log;
 use halt::Failed;
 
-/// Between two looks.
-pub const LOOK_EVERY: Duration = Duration::from_secs(60);
 /// Between two questions whether it is this host's turn in a roll: others wait
 /// for it.
 const ASK_EVERY: Duration = Duration::from_secs(10);
-/// How many looks apart the samples of the host are assessed.
-const ASSESS_EVERY: u32 = 10;
 /// The file that asks for a reboot: Debian's packages make it, and kured looks
 /// for it.
 const SENTINEL: &str = "/run/reboot-required";
@@ -60,6 +57,11 @@ pub struct PolicyFile {
     /// The file that asks for a reboot, by when it was changed.
     #[serde(default = "sentinel")]
     sentinel: PathBuf,
+    #[serde(default)]
+    least_uptime: Option<Span>,
+    /// How samples are looked at.
+    #[serde(default)]
+    ageing: Look,
 }
 
 fn one() -> u32 {
@@ -77,6 +79,7 @@ impl PolicyFile {
             at_most: self.at_most,
             rules: self.rules.clone(),
             blackouts: self.blackouts.clone(),
+            least_uptime: self.least_uptime,
         }
     }
 }
@@ -85,8 +88,7 @@ impl PolicyFile {
 #[derive(Debug, Default)]
 pub struct Follower {
     watcher: Watcher,
-    exhausted_in_s: Option<f64>,
-    looks: u32,
+    monitor: Monitor,
     said: String,
     /// Whether the policy has a rule for rolls.
     rolls: bool,
@@ -97,7 +99,8 @@ pub struct Follower {
     files: Vec<PathBuf>,
 }
 
-/// Looks once a minute, for ever. Without `policy.toml` nothing ever happens.
+/// Looks at the samples and the policy, for ever. Without `policy.toml` nothing
+/// ever happens but alerts.
 pub async fn follow(app: App, every: Duration) {
     let mut follower = Follower::default();
     let mut rest = every;
@@ -116,11 +119,15 @@ pub async fn follow(app: App, every: Duration) {
         if app.engine.is_quiet() {
             continue;
         }
-        let looked = app
-            .engine
-            .read(move |host| follower.tick(host, is_time))
-            .await;
-        let Ok((next, go)) = looked else {
+        let teller = app.clone();
+        let looked = app.engine.read(move |host| {
+            let (next, go) = follower.tick(host, is_time, &|text, trouble| {
+                teller.tell_ageing(text, trouble)
+            });
+            teller.note_exhaustions(next.monitor.exhaustions());
+            (next, go)
+        });
+        let Ok((next, go)) = looked.await else {
             log::error("the policy is not followed any more: please report this");
             return;
         };
@@ -146,7 +153,12 @@ pub async fn follow(app: App, every: Duration) {
 impl Follower {
     /// A look, where it is time for one, or this host's turn in a roll has just
     /// come.
-    pub fn tick(mut self, host: &Host, is_time: bool) -> (Self, Option<Vec<String>>) {
+    pub fn tick(
+        mut self,
+        host: &Host,
+        is_time: bool,
+        tell: &dyn Fn(String, bool),
+    ) -> (Self, Option<Vec<String>>) {
         let mut mine = None;
         if self.rolls {
             mine = turn::ask(host).unwrap_or_else(|why| {
@@ -161,7 +173,7 @@ impl Follower {
         if !is_time && !came {
             return (self, None);
         }
-        let (mut next, go) = self.look(host);
+        let (mut next, go) = self.look(host, tell);
         if let Some(mine) = mine.filter(|_| go.is_none())
             && let Err(why) = mine.waits(next.said.clone())
         {
@@ -171,25 +183,33 @@ impl Follower {
     }
 
     /// One look: what is remembered, and the arguments of `hebe` if it is to
-    /// be run.
-    pub fn look(mut self, host: &Host) -> (Self, Option<Vec<String>>) {
+    /// be run. `tell` is told of ageing, and whether somebody should look.
+    pub fn look(mut self, host: &Host, tell: &dyn Fn(String, bool)) -> (Self, Option<Vec<String>>) {
         let path = host.layout.config.join("policy.toml");
-        if !path.exists() {
-            return (Self::default(), None);
+        let file = path.exists().then(|| read_policy(&path));
+        let look = match &file {
+            Some(Ok(file)) => file.ageing,
+            _ => Look::default(),
+        };
+        let (monitor, news) = self.monitor.look(host, look);
+        self.monitor = monitor;
+        if let Some(news) = news {
+            tell(news.text, news.trouble);
         }
-        let file = match read_policy(&path) {
-            Ok(file) => file,
-            Err(why) => {
+        let file = match file {
+            Some(Ok(file)) => file,
+            Some(Err(why)) => {
                 self.say(format!("nothing is done by policy: {why}"));
                 return (self, None);
             }
+            None => {
+                let monitor = self.monitor;
+                let idle = Self::default();
+                return (Self { monitor, ..idle }, None);
+            }
         };
-        if self.looks.is_multiple_of(ASSESS_EVERY) {
-            self.exhausted_in_s = exhausted_in_s(host);
-        }
-        self.looks = self.looks.wrapping_add(1);
         let halted = halt::in_force(host, &[&path, &file.sentinel]);
-        let mut seen = seen(host, &file.sentinel, self.exhausted_in_s);
+        let mut seen = seen(host, &file.sentinel, &self.monitor);
         seen.halted = halted.is_some();
         seen.turn = self.turn;
         self.rolls = file.rules.contains(&Rule::Roll);
@@ -212,7 +232,8 @@ impl Follower {
             }
             Decision::Go { rule, .. } => {
                 self.said.clear();
-                log::info(format!("policy: rule {} says go", rule + 1));
+                let rule_is = file.rules.get(rule).map_or("", Rule::name);
+                log::info(format!("policy: rule {} ({rule_is}) says go", rule + 1));
                 let is_turn = file.rules.get(rule) == Some(&Rule::Roll);
                 (self, Some(arguments(&file, host, is_turn)))
             }
@@ -230,8 +251,9 @@ impl Follower {
 
 fn read_policy(path: &Path) -> Result<PolicyFile, String> {
     let file: PolicyFile = read_toml(path).map_err(|error| with_cause(&error))?;
-    let checked = file.policy().check(wall());
-    checked.map_err(|error| format!("{}: {error}", path.display()))?;
+    let at = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+    file.policy().check(wall()).map_err(|error| at(&error))?;
+    file.ageing.check().map_err(|error| at(&error))?;
     Ok(file)
 }
 
@@ -278,7 +300,7 @@ fn wall() -> Moment {
     clock_gettime(ClockId::Realtime).tv_sec
 }
 
-fn seen(host: &Host, sentinel: &Path, exhausted_in_s: Option<f64>) -> Seen {
+fn seen(host: &Host, sentinel: &Path, monitor: &Monitor) -> Seen {
     let (now, up_s) = (wall(), clock_gettime(ClockId::Boottime).tv_sec);
     let booted = now - up_s;
     Seen {
@@ -287,7 +309,7 @@ fn seen(host: &Host, sentinel: &Path, exhausted_in_s: Option<f64>) -> Seen {
         up_s: Some(up_s),
         asked: sentinel::asked(host, sentinel, now, booted),
         turn: false,
-        exhausted_in_s,
+        exhausted_in_s: monitor.exhausted_in_s(up_s as f64),
         halted: false,
         load: load(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default()),
     }
@@ -298,17 +320,6 @@ fn load(loadavg: &str) -> Option<f64> {
     let load: f64 = loadavg.split_whitespace().next()?.parse().ok()?;
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     Some(load / processors as f64)
-}
-
-/// What ageing foretells for the running boot. Without a sample of it there is
-/// nothing to say: what the last boot suffered from was cured by its end.
-fn exhausted_in_s(host: &Host) -> Option<f64> {
-    let samples = read(&path_below(&host.layout.state)).ok()?;
-    if samples.last()?.boot != host.system.boot_id() {
-        return None;
-    }
-    let assessment = assess(&samples, Look::default()).ok()?;
-    assessment.soonest().map(|(_, in_s)| in_s)
 }
 
 /// `hebe` beside this program, else in `PATH`.
@@ -356,11 +367,13 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
     use std::time::SystemTime;
 
-    use hebe_host::ageing::SampleStore;
+    use hebe_host::ageing::{SampleStore, path_below};
     use hebe_host::host::Layout;
     use hebe_policy::ageing::{Indicator, Reading, Sample};
 
     use super::*;
+
+    fn silent(_: String, _: bool) {}
 
     fn host(dir: &Path) -> Host {
         let mut host = Host::here();
@@ -375,7 +388,7 @@ mod tests {
     fn without_a_policy_nothing_happens_and_a_wrong_one_does_nothing() {
         let dir = tempfile::tempdir().expect("folder");
         let host = host(dir.path());
-        let (follower, go) = Follower::default().look(&host);
+        let (follower, go) = Follower::default().look(&host, &silent);
         assert_eq!((go, follower.said.as_str()), (None, ""));
         for (text, word) in [
             ("at_most = 0\n[[rule]]\nwhen = \"by-hand\"\n", "at_most = 0"),
@@ -384,7 +397,7 @@ mod tests {
             ("rules = 1\n", "rules"),
         ] {
             std::fs::write(dir.path().join("etc/policy.toml"), text).expect("write");
-            let (follower, go) = Follower::default().look(&host);
+            let (follower, go) = Follower::default().look(&host, &silent);
             assert_eq!(go, None);
             assert!(follower.said.contains(word), "{word}: {}", follower.said);
         }
@@ -399,7 +412,7 @@ mod tests {
             "sentinel = {sentinel:?}\nreboot = [\"--method\", \"saved\"]\n[[rule]]\nwhen = \"by-hand\"\n"
         );
         std::fs::write(dir.path().join("etc/policy.toml"), text).expect("write");
-        let (follower, go) = Follower::default().look(&host);
+        let (follower, go) = Follower::default().look(&host, &silent);
         assert_eq!(go, None);
         assert!(
             follower.said.contains("nothing is due"),
@@ -407,10 +420,10 @@ mod tests {
             follower.said
         );
         std::fs::write(&sentinel, "").expect("write");
-        let (follower, go) = follower.look(&host);
+        let (follower, go) = follower.look(&host, &silent);
         let words = |go: Option<Vec<String>>| go.expect("it is asked for").join(" ");
         assert_eq!(words(go), "reboot --method saved");
-        let (follower, go) = follower.look(&host);
+        let (follower, go) = follower.look(&host, &silent);
         assert_eq!(go, None, "it was just tried");
         assert!(
             follower.said.contains("a short while ago"),
@@ -418,37 +431,67 @@ mod tests {
             follower.said
         );
         std::fs::write(dir.path().join("etc/fleet.toml"), "").expect("write");
-        let (_, go) = Follower::default().look(&host);
+        let (_, go) = Follower::default().look(&host, &silent);
         assert_eq!(words(go), "reboot --fleet --wait 0s --method saved");
     }
 
-    #[test]
-    fn the_leak_of_the_boot_before_is_not_this_boots() {
-        let dir = tempfile::tempdir().expect("folder");
-        let host = host(dir.path());
+    /// Half a minute of samples, each with less memory.
+    fn leak(host: &Host) {
         let path = path_below(&host.layout.state);
         let mut store = SampleStore::open(&path, 1_000).expect("store");
-        let mut leak = |boot: [u8; 16]| {
-            for hour in 0..10 * 24 {
-                let up_s = f64::from(hour) * 3_600.0;
-                let mut readings = [None; Indicator::ALL.len()];
-                readings[0] = Some(Reading {
-                    value: 1e9 - up_s * 1e3,
-                    limit: 0.0,
-                });
-                let sample = Sample {
-                    boot,
-                    up_s,
-                    at_s: up_s,
-                    readings,
-                };
-                store.append(&sample).expect("sample");
-            }
-        };
-        leak([7; 16]);
-        assert_eq!(exhausted_in_s(&host), None);
-        leak(host.system.boot_id());
-        assert!(exhausted_in_s(&host).is_some());
+        let now_s = clock_gettime(ClockId::Boottime).tv_sec as f64;
+        for i in 0..30 {
+            let up_s = now_s - 30.0 + f64::from(i);
+            let mut readings = [None; Indicator::ALL.len()];
+            readings[0] = Some(Reading {
+                value: 1e6 - f64::from(i) * 1e3,
+                limit: 0.0,
+            });
+            let sample = Sample {
+                boot: host.system.boot_id(),
+                up_s,
+                at_s: up_s,
+                readings,
+            };
+            store.append(&sample).expect("sample");
+        }
+    }
+
+    #[test]
+    fn a_leak_is_told_without_a_policy_and_reboots_the_host_with_one() {
+        let dir = tempfile::tempdir().expect("folder");
+        let host = host(dir.path());
+        leak(&host);
+        let told = std::sync::Mutex::new(Vec::new());
+        let tell = |text, trouble| told.lock().expect("lock").push((text, trouble));
+        let write = |text: &str| std::fs::write(dir.path().join("etc/policy.toml"), text);
+        // A look by days says nothing of half a minute.
+        let (follower, go) = Follower::default().look(&host, &tell);
+        assert_eq!(go, None);
+        let rest = "least_uptime = \"1s\"\n";
+        let rule = "[[rule]]\nwhen = \"ageing\"\nexhausted_within = \"1h\"\n";
+        let plain = "[ageing]\nperiod = \"none\"\n";
+        write(&format!("{rest}{rule}")).expect("write");
+        let (follower, go) = follower.look(&host, &tell);
+        assert_eq!((go, told.lock().expect("lock").len()), (None, 0));
+        write(&format!("{rest}{rule}{plain}")).expect("write");
+        let (follower, go) = follower.look(&host, &tell);
+        assert_eq!(go.expect("go"), ["reboot"]);
+        assert_eq!(follower.monitor.exhaustions().len(), 1);
+        let told = told.into_inner().expect("lock");
+        assert!(
+            told[0].0.contains("available memory") && told[0].1,
+            "{told:?}"
+        );
+        // Further off than the rule says.
+        let near = rule.replace("1h", "1min");
+        write(&format!("{rest}{near}{plain}")).expect("write");
+        let (_, go) = Follower::default().look(&host, &silent);
+        assert_eq!(go, None);
+        write(&format!("{rest}{rule}[ageing]\nerror_rate = 2.0\n")).expect("write");
+        let (follower, go) = Follower::default().look(&host, &silent);
+        assert_eq!(go, None);
+        assert!(follower.said.contains("error rate"), "{}", follower.said);
     }
 
     #[test]
@@ -523,7 +566,7 @@ mod tests {
         touch(&policy, -1);
         touch(&sentinel, -1);
         // Each look is that of a fresh daemon.
-        let look = || Follower::default().look(&host);
+        let look = || Follower::default().look(&host, &silent);
         let files = [policy.clone(), sentinel.clone()];
         let run = |end: &str| {
             let hebe = stand_in(dir.path(), end);
@@ -563,7 +606,8 @@ mod tests {
         let up_s = || clock_gettime(ClockId::Boottime).tv_sec;
         let before = up_s();
         let dir = tempfile::tempdir().expect("folder");
-        let seen = seen(&host(dir.path()), Path::new("/nonexistent/sentinel"), None);
+        let sentinel = Path::new("/nonexistent/sentinel");
+        let seen = seen(&host(dir.path()), sentinel, &Monitor::default());
         let told = seen.up_s.expect("told");
         assert!((before..=up_s()).contains(&told), "{told}");
     }

@@ -21,7 +21,7 @@ use hebe_host::preflight::Level;
 use hebe_host::report::complete_report;
 use hebe_host::stores::StoreView;
 use hebe_host::{Host, files, gantt, ops};
-use hebe_policy::ageing::{Look, LookError, assess};
+use hebe_policy::ageing::{Look, LookError, Period, assess};
 use hebe_types::{VmId, VmName};
 use serde::{Deserialize, Serialize};
 use tokio_stream::wrappers::BroadcastStream;
@@ -178,10 +178,10 @@ async fn openapi() -> Response {
 async fn metrics_text(State(app): State<App>) -> Answer<Response> {
     // A reboot is no reason to have no figures at all.
     let survey = app.engine.survey().await.ok();
-    let with_report = survey.is_some();
+    let quiet = survey.is_none();
     let figures = app
         .engine
-        .read(move |host| metrics::host_figures(host, with_report))
+        .read(move |host| metrics::host_figures(host, quiet))
         .await?;
     let text = metrics::text(&app, survey.as_deref(), &figures);
     let kind = HeaderValue::from_static(metrics::CONTENT_TYPE);
@@ -249,10 +249,8 @@ async fn age(
 ) -> Answer<Json<AgeAnswer>> {
     let Query(query) = query?;
     let bad = |text: String| Problem::new(StatusCode::BAD_REQUEST, text);
-    let period = match query.period.as_str() {
-        "none" => None,
-        text => Some(text.parse().map_err(|e| bad(with_cause(&e)))?),
-    };
+    let period: Result<Period, _> = query.period.parse();
+    let Period(period) = period.map_err(|e| bad(with_cause(&e)))?;
     let look = Look {
         period,
         error_rate: query.error_rate,
@@ -262,7 +260,7 @@ async fn age(
         let samples = read_samples(&path_below(&host.layout.state));
         let samples =
             samples.map_err(|e| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, with_cause(&e)))?;
-        assess(&samples, look).map_err(|e| match e {
+        assess(&samples, host.system.boot_id(), look).map_err(|e| match e {
             LookError::NoSamples => Problem::new(StatusCode::NOT_FOUND, e.to_string()),
             _ => bad(e.to_string()),
         })

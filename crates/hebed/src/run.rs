@@ -94,9 +94,9 @@ async fn serve(
         servers.spawn(secure.serve(router(app.clone()), Arc::clone(&turns)));
     }
     if !args.no_samples {
-        tokio::spawn(watch::sample(app.clone(), watch::SAMPLE_EVERY));
+        tokio::spawn(watch::sample(app.clone(), args.sample_every()));
     }
-    tokio::spawn(policy::follow(app.clone(), policy::LOOK_EVERY));
+    tokio::spawn(policy::follow(app.clone(), args.look_every()));
     let systemd = Arc::new(systemd);
     systemd.say("READY=1");
     let watcher = tokio::spawn(watch::watch(app.clone(), args.poll(), Arc::clone(&systemd)));

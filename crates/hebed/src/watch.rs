@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hebe_flow::supervise::{Answer, Effect, Look, Memory, Rule, Seen, Supervisor};
-use hebe_host::ageing::{SLOTS, SampleStore, path_below, sample_here};
+use hebe_host::ageing::{self, SLOTS, SampleStore, path_below};
 use hebe_host::launch::ExitRecord;
 use hebe_host::listing::{Survey, VmRow, VmState, with_cause};
 use hebe_host::{Host, files, ops};
@@ -23,9 +23,6 @@ use crate::events::Event;
 use crate::jobs::JobKind;
 use crate::log;
 use crate::systemd::Systemd;
-
-/// Between two samples of the host.
-pub const SAMPLE_EVERY: Duration = Duration::from_secs(600);
 
 /// What was seen last, and what the supervisor thinks of it.
 #[derive(Debug, Default)]
@@ -283,7 +280,7 @@ pub async fn sample(app: App, every: Duration) {
 }
 
 fn take_sample(host: &Host) -> Result<(), String> {
-    let sample = sample_here().map_err(|error| with_cause(&error))?;
+    let sample = ageing::sample(host).map_err(|error| with_cause(&error))?;
     SampleStore::open(&path_below(&host.layout.state), SLOTS)
         .and_then(|mut store| store.append(&sample))
         .map_err(|error| with_cause(&error))

@@ -22,6 +22,9 @@ use hebed::policy::Follower;
 use hebed::policy::halt::{Failed, guarded};
 use server::Server;
 
+/// Whoever is told how the host is ageing.
+fn silent(_: String, _: bool) {}
+
 fn host(dir: &Path, server: &Server, policy: &str) -> Host {
     let mut host = Host::here();
     host.layout = Layout::below(dir);
@@ -70,28 +73,28 @@ fn the_daemon_takes_the_hosts_turn_when_it_has_come() {
     let host = host(dir.path(), &server, "[[rule]]\nwhen = \"roll\"\n");
     let rolls = member(&host, "x").rolls().expect("etcd");
     // The first look sees the rule; there is no roll yet.
-    let (follower, go) = Follower::default().tick(&host, true);
+    let (follower, go) = Follower::default().tick(&host, true, &silent);
     assert_eq!(go, None);
-    let (follower, go) = follower.tick(&host, false);
+    let (follower, go) = follower.tick(&host, false, &silent);
     assert_eq!(go, None);
     begin(&rolls, "1", &["b", "a"]);
-    let (follower, go) = follower.tick(&host, false);
+    let (follower, go) = follower.tick(&host, false, &silent);
     assert_eq!(go, None, "b comes first");
     let skip = Wish::Skip("b".parse().expect("name"));
     rolls
         .wish(&member(&host, "x"), &skip, "root@b")
         .expect("granted");
     // Without waiting for the minute.
-    let (follower, go) = follower.tick(&host, false);
+    let (follower, go) = follower.tick(&host, false, &silent);
     let words = go.expect("its turn").join(" ");
     assert_eq!(words, "reboot --roll --wait 1min");
-    let (_, go) = follower.tick(&host, false);
+    let (_, go) = follower.tick(&host, false, &silent);
     assert_eq!(go, None, "it was just tried");
     // A policy without the rule has nothing to do with rolls.
     let policy = dir.path().join("etc/policy.toml");
     fs::write(&policy, "[[rule]]\nwhen = \"by-hand\"\n").expect("write");
-    let (follower, _) = Follower::default().tick(&host, true);
-    assert_eq!(follower.tick(&host, true).1, None);
+    let (follower, _) = Follower::default().tick(&host, true, &silent);
+    assert_eq!(follower.tick(&host, true, &silent).1, None);
     assert_eq!(state(&rolls), None);
     // Nothing goes after a reboot that was undone: others read why they wait.
     fs::write(&policy, "[[rule]]\nwhen = \"roll\"\n").expect("write");
@@ -102,8 +105,8 @@ fn the_daemon_takes_the_hosts_turn_when_it_has_come() {
         })
     };
     assert!(guarded(&host, &[], undone).is_err());
-    let (follower, _) = Follower::default().tick(&host, true);
-    assert_eq!(follower.tick(&host, false).1, None);
+    let (follower, _) = Follower::default().tick(&host, true, &silent);
+    assert_eq!(follower.tick(&host, false, &silent).1, None);
     let Some(MarkState::Waiting { why }) = state(&rolls) else {
         panic!("nobody knows why it waits: {:?}", state(&rolls));
     };
@@ -126,12 +129,12 @@ fn the_daemon_says_how_its_hosts_turn_ended() {
     assert_eq!(taken, hebe_fleet::Taken::Leased);
     slot.phase = Phase::Verifying;
     assert!(before.slots.pin(&slot).expect("answer"));
-    let (follower, _) = Follower::default().tick(&host, true);
-    let (follower, go) = follower.tick(&host, false);
+    let (follower, _) = Follower::default().tick(&host, true, &silent);
+    let (follower, go) = follower.tick(&host, false, &silent);
     assert_eq!(go, None);
     assert_eq!(state(&rolls), Some(MarkState::Away), "a VM does not answer");
     before.slots.release(&slot).expect("answer");
-    let (_, go) = follower.tick(&host, false);
+    let (_, go) = follower.tick(&host, false, &silent);
     assert_eq!(go, None);
     assert_eq!(state(&rolls), Some(MarkState::Done { why: None }));
 }

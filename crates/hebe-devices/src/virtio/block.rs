@@ -6,6 +6,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use hebe_block::{BlockBackend, SECTOR_SIZE, disk_change};
 use hebe_state::v2::devices::{BlockV2, DeviceV2};
@@ -146,9 +147,11 @@ impl Block {
                 reason: "a block request is shorter than its header",
             });
         }
+        let began = Instant::now();
         let outcome = self
             .execute(&header, readable, chain.writable(), ram)
             .map_err(broken)?;
+        ram.meter().took(began.elapsed());
         self.requests += 1;
         self.failed += u64::from(outcome.status != S_OK);
         let status = [Segment {

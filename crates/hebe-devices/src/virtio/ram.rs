@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -16,7 +17,13 @@ use crate::Ram;
 pub(crate) struct Meter {
     ring: AtomicU64,
     data: AtomicU64,
+    /// How long the last requests took, in nanoseconds; 0 before the first.
+    request_ns: AtomicU64,
 }
+
+/// How many requests back the mean of [`Meter::request_ns`] reaches: one that
+/// lies so far back counts for a third of the last.
+const REQUESTS: u64 = 64;
 
 impl Meter {
     pub(crate) fn ring(&self, bytes: u64) {
@@ -30,6 +37,25 @@ impl Meter {
 
     fn data(&self, bytes: u64) {
         self.data.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// A request took so long. The device's worker alone calls this.
+    pub(crate) fn took(&self, elapsed: Duration) {
+        let new = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX).max(1);
+        let old = self.request_ns.load(Ordering::Relaxed);
+        let mean = match old {
+            0 => new,
+            // Towards the new one by a part of the distance.
+            _ if new >= old => old.saturating_add((new - old).div_ceil(REQUESTS)),
+            _ => old - (old - new).div_ceil(REQUESTS),
+        };
+        self.request_ns.store(mean, Ordering::Relaxed);
+    }
+
+    /// How long a request takes at present, in nanoseconds; `None` before the
+    /// first.
+    pub(crate) fn request_ns(&self) -> Option<u64> {
+        Some(self.request_ns.load(Ordering::Relaxed)).filter(|ns| *ns > 0)
     }
 
     /// Ring bytes and data bytes.
@@ -143,5 +169,32 @@ impl<'a> Cursor<'a> {
             self.segments = &self.segments[1..];
             self.done = 0;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_of_a_request_follows_the_last_ones() {
+        let meter = Meter::default();
+        assert_eq!(meter.request_ns(), None);
+        meter.took(Duration::from_micros(100));
+        assert_eq!(meter.request_ns(), Some(100_000));
+        // A single slow one moves it a little, many move it there.
+        meter.took(Duration::from_micros(6_500));
+        assert_eq!(meter.request_ns(), Some(200_000));
+        for _ in 0..2_000 {
+            meter.took(Duration::from_micros(6_500));
+        }
+        assert_eq!(meter.request_ns(), Some(6_500_000));
+        for _ in 0..2_000 {
+            meter.took(Duration::ZERO);
+        }
+        assert_eq!(meter.request_ns(), Some(1));
+        meter.took(Duration::MAX);
+        meter.took(Duration::MAX);
+        assert!(meter.request_ns() > Some(u64::MAX / 64));
     }
 }

@@ -296,6 +296,12 @@ impl VirtioPci {
         self.shared.meter.read()
     }
 
+    /// How long a request of the disk takes at present, in nanoseconds: a mean
+    /// over about the last sixty. `None` for other devices, and before the first.
+    pub fn request_ns(&self) -> Option<u64> {
+        self.shared.meter.request_ns()
+    }
+
     /// What the device did since it was made or restored.
     pub fn counters(&self) -> Counters {
         self.worker.engine().device.counters()

@@ -285,6 +285,7 @@ impl Fake {
             guest_panicked: false,
             stopped_devices: Vec::new(),
             ram_meter: RamMeter::default(),
+            disk_request_ns: None,
             first_tx: self.resume.as_ref().map(|r| r.running),
             resume: self.resume.clone(),
             cage: None,

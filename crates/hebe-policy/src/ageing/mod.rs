@@ -10,11 +10,15 @@
 //! host: each of the k indicators known is tested at 1/k of it (Bonferroni).
 //! Who looks every hour for a year sees more false alarms than that.
 
+pub mod chart;
 pub mod kendall;
+pub mod words;
 
-use serde::{Deserialize, Serialize};
+use std::str::FromStr;
 
-use crate::span::Span;
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::span::{InvalidSpan, Span};
 use kendall::{Kendall, Point, median_of_sorted};
 
 /// Seasons that a period is divided into.
@@ -50,11 +54,36 @@ pub enum Indicator {
     /// Resident memory that a VMM has for itself, guest RAM not counted: the mean
     /// over all VMMs, so that starting a VM is no ageing; in bytes.
     VmmMemory,
+    /// Resident memory that `hebed` has for itself, in bytes.
+    DaemonMemory,
+    /// How long a VMM takes to say how it is, in seconds: the mean over all
+    /// VMMs. An exit of its guest that the VMM handles waits for the same
+    /// processors and the same memory.
+    VmmResponse,
+    /// How long a disk request of a guest takes, in seconds: of the slowest
+    /// disk of each VM, the mean over all VMs.
+    DiskRequest,
+    /// What lies below the state directory, samples aside, in bytes: what
+    /// suspends and resumes leave behind (V-01).
+    StateFiles,
+}
+
+/// In what an indicator is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    /// Bytes.
+    Bytes,
+    /// A part of 1.
+    Part,
+    /// Seconds.
+    Seconds,
+    /// So many.
+    Count,
 }
 
 impl Indicator {
     /// All of them, in the order of the record.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 11] = [
         Self::MemoryAvailable,
         Self::Slab,
         Self::Fragmentation,
@@ -62,6 +91,10 @@ impl Indicator {
         Self::Threads,
         Self::Swap,
         Self::VmmMemory,
+        Self::DaemonMemory,
+        Self::VmmResponse,
+        Self::DiskRequest,
+        Self::StateFiles,
     ];
 
     /// In a reader's words.
@@ -74,6 +107,10 @@ impl Indicator {
             Self::Threads => "threads",
             Self::Swap => "swap in use",
             Self::VmmMemory => "VMM memory",
+            Self::DaemonMemory => "daemon memory",
+            Self::VmmResponse => "VMM response",
+            Self::DiskRequest => "disk requests",
+            Self::StateFiles => "state files",
         }
     }
 
@@ -82,12 +119,19 @@ impl Indicator {
         self == Self::MemoryAvailable
     }
 
-    /// Whether the value is a number of bytes.
-    pub fn is_bytes(self) -> bool {
-        matches!(
-            self,
-            Self::MemoryAvailable | Self::Slab | Self::Swap | Self::VmmMemory
-        )
+    /// In what it is measured.
+    pub fn unit(self) -> Unit {
+        match self {
+            Self::MemoryAvailable
+            | Self::Slab
+            | Self::Swap
+            | Self::VmmMemory
+            | Self::DaemonMemory
+            | Self::StateFiles => Unit::Bytes,
+            Self::Fragmentation => Unit::Part,
+            Self::VmmResponse | Self::DiskRequest => Unit::Seconds,
+            Self::OpenFiles | Self::Threads => Unit::Count,
+        }
     }
 }
 
@@ -113,10 +157,33 @@ pub struct Sample {
     pub readings: [Option<Reading>; Indicator::ALL.len()],
 }
 
+/// After which time load repeats itself, as people write it: a span, or `none`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Period(pub Option<Span>);
+
+impl FromStr for Period {
+    type Err = InvalidSpan;
+
+    fn from_str(text: &str) -> Result<Self, InvalidSpan> {
+        if text == "none" {
+            return Ok(Self(None));
+        }
+        text.parse().map(|span| Self(Some(span)))
+    }
+}
+
+fn period<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Span>, D::Error> {
+    let text = String::deserialize(from)?;
+    let period: Result<Period, _> = text.parse();
+    period.map(|p| p.0).map_err(serde::de::Error::custom)
+}
+
 /// How to look.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Look {
     /// After which time load repeats itself; `None` where it does not.
+    #[serde(deserialize_with = "period")]
     pub period: Option<Span>,
     /// How often a host without any trend may be called ageing, per look.
     pub error_rate: f64,
@@ -203,6 +270,9 @@ pub struct Assessment {
     pub look: Look,
     /// Samples of the running boot.
     pub samples: usize,
+    /// Samples of boots before it, which say nothing of this one: a reboot
+    /// cures.
+    pub samples_before: usize,
     /// Time that they span, in seconds.
     pub span_s: f64,
     /// Samples of this boot that went back in time and were left out.
@@ -224,22 +294,34 @@ impl Assessment {
     }
 }
 
-/// Looks at samples, given in the order in which they were taken.
-pub fn assess(samples: &[Sample], look: Look) -> Result<Assessment, LookError> {
-    let within = |rate: f64| rate > 0.0 && rate < 1.0;
-    if !within(look.error_rate) {
-        return Err(LookError::ErrorRate(look.error_rate));
+impl Look {
+    /// Refuses what cannot be meant.
+    pub fn check(&self) -> Result<(), LookError> {
+        let within = |rate: f64| rate > 0.0 && rate < 1.0;
+        if !within(self.error_rate) {
+            return Err(LookError::ErrorRate(self.error_rate));
+        }
+        if !within(self.confidence) {
+            return Err(LookError::Confidence(self.confidence));
+        }
+        match self.period.filter(|p| p.as_s() < SEASONS as u64) {
+            Some(period) => Err(LookError::Period(period)),
+            None => Ok(()),
+        }
     }
-    if !within(look.confidence) {
-        return Err(LookError::Confidence(look.confidence));
+}
+
+/// Looks at the samples of the running boot `boot` among `samples`, which are
+/// given in the order in which they were taken. Where there are none of it yet,
+/// nothing is found.
+pub fn assess(samples: &[Sample], boot: [u8; 16], look: Look) -> Result<Assessment, LookError> {
+    look.check()?;
+    if samples.is_empty() {
+        return Err(LookError::NoSamples);
     }
-    if let Some(period) = look.period.filter(|p| p.as_s() < SEASONS as u64) {
-        return Err(LookError::Period(period));
-    }
-    let last = samples.last().ok_or(LookError::NoSamples)?;
     let mut run: Vec<&Sample> = Vec::new();
     let (mut dropped, mut clock_jumps) = (0, 0);
-    for sample in samples.iter().filter(|s| s.boot == last.boot) {
+    for sample in samples.iter().filter(|s| s.boot == boot) {
         let Some(previous) = run.last() else {
             run.push(sample);
             continue;
@@ -279,6 +361,7 @@ pub fn assess(samples: &[Sample], look: Look) -> Result<Assessment, LookError> {
     Ok(Assessment {
         look,
         samples: run.len(),
+        samples_before: samples.iter().filter(|s| s.boot != boot).count(),
         span_s: ends.map_or(0.0, |(first, last)| last.up_s - first.up_s),
         dropped,
         clock_jumps,

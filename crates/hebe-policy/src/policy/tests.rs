@@ -151,6 +151,47 @@ fn policies_at_odds_are_joined_to_the_stricter_one() {
     );
     assert_eq!(Policy::join([]), None);
     assert_eq!(Policy::join([first.clone()]), Some(first));
+    // Where both speak of uptime, or one does and the other means an hour, the
+    // longer one counts.
+    let rests = |least: &str| policy(&format!("{least}\n[[rule]]\nwhen = \"by-hand\"\n"));
+    let (short, long) = (
+        rests("least_uptime = \"5min\""),
+        rests("least_uptime = \"2h\""),
+    );
+    for (pair, minutes) in [
+        ([&short, &long], 120),
+        ([&short, &rests("")], 60),
+        ([&short, &short], 5),
+        ([&rests(""), &rests("")], 60),
+    ] {
+        let both = Policy::join(pair.map(Clone::clone)).expect("two");
+        assert_eq!(both.rest(), Span::minutes(minutes));
+    }
+}
+
+#[test]
+fn how_long_a_host_rests_is_said_and_never_less_than_a_calendar_needs() {
+    let ageing = "[[rule]]\nwhen = \"ageing\"\nexhausted_within = \"1d\"\n";
+    assert_eq!(policy(ageing).rest(), Span::hours(1));
+    let quick = policy(&format!("least_uptime = \"2min\"\n{ageing}"));
+    assert_eq!(quick.rest(), Span::minutes(2));
+    let weekly = policy(&format!("least_uptime = \"2min\"\n{WEEKLY}"));
+    assert_eq!(weekly.rest(), Span::hours(4));
+    let at = MONDAY + DAY;
+    let facts = |up: Moment| Facts {
+        exhaustion: Some(Exhaustion {
+            found: at,
+            at: at + HOUR,
+        }),
+        rested: Some(at - up + 120),
+        ..Facts::default()
+    };
+    let early = decide(&quick, &facts(90), at);
+    assert_eq!(early, wait(Why::NothingDue, at + 30));
+    assert!(matches!(
+        decide(&quick, &facts(120), at),
+        Decision::Go { .. }
+    ));
 }
 
 #[test]
@@ -158,6 +199,10 @@ fn what_cannot_be_meant_is_refused_with_a_sentence() {
     for (text, word) in [
         ("at_most = 0\n[[rule]]\nwhen = \"by-hand\"", "at_most = 0"),
         ("at_most = 1", "no rule"),
+        (
+            "least_uptime = \"0s\"\n[[rule]]\nwhen = \"by-hand\"",
+            "least_uptime",
+        ),
         (
             "[[rule]]\nwhen = \"calendar\"\non = \"daily UTC\"\nwithin = \"0s\"",
             "within",

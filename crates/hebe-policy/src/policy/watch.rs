@@ -8,7 +8,10 @@ use serde::{Deserialize, Serialize};
 use super::{Decision, Exhaustion, Facts, Load, Policy, Rule, Why, decide, seconds};
 use crate::calendar::Moment;
 
-/// How long after a reboot that did not happen it is tried again, in seconds.
+/// How long after a reboot that did not happen it is tried again, in seconds: on
+/// average, and from half of that to one and a half times it. Hosts of a group
+/// are due at the same instant, and all but one are refused a slot: if all asked
+/// again at the same instant, one more of them would go every ten minutes.
 pub const RETRY_S: Moment = 600;
 /// The same of a turn in a roll, for which others wait, in seconds.
 pub const TURN_RETRY_S: Moment = 60;
@@ -57,11 +60,27 @@ struct Tried {
     at: Moment,
     /// The order by hand that was there then.
     asked: Option<Moment>,
+    /// Before then it is not tried again, a turn in a roll aside.
+    again: Moment,
+}
+
+impl Tried {
+    fn at(seen: &Seen) -> Self {
+        // Hosts differ in when they booted, and in when they look.
+        let host = seen.booted.unwrap_or_default() ^ seen.now.rotate_left(32);
+        let mixed = host.cast_unsigned().wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33;
+        let spread = mixed.cast_signed() % RETRY_S;
+        Self {
+            at: seen.now,
+            asked: seen.asked,
+            again: seen.now.saturating_add(RETRY_S / 2 + spread),
+        }
+    }
 }
 
 impl Watcher {
     /// Takes a look in, and says what is to be done now. After
-    /// [`Decision::Go`] it waits for [`RETRY_S`] before it says so again, for
+    /// [`Decision::Go`] it waits for about [`RETRY_S`] before it says so again, for
     /// whoever still looks was not rebooted; a person's new order does not wait.
     #[must_use]
     pub fn look(mut self, policy: &Policy, seen: &Seen) -> (Self, Decision) {
@@ -80,7 +99,7 @@ impl Watcher {
             load: self.load.iter().copied().collect(),
             under_way: 0,
             rested: seen.up_s.map(|up_s| {
-                let rest_s = seconds(policy.least_uptime()).saturating_sub(up_s);
+                let rest_s = seconds(policy.rest()).saturating_sub(up_s);
                 seen.now.saturating_add(rest_s.max(0))
             }),
         };
@@ -92,21 +111,17 @@ impl Watcher {
         if seen.halted {
             return (self, wait(Why::Halted, None));
         }
-        let pause_s = match policy.rules.get(rule) {
-            Some(Rule::Roll) => TURN_RETRY_S,
-            _ => RETRY_S,
-        };
         if let Some(tried) = self.tried.filter(|tried| tried.at <= seen.now) {
-            let again = tried.at.saturating_add(pause_s);
+            let again = match policy.rules.get(rule) {
+                Some(Rule::Roll) => tried.at.saturating_add(TURN_RETRY_S),
+                _ => tried.again,
+            };
             let same = seen.asked.is_none() || seen.asked == tried.asked;
             if seen.now < again && same {
                 return (self, wait(Why::TriedLately, Some(again)));
             }
         }
-        self.tried = Some(Tried {
-            at: seen.now,
-            asked: seen.asked,
-        });
+        self.tried = Some(Tried::at(seen));
         (self, decision)
     }
 
@@ -212,8 +227,36 @@ length = "10h"
         let went = simulate(7, None, false);
         let begin = MONDAY + 6 * DAY + 3 * HOUR + HOUR / 2;
         let end = MONDAY + 6 * DAY + 6 * HOUR;
-        let expected: Vec<Moment> = (begin..end).step_by(RETRY_S as usize).collect();
-        assert_eq!(went, expected);
+        assert_eq!(went.first(), Some(&begin));
+        assert!(went.iter().all(|at| *at < end), "{went:?}");
+        // Looks are a minute apart.
+        let pauses: Vec<Moment> = went.windows(2).map(|w| w[1] - w[0]).collect();
+        let fits = |pause: &Moment| (RETRY_S / 2..RETRY_S * 3 / 2 + 60).contains(pause);
+        assert!(pauses.iter().all(fits), "{pauses:?}");
+        let most = (end - begin) / (RETRY_S / 2);
+        assert!((8..=most).contains(&(went.len() as Moment)), "{went:?}");
+    }
+
+    /// A thousand hosts that were refused within one minute do not come back
+    /// within one.
+    #[test]
+    fn hosts_that_were_refused_together_ask_again_apart() {
+        let mut minutes = [0; 20];
+        for host in 0..1000 {
+            let seen = Seen {
+                now: MONDAY + host % 60,
+                booted: Some(MONDAY - 28 * DAY + host / 7),
+                ..Seen::default()
+            };
+            let pause = Tried::at(&seen).again - seen.now;
+            assert!((RETRY_S / 2..RETRY_S * 3 / 2).contains(&pause), "{pause}");
+            minutes[(pause / 60) as usize] += 1;
+        }
+        let used = &minutes[5..15];
+        assert!(
+            used.iter().all(|count| (50..200).contains(count)),
+            "{minutes:?}"
+        );
     }
 
     #[test]
@@ -229,9 +272,12 @@ length = "10h"
         assert!(matches!(first, Decision::Go { .. }));
         seen.now += 60;
         let (watcher, pause) = watcher.look(&policy, &seen);
-        let until = Some(MONDAY + RETRY_S);
-        let why = Why::TriedLately;
-        assert_eq!(pause, Decision::Wait { why, until });
+        let Decision::Wait { why, until } = pause else {
+            panic!("{pause:?}");
+        };
+        assert_eq!(why, Why::TriedLately);
+        let pause = until.expect("an end") - MONDAY;
+        assert!((RETRY_S / 2..RETRY_S * 3 / 2).contains(&pause), "{pause}");
         seen.asked = Some(MONDAY + 30);
         let (_, again) = watcher.look(&policy, &seen);
         assert!(matches!(again, Decision::Go { .. }));

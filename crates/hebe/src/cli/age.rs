@@ -1,9 +1,9 @@
 //! Flags of `host age`.
 
-use std::str::FromStr;
+use std::path::PathBuf;
 
 use clap::Args;
-use hebe_policy::span::{InvalidSpan, Span};
+use hebe_policy::ageing::Period;
 
 /// What `host age` says at its end.
 pub const AGE_HELP: &str = "\
@@ -12,22 +12,8 @@ Exit status 3: the host is ageing.
 Examples:
   hebe host age
   hebe host age --period 1w
-  hebe host age --period none      # a short test: load does not repeat itself";
-
-/// A period, or none.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Period(pub Option<Span>);
-
-impl FromStr for Period {
-    type Err = InvalidSpan;
-
-    fn from_str(text: &str) -> Result<Self, InvalidSpan> {
-        if text == "none" {
-            return Ok(Self(None));
-        }
-        text.parse().map(|span| Self(Some(span)))
-    }
-}
+  hebe host age --period none      # a short test: load does not repeat itself
+  hebe host age --svg age.svg      # all samples, with the reboots between them";
 
 /// Flags of `host age`.
 #[derive(Debug, Args)]
@@ -41,4 +27,7 @@ pub struct AgeArgs {
     /// Of the intervals.
     #[arg(long, default_value_t = 0.95)]
     pub confidence: f64,
+    /// Write a chart of all samples into this file, those of earlier boots too.
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
 }

@@ -1,9 +1,12 @@
 //! `host sample` and `host age`: is the host ageing?
 
+use std::fs;
+
 use hebe_host::Host;
-use hebe_host::ageing::{AgeingError, SLOTS, SampleStore, path_below, read, sample_here};
+use hebe_host::ageing::{self, AgeingError, SLOTS, SampleStore, path_below, read};
 use hebe_host::listing::with_cause;
-use hebe_policy::ageing::{Assessment, Finding, Indicator, Look, Trend, assess};
+use hebe_policy::ageing::words::{alert, amount, time, trend};
+use hebe_policy::ageing::{Assessment, Finding, Look, assess, chart};
 use serde::Serialize;
 
 use crate::cli::AgeArgs;
@@ -17,7 +20,7 @@ impl From<AgeingError> for Failure {
 
 /// `hebe host sample`.
 pub fn sample(host: &Host, out: &Output) -> Outcome {
-    let sample = sample_here()
+    let sample = ageing::sample(host)
         .map_err(|e| Failure(format!("this host cannot be sampled: {}", with_cause(&e))))?;
     SampleStore::open(&path_below(&host.layout.state), SLOTS)?.append(&sample)?;
     out.answer(&sample, String::new);
@@ -39,7 +42,16 @@ pub fn age(host: &Host, args: &AgeArgs, out: &Output) -> Outcome {
         confidence: args.confidence,
     };
     let samples = read(&path_below(&host.layout.state))?;
-    let assessment = assess(&samples, look).map_err(|e| Failure(e.to_string()))?;
+    let boot = host.system.boot_id();
+    let assessment = assess(&samples, boot, look).map_err(|e| Failure(e.to_string()))?;
+    if let Some(path) = &args.svg {
+        let title = format!("How the host is doing: {} samples", samples.len());
+        let text = chart::svg(&title, &samples, Some(&assessment), None);
+        fs::write(path, text).map_err(|e| {
+            let why = with_cause(&e);
+            Failure(format!("cannot write {}: {why}", path.display()))
+        })?;
+    }
     let ageing = assessment.soonest().is_some();
     let answer = Answer {
         ageing,
@@ -54,6 +66,12 @@ pub fn age(host: &Host, args: &AgeArgs, out: &Output) -> Outcome {
 }
 
 fn text(assessment: &Assessment) -> String {
+    if assessment.samples == 0 {
+        return format!(
+            "no sample of this boot yet; the {} samples of earlier boots say nothing of it",
+            assessment.samples_before
+        );
+    }
     let rows: Vec<Vec<String>> = assessment.findings.iter().map(row).collect();
     let mut text = format!(
         "{} samples of this boot over {}\n\n",
@@ -67,71 +85,18 @@ fn text(assessment: &Assessment) -> String {
             assessment.dropped
         );
     }
-    if let Some((indicator, seconds)) = assessment.soonest() {
-        text += &format!(
-            "\nthe host is ageing: {} is exhausted first, in {}",
-            indicator.name(),
-            time(seconds)
-        );
+    if let Some(alert) = alert(assessment) {
+        text += &format!("\n{alert}");
     }
     text
 }
 
 fn row(finding: &Finding) -> Vec<String> {
-    let indicator = finding.indicator;
-    let trend = match finding.trend {
-        Trend::TooShort { have, need } => format!("too early to tell: {have} of {need}"),
-        Trend::None { .. } => "none for the worse".to_owned(),
-        Trend::Ageing {
-            per_day,
-            per_day_interval: (low, high),
-            exhausted_in_s,
-            exhausted_interval_s: (earliest, latest),
-            ..
-        } => format!(
-            "{} a day [{} … {}]; exhausted in {} [{} … {}]",
-            amount(indicator, per_day),
-            amount(indicator, low),
-            amount(indicator, high),
-            time(exhausted_in_s),
-            time(earliest),
-            latest.map_or("never".to_owned(), time)
-        ),
-    };
-    let last = finding.last;
+    let (indicator, last) = (finding.indicator, finding.last);
     vec![
         indicator.name().to_owned(),
         amount(indicator, last.value),
         amount(indicator, last.limit),
-        trend,
+        trend(finding),
     ]
-}
-
-fn amount(indicator: Indicator, value: f64) -> String {
-    if indicator == Indicator::Fragmentation {
-        return format!("{:.1} %", value * 100.0);
-    }
-    if !indicator.is_bytes() {
-        return format!("{value:.0}");
-    }
-    let units = [("GiB", 30), ("MiB", 20), ("KiB", 10)];
-    let fits = |(_, shift): &&(&str, i32)| value.abs() >= 2f64.powi(*shift);
-    match units.iter().find(fits) {
-        Some((unit, shift)) => format!("{:.1} {unit}", value / 2f64.powi(*shift)),
-        None => format!("{value:.0} B"),
-    }
-}
-
-fn time(seconds: f64) -> String {
-    if seconds >= 365.25 * 86_400.0 * 10.0 {
-        "more than 10 years".to_owned()
-    } else if seconds >= 2.0 * 86_400.0 {
-        format!("{:.1} days", seconds / 86_400.0)
-    } else if seconds >= 7200.0 {
-        format!("{:.1} h", seconds / 3600.0)
-    } else if seconds >= 120.0 {
-        format!("{:.0} min", seconds / 60.0)
-    } else {
-        format!("{seconds:.0} s")
-    }
 }

@@ -480,6 +480,7 @@ mod tests {
                 guest_panicked,
                 stopped_devices: Vec::new(),
                 ram_meter: RamMeter::default(),
+                disk_request_ns: None,
                 first_tx: None,
                 resume: None,
                 cage: None,

@@ -170,11 +170,11 @@ fn answers() {
 
 /// A sample of the host, for its age.
 pub fn sample(world: &World) {
-    use hebe_host::ageing::{SLOTS, SampleStore, path_below, sample_here};
+    use hebe_host::ageing::{SLOTS, SampleStore, path_below, sample};
     let path = path_below(&world.host.layout.state);
     let mut store = SampleStore::open(&path, SLOTS).expect("a store of samples");
     store
-        .append(&sample_here().expect("a sample"))
+        .append(&sample(&world.host).expect("a sample"))
         .expect("kept");
 }
 

@@ -117,7 +117,7 @@ fn age(host: &Host) -> Age {
         error_rate: 0.05,
         confidence: 0.95,
     };
-    match assess(&samples, look) {
+    match assess(&samples, host.system.boot_id(), look) {
         Err(LookError::NoSamples) => Age::NoSamples,
         Err(error) => unknown(&error),
         Ok(assessment) => {
