@@ -11,6 +11,7 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result, bail};
 
 use crate::apt::{self, Distribution, PrivateApt, Tool};
+use crate::balancer;
 use crate::cache::Cache;
 use crate::emulator;
 use crate::kernel;
@@ -115,6 +116,15 @@ pub struct Qemu {
     pub firmware: Vec<PathBuf>,
     /// Major version.
     pub major: u32,
+}
+
+/// haproxy ready for use.
+#[derive(Clone, Debug)]
+pub struct Haproxy {
+    /// The program.
+    pub program: PathBuf,
+    /// Where its shared libraries lie, if not in the system.
+    pub libraries: Option<OsString>,
 }
 
 impl Qemu {
@@ -340,6 +350,31 @@ impl Assets {
             apt::unpack(&debs, dir)
         })?;
         Ok(unpacked_etcd(&dir))
+    }
+
+    /// haproxy: the machine's own, the cached one, or one fetched from Debian.
+    pub fn haproxy(&self, progress: &dyn Progress) -> Result<Haproxy> {
+        if let Some(program) = apt::find_program("haproxy") {
+            return Ok(Haproxy {
+                program,
+                libraries: None,
+            });
+        }
+        if !self.distribution.is_debian() {
+            bail!(
+                "this is '{}', not Debian: install haproxy, so that it is in PATH",
+                self.distribution.id
+            );
+        }
+        let runs = |dir: &Path| apt::run(balancer::unpacked(dir).command().arg("-v")).is_ok();
+        let dir = self.cache.filled("haproxy", progress, runs, |dir| {
+            let codename = self.distribution.codename.as_str();
+            let apt = self.apt("haproxy", &[codename], false, None, progress)?;
+            progress.step("downloading haproxy");
+            let debs = apt.download_with_missing("haproxy")?;
+            apt::unpack(&debs, dir)
+        })?;
+        Ok(balancer::unpacked(&dir))
     }
 
     /// A kernel: the one named on the command line, the cached one, or one

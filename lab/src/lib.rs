@@ -10,6 +10,7 @@
 pub mod agent;
 pub mod apt;
 pub mod assets;
+pub mod balancer;
 pub mod binaries;
 mod building;
 pub mod cache;

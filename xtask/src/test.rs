@@ -142,6 +142,11 @@ const CHECKS: &[Check] = &[
         run: lab_tests::methods::run,
     },
     Check {
+        name: "lab: a leak, flagged and cured by the policy",
+        lab_minutes: 4,
+        run: lab_tests::ageing::run,
+    },
+    Check {
         name: "lab: the agent in guests",
         lab_minutes: 2,
         run: lab_tests::agent::run,

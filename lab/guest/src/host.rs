@@ -12,7 +12,7 @@ use std::thread;
 
 use anyhow::{Context, Result};
 
-use crate::{agent, cpr, dax, modules, sys};
+use crate::{agent, cpr, dax, modules, services, sys};
 
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
@@ -60,6 +60,7 @@ pub fn run(userspace_tsc: u64) -> Result<()> {
             .status();
         report("busybox", install.map(|_| ()).map_err(Into::into));
     }
+    report("services", services::start());
     agent.settled.store(true, Ordering::Release);
     println!("LAB: settled {}", sys::tsc());
     loop {

@@ -6,3 +6,8 @@ pub mod peer;
 pub mod proto;
 pub mod qmp;
 pub mod status;
+
+/// Commands that a host runs at each boot, one a line.
+pub const SERVICES: &str = "/data/services";
+/// What they say; outlives the host's kernel.
+pub const SERVICES_LOG: &str = "/data/services.log";

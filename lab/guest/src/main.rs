@@ -10,7 +10,9 @@ mod cpr;
 mod dax;
 mod guest;
 mod host;
+mod leak;
 mod modules;
+mod services;
 mod sys;
 mod system;
 
@@ -57,6 +59,7 @@ fn tool(arguments: &[String], userspace_tsc: u64) -> i32 {
         ["dax-fill", device] => dax::pattern(device, true),
         ["dax-check", device] => dax::pattern(device, false),
         ["dax-flip", device, offset] => dax::flip(device, offset),
+        ["leak", kib_per_s] => leak::run(kib_per_s),
         ["kexec-unload"] => sys::kexec_unload().map(|()| 0),
         ["system-agent"] => system::agent(userspace_tsc).map(|()| 0),
         ["peer", ref more @ ..] => {

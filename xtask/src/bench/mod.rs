@@ -4,7 +4,9 @@
 //! emulated. Every sample is kept. What a bench expects is printed beside
 //! what it found, and a failed expectation is a finding, not an error.
 
+mod ageing;
 mod cache;
+mod cluster;
 mod reboot;
 mod reload;
 mod suspend;
@@ -42,6 +44,13 @@ enum Bench {
     Reload(reload::ReloadArgs),
     /// Throughput just before and just after a reboot.
     Cache(cache::CacheArgs),
+    /// A daemon that leaks, flagged and cured by the policy: the sawtooth, and
+    /// how right the time to exhaustion was.
+    Ageing(ageing::AgeingArgs),
+    /// Throughput of a group of hosts over one cycle of rejuvenations, warm,
+    /// cold, and with migration to a spare host: simulated for many hosts, and
+    /// measured with three behind a load balancer (T-03).
+    Cluster(cluster::ClusterArgs),
 }
 
 /// Where figures go, for every bench.
@@ -85,6 +94,8 @@ pub fn run(assets: &Assets, args: &BenchArgs, progress: &Spinner) -> Result<Exit
         Bench::Suspend(args) => suspend::run(assets, args, progress)?,
         Bench::Reload(args) => reload::run(assets, args, progress)?,
         Bench::Cache(args) => cache::run(assets, args, progress)?,
+        Bench::Ageing(args) => ageing::run(assets, args, progress)?,
+        Bench::Cluster(args) => cluster::run(assets, args, progress)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,6 +1,7 @@
 //! Tests that need KVM and kernels: they run in the emulated machine, whose
 //! processor has nested virtualization whatever this one has.
 
+pub mod ageing;
 pub mod agent;
 pub mod balloon;
 pub mod debian;

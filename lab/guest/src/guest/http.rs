@@ -2,7 +2,9 @@
 //!
 //! `/status` and `/verify` answer JSON; `/file` reads the file `cache` of the
 //! disk (made on demand, `?mib=N`) and tells how long it took; `/web/N` are
-//! objects of 512 KiB; `/panic` has the kernel panic.
+//! objects of 512 KiB; `/paced/MS` answers after so many milliseconds, a service
+//! whose rate does not depend on how fast its machine is; `/panic` has the
+//! kernel panic.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -21,6 +23,8 @@ use super::{DISK, Findings, block_reads, disk, monotonic_ns, status};
 const HEAD_LEN_MAX: usize = 4096;
 /// Most web objects.
 const OBJECTS_MAX: u64 = 2048;
+/// Longest time that a paced answer takes, in milliseconds.
+const PACED_MS_MAX: u64 = 10_000;
 /// Largest cached file, in MiB.
 const FILE_MIB_MAX: u64 = 512;
 
@@ -88,11 +92,18 @@ fn answer(path: &str, query: &str, findings: &Findings) -> Result<Option<Vec<u8>
             let mib = parameter("mib").unwrap_or(64).min(FILE_MIB_MAX);
             Ok(Some(serde_json::to_vec(&read_file(mib)?)?))
         }
-        _ => match path
-            .strip_prefix("/web/")
-            .and_then(|n| n.parse::<u64>().ok())
-        {
-            Some(n) if n < OBJECTS_MAX => web_object(n).map(Some),
+        _ => match path.rsplit_once('/') {
+            Some(("/web", n)) => match n.parse() {
+                Ok(n) if n < OBJECTS_MAX => web_object(n).map(Some),
+                _ => Ok(None),
+            },
+            Some(("/paced", ms)) => match ms.parse() {
+                Ok(ms) if ms <= PACED_MS_MAX => {
+                    thread::sleep(Duration::from_millis(ms));
+                    Ok(Some(b"done\n".to_vec()))
+                }
+                _ => Ok(None),
+            },
             _ => Ok(None),
         },
     }
