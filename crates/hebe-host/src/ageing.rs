@@ -12,7 +12,7 @@
 //!          count of readings, value and limit of each (NaN: not told), checksum
 //! ```
 //!
-//! All numbers are little-endian. What is sampled is in [`sensors`]'s head; what
+//! All numbers are little-endian. What is sampled is in `sensors`'s head; what
 //! the samples mean is [`hebe_policy::ageing`]'s.
 
 use std::fs::{self, File, OpenOptions};
