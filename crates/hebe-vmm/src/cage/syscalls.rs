@@ -58,8 +58,8 @@ const COMMON: &[c_long] = &[
     libc::SYS_writev,
 ];
 
-/// What a device's thread does besides: disks, taps, sockets of guests, memory
-/// given back.
+/// What a device's thread does besides: disks, images that grow, taps, sockets of
+/// guests, memory given back.
 const DEVICE: &[c_long] = &[
     libc::SYS_accept4,
     libc::SYS_dup,
@@ -68,14 +68,19 @@ const DEVICE: &[c_long] = &[
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_wait,
     libc::SYS_eventfd2,
+    libc::SYS_fadvise64,
     libc::SYS_fallocate,
     libc::SYS_fdatasync,
     libc::SYS_fstat,
+    libc::SYS_fstatfs,
     libc::SYS_fsync,
+    libc::SYS_ftruncate,
     libc::SYS_getpeername,
     libc::SYS_getsockname,
     libc::SYS_getsockopt,
     libc::SYS_lseek,
+    libc::SYS_msync,
+    libc::SYS_newfstatat,
     libc::SYS_poll,
     libc::SYS_ppoll,
     libc::SYS_pread64,
@@ -95,18 +100,9 @@ const DEVICE: &[c_long] = &[
     libc::SYS_sync_file_range,
 ];
 
-/// What a VMM does besides, on its other threads: its control socket, a file to
-/// be saved in, and another VM after a reset.
-const VMM: &[c_long] = &[
-    libc::SYS_clone3,
-    libc::SYS_fadvise64,
-    libc::SYS_fstatfs,
-    libc::SYS_ftruncate,
-    libc::SYS_msync,
-    libc::SYS_newfstatat,
-    libc::SYS_rt_sigpending,
-    libc::SYS_uname,
-];
+/// What a VMM does besides, on its other threads: those for its control socket,
+/// and another VM after a reset.
+const VMM: &[c_long] = &[libc::SYS_clone3, libc::SYS_rt_sigpending, libc::SYS_uname];
 
 /// What a VMM asks of a descriptor. The others name a process that gets a
 /// signal of one's choice (`F_SETOWN`, `F_SETSIG`), for which the kernel asks
