@@ -173,10 +173,23 @@ fn a_user_of_etcd_has_a_password_and_others_are_told_at_once() {
     server.access.password_file = Some(password);
     let slots = open(&server.config()).expect("client");
     pinned(&slots, &config(&[], 1), "a", 120);
-    // It forgets its tokens when it ends.
-    server.kill(0);
-    server.restart(0);
-    assert!(there(&slots, "a").is_some(), "with a new token");
+    // A token is no longer taken after users were changed, or its own was.
+    for (path, body) in [
+        ("user/add", json!({"name": "other", "password": "other"})),
+        (
+            "user/changepw",
+            json!({"name": "root", "password": "secret"}),
+        ),
+    ] {
+        let url = |path: &str| format!("{}/v3/auth/{path}", server.endpoints[0]);
+        let login = json!({"name": "root", "password": "secret"});
+        let answer = client.post(&url("authenticate"), &[], &login);
+        let answer = answer.expect("answer").body;
+        let token = answer["token"].as_str().expect("token");
+        let answer = client.post(&url(path), &[("authorization", token)], &body);
+        assert_eq!(answer.expect("answer").status, 200, "{path}");
+        assert!(there(&slots, "a").is_some(), "{path}: with a new token");
+    }
     let mut wrong = server.config();
     wrong.password_file = Some(write(dir.path().join("wrong"), "guess\n"));
     for access in [nobody, wrong] {
