@@ -86,8 +86,9 @@ fn greet(mut stream: &UnixStream, mac: MacAddr) -> io::Result<()> {
     ]
     .concat();
     stream.set_read_timeout(Some(READY_WAIT))?;
-    stream.write_all(&(ask.len() as u32).to_be_bytes())?;
-    stream.write_all(&ask)?;
+    // In one piece: passt (as of 2023) drops a length that it reads alone.
+    let len = (ask.len() as u32).to_be_bytes();
+    stream.write_all(&[len.as_slice(), &ask].concat())?;
     // To its end: the VMM begins with whole frames.
     let mut len = [0; 4];
     stream.read_exact(&mut len)?;

@@ -131,7 +131,7 @@ mod tests {
         let mut client = TcpStream::connect(at).expect("connect");
         client.write_all(b"word").expect("write");
         client.shutdown(Shutdown::Write).expect("end");
-        while Arc::strong_count(&door.open) == 1 {
+        while !server.is_finished() {
             door.serve();
             thread::yield_now();
         }

@@ -1,23 +1,23 @@
-//! Checks two at a time.
+//! Several checks at a time.
 //!
 //! A lab check keeps one processor busy, that of its emulated machine. So two
-//! of them go on side by side, each as a child of this program, whose lines
-//! are printed as they come with the check's name in front.
+//! of them go on side by side, and beside them, one after the other, the checks
+//! that run on this computer itself, which wait for much of their time. Each is a
+//! child of this program, whose lines are printed as they come with the check's
+//! name in front.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fmt;
 use std::io::{BufRead, BufReader, pipe};
 use std::process::Command;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
 use crate::ui;
 
-/// How many lab checks go on at once.
-const LANES: usize = 2;
 /// What the last words of a check that failed begin with.
 const ERROR: &str = "error: ";
 
@@ -53,36 +53,55 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// Runs checks by name, the first ones first.
-pub fn run(names: &[&str], full: bool, again: &[OsString]) -> Result<Vec<Verdict>> {
+/// Checks that are run one after the other, on so many lanes at once.
+pub struct Queue<'a> {
+    /// By name, the first ones first.
+    pub names: Vec<&'a str>,
+    /// How many go on at once.
+    pub lanes: usize,
+}
+
+/// Runs all queues side by side.
+pub fn run(queues: &[Queue], full: bool, again: &[OsString]) -> Result<Vec<Verdict>> {
     let program = std::env::current_exe().context("this program's own path is not known")?;
-    let queue: Mutex<VecDeque<&str>> = Mutex::new(names.iter().copied().collect());
-    let next = || {
-        let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
-        queue.pop_front()
-    };
     let verdicts = Mutex::new(Vec::new());
+    let one = |name: &str| {
+        let mut command = Command::new(&program);
+        command.args(again).args(["test", "--check", name]);
+        if full {
+            command.arg("--full");
+        }
+        println!("--- {name}");
+        let start = Instant::now();
+        let verdict = Verdict::of(name, start, follow(command, name));
+        locked(&verdicts).push(verdict);
+    };
+    let lefts: Vec<Mutex<VecDeque<&str>>> = queues
+        .iter()
+        .map(|queue| Mutex::new(queue.names.iter().copied().collect()))
+        .collect();
     std::thread::scope(|scope| {
-        for _ in 0..LANES.min(names.len()) {
-            scope.spawn(|| {
-                while let Some(name) = next() {
-                    let mut command = Command::new(&program);
-                    command.args(again).args(["test", "--check", name]);
-                    if full {
-                        command.arg("--full");
+        for (queue, left) in queues.iter().zip(&lefts) {
+            for _ in 0..queue.lanes.min(queue.names.len()) {
+                scope.spawn(|| {
+                    while let Some(name) = pop(left) {
+                        one(name);
                     }
-                    println!("--- {name}");
-                    let start = Instant::now();
-                    let verdict = Verdict::of(name, start, follow(command, name));
-                    let mut all = verdicts.lock().unwrap_or_else(PoisonError::into_inner);
-                    all.push(verdict);
-                }
-            });
+                });
+            }
         }
     });
     Ok(verdicts
         .into_inner()
         .unwrap_or_else(PoisonError::into_inner))
+}
+
+fn pop<'a>(left: &Mutex<VecDeque<&'a str>>) -> Option<&'a str> {
+    locked(left).pop_front()
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Prints what the child prints, as it comes, until it ends.
