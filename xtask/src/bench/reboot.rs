@@ -37,6 +37,9 @@ const MANY_PROBE_EVERY: Duration = Duration::from_millis(50);
 const HOST_MIB: u64 = 2560;
 /// What the store needs beside the VMs' RAM, in MiB, and for each VM.
 const STORE_MIB: [u64; 2] = [64, 8];
+/// What `hebe host setup --store luo` writes into sysfs, as a word of the command
+/// line.
+const LARGE_PAGES: &str = "transparent_hugepage_shmem=advise";
 /// The largest machine that the lab makes, in MiB.
 const MACHINE_MIB_MAX: u64 = 8192;
 
@@ -66,6 +69,14 @@ pub struct RebootArgs {
     /// Eleven small VMs, too.
     #[arg(long)]
     full: bool,
+    /// Emulate the host's processors in turn, as everywhere else in the lab: it
+    /// takes longer, and fails less often.
+    #[arg(long)]
+    in_turn: bool,
+    /// Leave the memory of luo in pages of 4 KiB, as Linux does by itself,
+    /// instead of those of 2 MiB that `hebe host setup` switches on.
+    #[arg(long)]
+    small_pages: bool,
     #[command(flatten)]
     output: Output,
 }
@@ -226,6 +237,8 @@ pub fn run(assets: &Assets, args: &RebootArgs, progress: &Spinner) -> Result<()>
         "repeats": args.repeats,
         "machine_mib": machine_mib,
         "emulator_failures": found.emulator_failures,
+        "processors_in_turn": args.in_turn,
+        "small_pages": args.small_pages,
         "rows": rows,
         "raw": found.raw,
     });
@@ -304,7 +317,7 @@ impl Host {
             host: kernel,
             guests: n.max(4),
             // Several VMs resume at once, as on a host with several processors.
-            parallel: true,
+            parallel: !args.in_turn,
             // The same machine for each store: what one reserves is ordinary
             // memory for the other.
             reserve_mib: if luo { 0 } else { reserve_mib },
@@ -315,7 +328,8 @@ impl Host {
             append: match (peer, luo) {
                 // No VM is Hebe's where the range is QEMU's.
                 (true, _) => "lab.noresume".to_owned(),
-                (false, true) => store.options(n).append,
+                (false, true) if args.small_pages => store.options(n).append,
+                (false, true) => format!("{} {LARGE_PAGES}", store.options(n).append),
                 (false, false) => String::new(),
             },
             ..LabOptions::default()
