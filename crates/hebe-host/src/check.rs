@@ -16,7 +16,7 @@ use crate::stores::{StoreAccess, StoreTrouble};
 use crate::systemd;
 
 /// Modules that bring a reserved range up as a devdax device.
-const DAX_MODULES: &str = "nd_e820 nd_pmem device_dax dax_pmem";
+pub(crate) const DAX_MODULES: &str = "nd_e820 nd_pmem device_dax dax_pmem";
 
 /// All checks, in the order in which one would fix them.
 pub fn host_check(host: &Host) -> Vec<Check> {

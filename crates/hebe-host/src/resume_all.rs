@@ -109,6 +109,7 @@ struct Work<'a> {
 pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<ResumeAll, HostError> {
     let _only_one = host.lock_all()?;
     let carry_trouble = luo::asking::ensure(host);
+    host.store.settle();
     let (store, store_trouble) = match host.store.view() {
         Ok(view) => (view, None),
         Err(error) => (None, Some(with_cause(&error))),

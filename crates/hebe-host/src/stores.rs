@@ -1,17 +1,21 @@
 //! The store as the host uses it, behind a trait so that tests can do without
 //! one.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use hebe_store::{Access, ExecStatus, SegmentEntry, Store, StoreError};
+use hebe_sys::dax;
 use hebe_sys::luo::LuoError;
 use hebe_types::{ByteSize, SegmentId, VmId, VmName};
 use serde::{Deserialize, Serialize};
+
+use crate::check::DAX_MODULES;
 
 /// How long an order waits for another manager of the store, which may be
 /// scrubbing a large segment.
@@ -189,6 +193,9 @@ pub struct NewSegment {
 pub trait StoreAccess: Send + Sync {
     /// Everything in it; `None` when this host has no store.
     fn view(&self) -> Result<Option<StoreView>, StoreTrouble>;
+    /// Has the store's device there, where this kernel could have it and does not
+    /// yet.
+    fn settle(&self) {}
     /// Whether anything else used the store's memory since it was made:
     /// [`StoreError::Overrun`]. A host without a store has nothing to find.
     fn check(&self) -> Result<(), StoreTrouble> {
@@ -304,7 +311,36 @@ fn segment_view(store: &Store, entry: &SegmentEntry) -> Result<SegmentView, Stor
     })
 }
 
+/// An initramfs without the package's hook, or one that another tool made, leaves
+/// the reserved range to udev, which may come later than whoever looks for VMs.
+fn have_device(cmdline: &str, found: &dyn Fn() -> bool, load: &dyn Fn()) {
+    if !dax::parse_memmap_reservations(cmdline).is_empty() && !found() {
+        load();
+    }
+}
+
+/// Loads what makes a device of the reserved range, and waits for that. What
+/// cannot be loaded may be built in.
+fn load_range() {
+    let loaded = Command::new("modprobe")
+        .args(["--all", "--quiet"])
+        .args(DAX_MODULES.split(' '))
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .stdin(Stdio::null())
+        .status();
+    // What came of it shows where the device is looked for.
+    let _ = (loaded, dax::settle(Path::new("/sys")));
+}
+
 impl StoreAccess for DeviceStore {
+    fn settle(&self) {
+        if self.given.is_none() {
+            let cmdline = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+            let found = || !matches!(self.find(), Ok(None));
+            have_device(&cmdline, &found, &load_range);
+        }
+    }
+
     fn view(&self) -> Result<Option<StoreView>, StoreTrouble> {
         let Some(store) = self.read()? else {
             return Ok(None);
@@ -382,5 +418,26 @@ impl StoreAccess for DeviceStore {
     fn release(&self) {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         *held = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn modules_are_loaded_for_a_range_without_a_device_and_for_nothing_else() {
+        for (cmdline, there, loads) in [
+            ("quiet memmap=4G!12G", false, 1),
+            ("quiet memmap=4G!12G", true, 0),
+            ("quiet", false, 0),
+            ("memmap=4G$12G quiet", false, 0),
+        ] {
+            let loaded = Cell::new(0);
+            have_device(cmdline, &|| there, &|| loaded.set(loaded.get() + 1));
+            assert_eq!(loaded.get(), loads, "{cmdline}, {there}");
+        }
     }
 }

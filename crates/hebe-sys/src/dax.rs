@@ -194,6 +194,22 @@ pub fn list(sys: &Path, dev: &Path) -> Result<Vec<DaxDevice>, DaxError> {
         .collect()
 }
 
+/// Waits until the kernel has probed its ranges. Where the modules are loaded
+/// that make devices of them, these are there then.
+///
+/// # Errors
+/// [`DaxError::Sysfs`] when sysfs cannot be read.
+pub fn settle(sys: &Path) -> Result<(), DaxError> {
+    let devices = sys.join("bus/nd/devices");
+    for bus in names(&devices)? {
+        if bus.starts_with("ndbus") {
+            // Reading it takes until asynchronous probing is over.
+            read_text(&devices.join(bus).join("wait_probe"))?;
+        }
+    }
+    Ok(())
+}
+
 /// The devdax device behind a character device's number, or `None` if that
 /// number is another kind of device.
 ///
@@ -295,16 +311,9 @@ impl Pmem<'_> {
         }
     }
 
-    /// Waits until the kernel has probed its ranges: a device that is about to
-    /// appear by itself must not be made a second time.
+    /// A device that is about to appear by itself must not be made a second time.
     fn settle(&self) -> Result<(), DaxError> {
-        for bus in names(&self.nd("devices"))? {
-            if bus.starts_with("ndbus") {
-                // Reading it takes until asynchronous probing is over.
-                read_text(&self.nd(&format!("devices/{bus}/wait_probe")))?;
-            }
-        }
-        Ok(())
+        settle(&self.roots.sys)
     }
 
     /// The namespace meant; `None` if a device is there and none was named.

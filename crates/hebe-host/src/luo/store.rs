@@ -50,6 +50,10 @@ impl StoreAccess for WithKept {
         Ok((!view.kept_only || !view.segments.is_empty()).then_some(view))
     }
 
+    fn settle(&self) {
+        self.inner.settle();
+    }
+
     fn check(&self) -> Result<(), StoreTrouble> {
         self.inner.check()
     }
