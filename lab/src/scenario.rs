@@ -33,6 +33,8 @@ const FIRST_BOOT_LIMIT_EACH: Duration = Duration::from_secs(30);
 const CONSOLE_LINES: usize = 80;
 /// The last address byte of the first guest.
 pub const FIRST_GUEST_BYTE: u8 = 101;
+/// That of the host.
+const HOST_BYTE: u8 = 15;
 
 /// How to build a lab host.
 #[derive(Clone, Debug)]
@@ -50,8 +52,13 @@ pub struct LabOptions {
     pub guest_disks: Vec<(String, u64)>,
     /// Names of guests that get a disk which is a copy of an image.
     pub guest_images: Vec<(String, PathBuf)>,
+    /// Files that are put below `/data/files`.
+    pub files: Vec<PathBuf>,
     /// How many guests the forwarded ports are for.
     pub guests: u8,
+    /// The first guest's ports lead to the host itself, which leads them on:
+    /// for guests behind an address translation of the host's.
+    pub ports_of_host: bool,
     /// The machine's RAM, in MiB; half of it lies below 4 GiB.
     pub memory_mib: u64,
     /// The reserved range at 4 GiB, in MiB; 0 for none.
@@ -91,7 +98,9 @@ impl Default for LabOptions {
             guest_kernels: vec![KernelName::V6_1Cloud],
             guest_disks: Vec::new(),
             guest_images: Vec::new(),
+            files: Vec::new(),
             guests: 4,
+            ports_of_host: false,
             memory_mib: 4096,
             reserve_mib: 1536,
             cpus: 2,
@@ -144,6 +153,8 @@ pub struct GuestSpec {
     /// real-time clock;
     /// the agent must be among [`LabOptions::guest_programs`].
     pub agent: bool,
+    /// It has a generation ID, also without an agent.
+    pub generation_id: bool,
     /// It has a balloon.
     pub balloon: bool,
     /// Where its RAM lives.
@@ -172,6 +183,7 @@ impl GuestSpec {
             kernel,
             disk: false,
             agent: false,
+            generation_id: false,
             balloon: false,
             store: StoreKind::Auto,
             memcheck_mib: 32,
@@ -227,7 +239,7 @@ impl GuestSpec {
             console: ConsoleConfig::default(),
             rtc: self.agent,
             pvpanic: self.agent,
-            generation_id: self.agent,
+            generation_id: self.agent || self.generation_id,
             vsock: self.agent.then(VsockConfig::default),
             balloon: self.balloon.then(BalloonConfig::default),
             disks: self
@@ -311,7 +323,10 @@ impl Lab {
             system,
             disk: Some(image),
             guests: options.guests,
-            guest_byte: FIRST_GUEST_BYTE,
+            guest_byte: match options.ports_of_host {
+                true => HOST_BYTE,
+                false => FIRST_GUEST_BYTE,
+            },
             avx: options.avx,
             parallel: options.parallel,
             dir: folder.path.clone(),
@@ -583,6 +598,10 @@ fn fill_tree(
     for (name, mib) in &options.guest_disks {
         let image = tree.join(format!("guest/disks/{name}.img"));
         disk::make_ext4(&image, *mib, None, progress)?;
+    }
+    for file in &options.files {
+        let name = file.file_name().context("a file without a name")?;
+        disk::place(file, &tree.join("files").join(name))?;
     }
     for (name, image) in &options.guest_images {
         disk::place(image, &tree.join(format!("guest/disks/{name}.img")))?;

@@ -34,23 +34,6 @@ const CODE: [&str; 3] = [
     include_str!("../../crates/hebe-image/src/build/tool.rs"),
 ];
 
-/// Units that a package of the product brings, and where its programs are
-/// found then.
-const UNITS: [(&str, &str); 3] = [
-    (
-        "hebe-freeze.service",
-        include_str!("../../packaging/hebe-freeze.service"),
-    ),
-    (
-        "hebe-resume.service",
-        include_str!("../../packaging/hebe-resume.service"),
-    ),
-    ("hebe.slice", include_str!("../../packaging/hebe.slice")),
-];
-const PROGRAMS: [&str; 2] = ["hebe", "hebe-vmm"];
-/// VMs join the bridge, so it must be there when they are resumed.
-const AFTER_BRIDGE: &str = "[Unit]\nWants=sys-subsystem-net-devices-br0.device\nAfter=sys-subsystem-net-devices-br0.device\n";
-
 /// A Debian root disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct System {
@@ -58,8 +41,6 @@ pub struct System {
     pub suite: String,
     /// Packages besides systemd and what goes with it.
     pub packages: Vec<String>,
-    /// The product's units are there and enabled, as its package has them.
-    pub units: bool,
 }
 
 impl System {
@@ -74,7 +55,6 @@ impl System {
         Self {
             suite,
             packages: Vec::new(),
-            units: false,
         }
     }
 
@@ -82,12 +62,6 @@ impl System {
     pub fn with(mut self, packages: &[&str]) -> Self {
         self.packages
             .extend(packages.iter().map(|p| (*p).to_owned()));
-        self
-    }
-
-    /// The same with the product's units.
-    pub fn with_units(mut self) -> Self {
-        self.units = true;
         self
     }
 
@@ -104,7 +78,7 @@ impl System {
                 "/dev/null".to_owned(),
             )
         };
-        let mut order = Order {
+        Ok(Order {
             suite: self.suite.clone(),
             sources: apt_sources(assets, &self.suite)?,
             packages: self.packages.clone(),
@@ -138,29 +112,8 @@ impl System {
                 "lab-agent.service".to_owned(),
             ],
             ..Order::default()
-        };
-        if self.units {
-            add_units(&mut order);
-        }
-        Ok(order)
+        })
     }
-}
-
-fn add_units(order: &mut Order) {
-    for (name, unit) in UNITS {
-        let path = format!("/usr/lib/systemd/system/{name}");
-        order.files.push(FileIn::text(&path, unit));
-    }
-    let path = "/etc/systemd/system/hebe-resume.service.d/bridge.conf";
-    order.files.push(FileIn::text(path, AFTER_BRIDGE));
-    for name in PROGRAMS {
-        let link = (format!("/usr/bin/{name}"), format!("/data/bin/{name}"));
-        order.links.push(link);
-    }
-    let services = UNITS.iter().filter(|(name, _)| name.ends_with(".service"));
-    order
-        .units
-        .extend(services.map(|(name, _)| (*name).to_owned()));
 }
 
 /// Where packages of a suite come from.
@@ -217,9 +170,12 @@ impl FromStr for System {
 
 /// One number for all that is in an image.
 fn fingerprint(order: &Order) -> u32 {
-    let said = CODE.concat() + &format!("{order:?}");
-    // FNV-1a: the same in every release of the compiler.
-    said.bytes().fold(0x811c_9dc5, |hash, byte| {
+    number_of(&(CODE.concat() + &format!("{order:?}")))
+}
+
+/// One number for a text, by FNV-1a: the same in every release of the compiler.
+pub(crate) fn number_of(text: &str) -> u32 {
+    text.bytes().fold(0x811c_9dc5, |hash, byte| {
         (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
     })
 }

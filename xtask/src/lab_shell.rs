@@ -1,6 +1,7 @@
 //! `cargo xtask lab`: a lab host to try things in.
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -29,6 +30,9 @@ pub struct LabArgs {
     /// More packages for that root disk.
     #[arg(long, value_delimiter = ',', requires = "system")]
     packages: Vec<String>,
+    /// Files to put into the host, below /data/files.
+    #[arg(long, value_name = "FILES", value_delimiter = ',')]
+    files: Vec<PathBuf>,
     /// Kernels that the host can be rebooted into (under /data/boot).
     #[arg(long, value_delimiter = ',', default_value = "7.3-cloud")]
     others: Vec<KernelName>,
@@ -90,6 +94,7 @@ pub fn run(assets: &Assets, args: &LabArgs, progress: &Spinner) -> Result<ExitCo
         }),
         others: args.others.clone(),
         guest_kernels: args.guest_kernels.clone(),
+        files: args.files.clone(),
         guests: args.guests.max(4),
         memory_mib: args.memory,
         reserve_mib: args.reserve,

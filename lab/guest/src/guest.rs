@@ -6,6 +6,7 @@
 mod clock;
 mod disk;
 mod echo;
+mod generation;
 mod http;
 mod memory;
 mod power;

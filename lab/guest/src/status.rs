@@ -66,6 +66,16 @@ pub struct DiskCheck {
     pub found_at_boot: u64,
 }
 
+/// What `GET /generation` answers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GenerationCheck {
+    /// A driver of the kernel is bound to the VM generation ID.
+    pub bound: bool,
+    /// Times the kernel reseeded its random numbers since it booted, because
+    /// the ID had changed.
+    pub changes: u64,
+}
+
 /// What `GET /file` answers.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct FileRead {

@@ -1,5 +1,6 @@
-//! What an operator has: Debian with systemd as the host, and in a VM a Debian
-//! that `hebe image build` makes, with an address by DHCP and a web server.
+//! What an operator has: Debian with systemd as the host and the package
+//! installed, and in a VM a Debian that `hebe image build` makes, with an
+//! address that Hebe's network gives it, a web server and a real-time clock.
 //! Then `systemctl kexec` puts another kernel under it.
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -11,8 +12,10 @@ use hebe_image::build::{FileIn, Order};
 use lab::assets::KernelName;
 use lab::probe;
 use lab::scenario::{Lab, LabOptions, guest_disk_path};
-use lab::system::{self, System};
+use lab::system;
+use serde_json::Value;
 
+use super::package;
 use crate::test::Scene;
 
 const OLD: KernelName = KernelName::V6_1Cloud;
@@ -33,6 +36,35 @@ const ANSWER_MAX: u64 = 64 << 10;
 const BOOT_ID: &str = "[Unit]\nDescription=Tell which boot this is\nBefore=nginx.service\n\n[Service]\nType=oneshot\nExecStart=/bin/cp /proc/sys/kernel/random/boot_id /var/www/html/boot_id\n\n[Install]\nWantedBy=multi-user.target\n";
 /// A connection outlasts whatever is done to the VM meanwhile.
 const NGINX: &str = "keepalive_timeout 1d;\nsend_timeout 1d;\n";
+/// Whoever connects is told what the system sees at that moment.
+const SIGHT: &str =
+    "[Socket]\nListenStream=8080\nAccept=yes\n\n[Install]\nWantedBy=sockets.target\n";
+const SIGHT_OF_ONE: &str = "[Service]\nExecStart=/usr/local/sbin/sight\nStandardInput=socket\n";
+const SIGHT_SCRIPT: &str = r"#!/bin/sh
+while read -r line && [ ${#line} -gt 1 ]; do :; done
+printf 'HTTP/1.0 200 OK\r\n\r\n'
+test -c /dev/rtc0 && echo rtc_name $(cat /sys/class/rtc/rtc0/name)
+echo rtc_s $(cat /sys/class/rtc/rtc0/since_epoch)
+ip -4 -oneline address show scope global
+";
+
+/// As its owner writes it down. Ports of the host lead to the guest.
+fn definition() -> String {
+    let disk = guest_disk_path(NAME);
+    format!(
+        r#"name = "{NAME}"
+memory = "384MiB"
+rtc = true
+
+[[disk]]
+path = "{disk}"
+
+[[net]]
+network = "nat"
+forward = ["80:80", "8080:8080"]
+"#
+    )
+}
 
 /// The image, as `hebe image build web.img --include nginx-light …` makes it.
 fn image(scene: &Scene) -> Result<Order> {
@@ -63,9 +95,15 @@ fn image(scene: &Scene) -> Result<Order> {
         files: vec![
             FileIn::text("/etc/systemd/system/boot-id.service", BOOT_ID),
             FileIn::text("/etc/nginx/conf.d/lab.conf", NGINX),
+            FileIn::text("/etc/systemd/system/sight.socket", SIGHT),
+            FileIn::text("/etc/systemd/system/sight@.service", SIGHT_OF_ONE),
+            FileIn {
+                mode: 0o755,
+                ..FileIn::text("/usr/local/sbin/sight", SIGHT_SCRIPT)
+            },
         ],
         links: timers.into_iter().map(mask).collect(),
-        units: vec!["boot-id.service".to_owned()],
+        units: vec!["boot-id.service".to_owned(), "sight.socket".to_owned()],
         ..Order::default()
     })
 }
@@ -74,41 +112,73 @@ pub fn run(scene: &Scene) -> Result<()> {
     let image = system::cached_image(scene.assets, "nginx", &image(scene)?, scene.progress)?;
     let options = LabOptions {
         host: OLD,
-        system: Some(System::debian12().with_units()),
+        system: Some(package::system()),
         others: vec![NEW],
         guest_kernels: Vec::new(),
         guest_images: vec![(NAME.to_owned(), image)],
         guests: 1,
+        ports_of_host: true,
+        product: package::PROGRAMS.to_vec(),
+        store_init: false,
         ..LabOptions::default()
     };
     let mut lab = Lab::boot(scene.assets, options, scene.progress)?;
+    scene.progress.step("installing the package");
+    package::install(&lab)?;
+    package::set_up(&lab)?;
     scene.progress.step("booting Debian in a VM");
-    let disk = guest_disk_path(NAME);
-    let order = [
-        "hebe",
-        "run",
-        "--name",
-        NAME,
-        "--memory",
-        "384MiB",
-        "--disk",
-        &disk,
-        "--net",
-        "tap101@br0",
-    ];
-    lab.machine.exec_ok(&order)?;
-    let port = lab
-        .machine
-        .guests
-        .first()
-        .context("the lab has no ports")?
-        .http;
+    let path = format!("/etc/hebe/vms/{NAME}.toml");
+    let text = definition();
+    lab.machine.agent.put(&path, 0o644, text.as_bytes())?;
+    lab.machine.exec_ok(&["hebe", "start", NAME])?;
+    let ports = *lab.machine.guests.first().context("the lab has no ports")?;
+    let port = ports.http;
     let before = boot_id(&mut lab, port, GUEST).with_context(|| last_words(&lab))?;
-    in_sight_of_the_host(&lab)?;
-    running(&lab).context("before the reboot")?;
+    let address = in_sight_of_the_host(&lab)?;
+    let first = Sight::of(&lab, ports.slow).with_context(|| last_words(&lab))?;
+    first.check(&address)?;
+    let listed = listed(&lab).context("before the reboot")?;
     let mut session = Session::open(port)?;
     ensure!(session.get()? == before, "two answers of one guest differ");
 
+    kexec(&mut lab, scene)?;
+    tell_start(&lab)?;
+    let listed_after = self::listed(&lab)
+        .context("after the reboot")
+        .with_context(|| last_words(&lab))?;
+    ensure!(
+        listed == listed_after,
+        "`hebe list` said {listed}, and then {listed_after}"
+    );
+    let after = boot_id(&mut lab, port, AGAIN).with_context(|| last_words(&lab))?;
+    ensure!(
+        before == after,
+        "the guest booted again: {before}, then {after}"
+    );
+    let answer = session
+        .get()
+        .context("the connection of before the reboot")?;
+    ensure!(
+        answer == before,
+        "another guest answers on the old connection: {answer}"
+    );
+    ensure!(
+        in_sight_of_the_host(&lab)? == address,
+        "another address than {address}"
+    );
+    let second = Sight::of(&lab, ports.slow)?;
+    second.check(&address).context("after the reboot")?;
+    ensure!(
+        first.rtc_s < second.rtc_s,
+        "its clock shows {}, and showed {}",
+        second.rtc_s,
+        first.rtc_s
+    );
+    lab.machine.check()?;
+    lab.machine.power_off()
+}
+
+fn kexec(lab: &mut Lab, scene: &Scene) -> Result<()> {
     scene.progress.step("systemctl kexec");
     let mut load = vec!["hebe".to_owned(), "reboot".to_owned(), "--load".to_owned()];
     load.extend(lab.reboot_arguments(NEW));
@@ -125,23 +195,75 @@ pub fn run(scene: &Scene) -> Result<()> {
         new.kernel,
         old.kernel
     );
-    running(&lab)
-        .context("after the reboot")
-        .with_context(|| last_words(&lab))?;
-    let after = boot_id(&mut lab, port, AGAIN).with_context(|| last_words(&lab))?;
-    ensure!(
-        before == after,
-        "the guest booted again: {before}, then {after}"
+    Ok(())
+}
+
+/// What lies between the new kernel's entry and the resume, for
+/// docs/operating.md ("No VM is resumed in the initramfs").
+fn tell_start(lab: &Lab) -> Result<()> {
+    let of = |words: &[&str], property: &str| -> Result<f64> {
+        let property = format!("--property={property}");
+        let argv = [&["systemctl", "show", "--value", &property], words].concat();
+        let us: f64 = lab.machine.exec_ok(&argv)?.trim().parse()?;
+        Ok(us / 1e6)
+    };
+    let unit = ["hebe-resume.service"];
+    println!(
+        "    after the kernel's entry: systemd at {:.1} s, the resume from {:.1} s to {:.1} s (emulated)",
+        of(&[], "UserspaceTimestampMonotonic")?,
+        of(&unit, "ExecMainStartTimestampMonotonic")?,
+        of(&unit, "ExecMainExitTimestampMonotonic")?,
     );
-    let answer = session
-        .get()
-        .context("the connection of before the reboot")?;
-    ensure!(
-        answer == before,
-        "another guest answers on the old connection: {answer}"
-    );
-    lab.machine.check()?;
-    lab.machine.power_off()
+    Ok(())
+}
+
+/// What the guest's own Linux sees.
+struct Sight {
+    /// By its real-time clock, in seconds since 1970.
+    rtc_s: u64,
+    /// Its host's clock just before and just after it looked, in seconds.
+    host_s: [u64; 2],
+    /// The clock's name, if it has one.
+    rtc_name: String,
+    /// Its addresses, as `ip` tells them.
+    addresses: String,
+}
+
+impl Sight {
+    fn of(lab: &Lab, port: u16) -> Result<Self> {
+        let host = || -> Result<u64> { Ok(lab.machine.exec_ok(&["date", "+%s"])?.trim().parse()?) };
+        let from = host()?;
+        let body = probe::http_get(port, "/", ANSWER * 3).context("the guest tells nothing")?;
+        let to = host()?;
+        let text = String::from_utf8_lossy(&body).into_owned();
+        let word = |name: &str| text.lines().find_map(|line| line.strip_prefix(name));
+        Ok(Self {
+            rtc_s: word("rtc_s ")
+                .and_then(|s| s.trim().parse().ok())
+                .with_context(|| format!("no clock in: {text}"))?,
+            host_s: [from, to],
+            rtc_name: word("rtc_name ").unwrap_or_default().trim().to_owned(),
+            addresses: text.clone(),
+        })
+    }
+
+    /// The driver is the one for PCs, the time that of the host, and the address
+    /// is what the guest was given by DHCP.
+    fn check(&self, address: &str) -> Result<()> {
+        let name = &self.rtc_name;
+        ensure!(name.starts_with("rtc_cmos"), "its clock is '{name}'");
+        let [from, to] = self.host_s;
+        ensure!(
+            (from.saturating_sub(1)..=to + 1).contains(&self.rtc_s),
+            "its clock showed {}, its host's {from} to {to}",
+            self.rtc_s
+        );
+        let inet = format!("inet {address}/");
+        let line = self.addresses.lines().find(|line| line.contains(&inet));
+        let line = line.with_context(|| format!("no {address} in: {}", self.addresses))?;
+        ensure!(line.contains(" dynamic "), "not by DHCP: {line}");
+        Ok(())
+    }
 }
 
 /// The guest's boot, by its web server, from outside the machine.
@@ -159,18 +281,38 @@ fn boot_id(lab: &mut Lab, port: u16, limit: Duration) -> Result<String> {
     }
 }
 
-/// The host reaches the server at the address that DHCP gave.
-fn in_sight_of_the_host(lab: &Lab) -> Result<()> {
-    let script = "exec 3<>/dev/tcp/10.0.2.101/80; printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3";
-    let page = lab.machine.exec_ok(&["bash", "-c", script])?;
+/// The host reaches the server at the address that its network gave the guest,
+/// which is that address.
+fn in_sight_of_the_host(lab: &Lab) -> Result<String> {
+    let shown = super::json(lab, &["hebe", "show", NAME, "--json"])?;
+    let address = shown["nics"][0]["address"].as_str();
+    let address = address.with_context(|| format!("no address in {shown}"))?;
+    let script =
+        format!("exec 3<>/dev/tcp/{address}/80; printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3");
+    let page = lab.machine.exec_ok(&["bash", "-c", &script])?;
     ensure!(page.contains("nginx"), "the host got: {page}");
-    Ok(())
+    Ok(address.to_owned())
 }
 
-fn running(lab: &Lab) -> Result<()> {
-    let (state, told) = super::state(lab, NAME)?;
-    ensure!(state == "running", "{NAME} is {state}: {told}");
-    Ok(())
+/// The one VM, which runs, as `hebe list` tells it; less what is of one boot.
+fn listed(lab: &Lab) -> Result<Value> {
+    let mut list = super::json(lab, &["hebe", "list", "--json"])?;
+    let rows = match list.get_mut("vms") {
+        Some(rows) => rows.take(),
+        None => list,
+    };
+    let [row] = rows.as_array().map_or(&[][..], Vec::as_slice) else {
+        bail!("not one VM is listed: {rows}");
+    };
+    ensure!(
+        row["name"] == NAME && row["state"] == "running",
+        "it does not run: {row}"
+    );
+    let keys = ["name", "id", "state", "detail", "memory", "store"];
+    Ok(keys
+        .iter()
+        .map(|key| ((*key).to_owned(), row[*key].clone()))
+        .collect())
 }
 
 fn last_words(lab: &Lab) -> String {

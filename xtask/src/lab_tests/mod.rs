@@ -13,6 +13,7 @@ mod live_update_faults;
 pub mod live_update_systemd;
 pub mod loops;
 pub mod methods;
+pub mod package;
 pub mod refusals;
 pub mod systemd;
 

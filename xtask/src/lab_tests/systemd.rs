@@ -1,29 +1,23 @@
 //! A Debian 12 host with systemd as PID 1 and the package installed: what
 //! becomes of a VM, whatever is done to the host.
 
-use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use lab::assets::KernelName;
-use lab::binaries::{Program, workspace_root};
 use lab::probe;
 use lab::scenario::{GuestSpec, Lab, LabOptions};
-use lab::system::System;
 use lab::trial::{self, Method, Trial};
+use lab_guest::status::GenerationCheck;
 
-use super::state;
+use super::{package, state};
+use crate::demo;
 use crate::test::Scene;
-use crate::{deb, demo};
 
 const OLD: KernelName = KernelName::V6_1Cloud;
+/// Its guests look at the VM generation ID; Debian's 6.1 for clouds has no
+/// driver for it.
 const NEW: KernelName = KernelName::V7_3Cloud;
-const HEBED: Program = Program {
-    package: "hebed",
-    name: "hebed",
-};
-/// Where the lab's programs are built.
-const BUILT: &str = "target/lab/x86_64-unknown-linux-gnu/lab";
 
 /// An ordinary service, whose stop takes a moment and notes when it was, and
 /// how the VM was then.
@@ -50,14 +44,16 @@ pub fn run(scene: &Scene) -> Result<()> {
     let guests = [GuestSpec {
         disk: true,
         append: "lab.disk_ms=200".to_owned(),
-        ..GuestSpec::numbered(0, OLD)
+        generation_id: true,
+        ..GuestSpec::numbered(0, NEW)
     }];
     let options = LabOptions {
         host: OLD,
         others: vec![NEW],
-        system: Some(System::debian12()),
+        system: Some(package::system()),
+        guest_kernels: vec![NEW],
         guest_disks: vec![("vm1".to_owned(), 64)],
-        product: vec![lab::binaries::HEBE, lab::binaries::HEBE_VMM, HEBED],
+        product: package::PROGRAMS.to_vec(),
         ..LabOptions::default()
     };
     let mut lab = Lab::boot(scene.assets, options, scene.progress)?;
@@ -67,6 +63,7 @@ pub fn run(scene: &Scene) -> Result<()> {
     start(&mut lab, &guests)?;
     let first = lab.wait_for_guests(&guests)?.remove(0).boot_id;
     stop_by_hand(&lab, &guests[0], &first)?;
+    generation(&lab, &guests[0], 0).context("before a reboot")?;
 
     scene.progress.step("systemctl kexec into 7.3");
     let load = order(&["hebe", "reboot", "--load"], lab.reboot_arguments(NEW));
@@ -94,6 +91,7 @@ pub fn run(scene: &Scene) -> Result<()> {
     let argv = order(&["hebe", "reboot"], lab.reboot_arguments(OLD));
     let trial = trial::reboot_by(&mut lab, &guests, Method::Warm, &argv, scene.progress)?;
     check(&lab, &trial, "6.1", "hebe reboot")?;
+    generation(&lab, &guests[0], 0).context("after two warm reboots")?;
     let killed = lab.machine.agent.get("/data/event.killed");
     killed.context("the event came to its end before it was killed")?;
     lab.machine
@@ -116,6 +114,7 @@ pub fn run(scene: &Scene) -> Result<()> {
         trial.vms[0].boot_id_after == first,
         "it is still the first boot"
     );
+    generation(&lab, &guests[0], 1).context("after a restore from a file")?;
     lab.machine.check()?;
     lab.machine.power_off()
 }
@@ -125,47 +124,15 @@ fn order(words: &[&str], more: Vec<String>) -> Vec<String> {
 }
 
 fn install(lab: &Lab) -> Result<()> {
-    let root = workspace_root();
-    let package = deb::pack(&root.join(BUILT), &root.join("target/lab/deb"))?;
-    let bytes = fs::read(&package).context("no package")?;
     let agent = &lab.machine.agent;
-    agent.put("/data/hebe.deb", 0o644, &bytes)?;
-    agent.put(
-        "/etc/systemd/system/ordinary.service",
-        0o644,
-        SERVICE.as_bytes(),
-    )?;
-    lab.machine.exec_ok(&[
-        "mkdir",
-        "-p",
-        "/etc/systemd/system/hebe-resume.service.d",
-        "/etc/systemd/system/hebe-freeze.service.d",
-    ])?;
-    agent.put(
-        "/etc/systemd/system/hebe-resume.service.d/bridge.conf",
-        0o644,
-        BRIDGE.as_bytes(),
-    )?;
-    lab.machine.exec_ok(&["dpkg", "-i", "/data/hebe.deb"])?;
-    let active = lab.machine.exec_ok(&[
-        "systemctl",
-        "is-active",
-        "hebe-freeze.service",
-        "hebed.service",
-    ])?;
-    ensure!(active.split_whitespace().all(|w| w == "active"), "{active}");
-    let enabled = lab.machine.exec_ok(&[
-        "systemctl",
-        "is-enabled",
-        "hebe-freeze.service",
-        "hebe-resume.service",
-    ])?;
-    ensure!(
-        enabled.split_whitespace().all(|w| w == "enabled"),
-        "{enabled}"
-    );
-    // Once more changes nothing, as an upgrade.
-    lab.machine.exec_ok(&["dpkg", "-i", "/data/hebe.deb"])?;
+    for (path, text) in [
+        ("ordinary.service", SERVICE),
+        ("hebe-resume.service.d/bridge.conf", BRIDGE),
+    ] {
+        let path = format!("/etc/systemd/system/{path}");
+        agent.put(&path, 0o644, text.as_bytes())?;
+    }
+    package::install(lab)?;
     lab.machine
         .exec_ok(&["systemctl", "start", "ordinary.service"])
         .map(drop)
@@ -219,6 +186,26 @@ fn stop_by_hand(lab: &Lab, guest: &GuestSpec, boot_id: &str) -> Result<()> {
     ])?;
     ensure!(failed.trim().is_empty(), "{failed}");
     Ok(())
+}
+
+/// The guest's kernel looks at the ID, and was told this often that it changed.
+fn generation(lab: &Lab, guest: &GuestSpec, changes: u64) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        let ports = lab.ports(guest)?;
+        let body = probe::http_get(ports.http, "/generation", Duration::from_secs(30))?;
+        let found: GenerationCheck = serde_json::from_slice(&body)?;
+        ensure!(found.bound, "no driver is bound to the generation ID");
+        if found.changes == changes {
+            return Ok(());
+        }
+        ensure!(
+            found.changes < changes && Instant::now() < end,
+            "the kernel was told {} times that its generation changed, not {changes} times",
+            found.changes
+        );
+        std::thread::sleep(Duration::from_millis(500));
+    }
 }
 
 /// The guest lived on, and ran until the host's services were down.

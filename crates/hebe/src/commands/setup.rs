@@ -114,8 +114,11 @@ fn run(root: &Path, command: &[String]) -> Result<(), String> {
     }
     let words = command.join(" ");
     let (program, arguments) = command.split_first().ok_or("an empty command")?;
+    // `su` alone leaves root the PATH of a user, without update-grub.
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/local/sbin:/usr/sbin:/sbin";
     let status = Command::new(program)
         .args(arguments)
+        .env("PATH", path)
         .stdin(Stdio::null())
         .stdout(io::stderr())
         .status()

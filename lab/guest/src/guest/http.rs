@@ -3,8 +3,8 @@
 //! `/status` and `/verify` answer JSON; `/file` reads the file `cache` of the
 //! disk (made on demand, `?mib=N`) and tells how long it took; `/web/N` are
 //! objects of 512 KiB; `/paced/MS` answers after so many milliseconds, a service
-//! whose rate does not depend on how fast its machine is; `/panic` has the
-//! kernel panic.
+//! whose rate does not depend on how fast its machine is; `/generation` tells
+//! what the kernel made of the VM generation ID; `/panic` has the kernel panic.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -17,7 +17,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use lab_guest::status::{FileRead, HTTP_PORT, WEB_OBJECT_LEN};
 
-use super::{DISK, Findings, block_reads, disk, monotonic_ns, status};
+use super::{DISK, Findings, block_reads, disk, generation, monotonic_ns, status};
 
 /// Longest request head.
 const HEAD_LEN_MAX: usize = 4096;
@@ -84,6 +84,7 @@ fn answer(path: &str, query: &str, findings: &Findings) -> Result<Option<Vec<u8>
             let missing = disk::verify(findings)?;
             Ok(Some(format!("{{\"missing\":{missing}}}").into_bytes()))
         }
+        "/generation" => Ok(Some(serde_json::to_vec(&generation::look()?)?)),
         "/panic" => {
             fs::write("/proc/sysrq-trigger", "c")?;
             Ok(None)
