@@ -27,4 +27,5 @@ pub mod progress;
 pub mod scenario;
 pub mod serial;
 pub mod system;
+pub mod tree;
 pub mod trial;

@@ -7,6 +7,7 @@ mod image_build;
 mod kernel;
 mod lab_shell;
 mod lab_tests;
+mod package_check;
 mod sawtooth;
 mod setup;
 mod test;

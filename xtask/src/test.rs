@@ -137,6 +137,11 @@ const CHECKS: &[Check] = &[
         run: crate::image_build::run,
     },
     Check {
+        name: "package in a Debian tree, with GRUB and initramfs-tools",
+        lab_minutes: 0,
+        run: crate::package_check::run,
+    },
+    Check {
         name: "lab: orders that are refused",
         lab_minutes: 1,
         run: lab_tests::refusals::run,

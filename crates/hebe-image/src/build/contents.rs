@@ -428,7 +428,7 @@ fn quoted(text: &str) -> String {
 
 /// How this machine reaches its sources: proxies, and whether it believes old
 /// lists.
-fn apt_options() -> Vec<String> {
+pub fn apt_options() -> Vec<String> {
     let dump = Command::new("apt-config")
         .args(["dump", "--format", "%F \"%v\";%n", "Acquire"])
         .output();

@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 
-pub use contents::{Contents, FileIn, is_inside_path};
+pub use contents::{Contents, FileIn, apt_options, is_inside_path};
 pub use error::BuildError;
 use gpt::Gpt;
 use sources::Source as AptSource;
