@@ -20,6 +20,7 @@
 //! - [`ageing`]: samples of how it is doing.
 
 pub mod ageing;
+mod answering;
 pub mod balloon;
 pub mod check;
 mod checks;

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io;
 use std::thread;
 
 use hebe_api::{VmStatus, VmmState};
@@ -11,6 +12,7 @@ use hebe_flow::resume::SavedFact;
 use hebe_types::{ByteSize, VmConfig, VmName};
 use serde::Serialize;
 
+use crate::answering::DIED;
 use crate::definitions::{self, DefinitionError};
 use crate::files;
 use crate::host::{Host, HostError};
@@ -129,34 +131,54 @@ pub fn survey(host: &Host) -> Survey {
     names.extend(run_dirs(host));
     let segments = store.iter().flat_map(|s| &s.segments);
     names.extend(segments.filter_map(|s| s.name.clone()));
+    let look = |name: &VmName| {
+        let known = Known {
+            store: store.as_ref(),
+            saved: saved.get(name).copied(),
+            definition: definitions.get(name),
+            elsewhere: elsewhere.get(name).copied(),
+        };
+        row(host, name.clone(), &known)
+    };
+    let look = &look;
     let rows = thread::scope(|scope| {
-        let (store, saved, definitions) = (&store, &saved, &definitions);
-        let elsewhere = &elsewhere;
-        let workers: Vec<_> = names
-            .into_iter()
-            .map(|name| {
-                scope.spawn(move || {
-                    let known = Known {
-                        store: store.as_ref(),
-                        saved: saved.get(&name).copied(),
-                        definition: definitions.get(&name),
-                        elsewhere: elsewhere.get(&name).copied(),
-                    };
-                    row(host, name, &known)
-                })
-            })
-            .collect();
-        workers
-            .into_iter()
-            .filter_map(|worker| worker.join().ok())
-            .map(|row| (row.name.clone(), row))
-            .collect()
+        let workers = names.iter().map(|name| {
+            let worker = thread::Builder::new().spawn_scoped(scope, move || look(name));
+            (name, worker)
+        });
+        let workers: Vec<_> = workers.collect();
+        let row = |(name, worker): (&VmName, io::Result<thread::ScopedJoinHandle<VmRow>>)| {
+            let row = match worker {
+                Ok(worker) => worker.join().unwrap_or_else(|_| unseen(name)),
+                // No thread can be had: one after the other then.
+                Err(_) => look(name),
+            };
+            (name.clone(), row)
+        };
+        workers.into_iter().map(row).collect()
     });
     Survey {
         store,
         store_trouble,
         rows,
         definitions,
+    }
+}
+
+/// Of a VM at which looking panicked. Left out, it would be thought not to be
+/// there, and kept by nobody.
+fn unseen(name: &VmName) -> VmRow {
+    VmRow {
+        name: name.clone(),
+        state: VmState::Unresponsive,
+        detail: Some(DIED.into()),
+        memory: None,
+        store: None,
+        segment: None,
+        pid: None,
+        id: None,
+        life: Life::Starting,
+        status: None,
     }
 }
 

@@ -26,6 +26,7 @@ use hebe_flow::stopping::Going;
 use hebe_sys::proc;
 use hebe_types::{RebootMethod, Stamp, VmId, VmName};
 
+use crate::answering;
 use crate::host::{Host, HostError};
 use crate::job::{Job, Note, Trouble};
 use crate::listing::{self, Survey, with_cause};
@@ -378,18 +379,29 @@ impl<'a> Driver<'a> {
         work: impl FnOnce(&Job) -> (Result<(), Trouble>, Option<Note>) + Send + 'static,
     ) {
         let job = self.job(&vm);
-        let sender = sender.clone();
-        thread::spawn(move || {
+        let died = {
+            let vm = vm.clone();
+            // How far it came nobody knows.
+            let certain = false;
+            move |why: &str| Answer {
+                input: Input::VmFailed {
+                    vm,
+                    why: why.to_owned(),
+                    certain,
+                },
+                notes: Vec::new(),
+            }
+        };
+        answering::in_thread(sender, died, move || {
             let (result, note) = work(&job);
             let input = match result {
                 Ok(()) => Input::VmDone(vm),
                 Err(Trouble { why, certain, .. }) => Input::VmFailed { vm, why, certain },
             };
-            // The driver waits for every answer, so it is there to take it.
-            let _ = sender.send(Answer {
+            Answer {
                 input,
                 notes: note.into_iter().collect(),
-            });
+            }
         });
     }
 

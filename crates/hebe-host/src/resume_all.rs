@@ -13,6 +13,7 @@ use hebe_flow::resume::{Decision, ExecFact, Facts, SegmentFact, plan};
 use hebe_types::{Stamp, VmConfig, VmId, VmName};
 use serde::Serialize;
 
+use crate::answering::DIED;
 use crate::definitions;
 use crate::host::{Host, HostError};
 use crate::listing::with_cause;
@@ -281,21 +282,25 @@ impl Work<'_> {
         wanted: impl Fn(&Decision) -> bool,
     ) -> Results {
         thread::scope(|scope| {
-            let workers: Vec<_> = decisions
-                .iter()
-                .filter(|(_, decision)| wanted(decision))
-                .map(|(name, decision)| (name, scope.spawn(move || self.carry_out(name, decision))))
-                .collect();
-            workers
-                .into_iter()
-                .map(|(name, worker)| {
-                    let result = worker.join().unwrap_or_else(|_| {
-                        let reason = "the thread that resumed it ended: please report this".into();
+            let wanted = decisions.iter().filter(|(_, decision)| wanted(decision));
+            let workers = wanted.map(|(name, decision)| {
+                let work = move || self.carry_out(name, decision);
+                let worker = thread::Builder::new().spawn_scoped(scope, work);
+                (name, worker.map_err(|_| work))
+            });
+            let workers: Vec<_> = workers.collect();
+            let results = workers.into_iter().map(|(name, worker)| {
+                let result = match worker {
+                    Ok(worker) => worker.join().unwrap_or_else(|_| {
+                        let reason = DIED.to_owned();
                         (Resumed::Failed { reason }, None)
-                    });
-                    (name.clone(), result)
-                })
-                .collect()
+                    }),
+                    // No thread can be had: one after the other then.
+                    Err(work) => work(),
+                };
+                (name.clone(), result)
+            });
+            results.collect()
         })
     }
 

@@ -21,6 +21,7 @@ use hebe_sys::proc;
 use hebe_types::{ByteSize, SegmentId, VmId, VmName};
 
 use super::{STORE, asking, files_of, forget_running};
+use crate::answering::{DIED, or_died};
 use crate::host::{Host, HostError, Layout, LiveUpdateConfig};
 use crate::listing::{Survey, VmRow, with_cause};
 use crate::notes;
@@ -471,8 +472,6 @@ fn locked(vm: &Mutex<CarriedVm>) -> MutexGuard<'_, CarriedVm> {
     vm.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-const DIED: &str = "the thread that preserves it ended: please report this";
-
 fn complete(vm: &mut CarriedVm) -> Result<(), String> {
     let name = vm.name().clone();
     let late = vm.complete();
@@ -492,13 +491,15 @@ fn many<T: Send>(
     let work = || loop {
         let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
         let Some((slot, vm)) = next else { break };
-        let result = (vm.name.clone(), one(slot, vm));
+        // One that cannot be had is no reason to lose the others.
+        let result = (vm.name.clone(), or_died(|| one(slot, vm)));
         let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
         done.push(result);
     };
     thread::scope(|scope| {
         for _ in 1..workers.min(vms.len()) {
-            scope.spawn(work);
+            // Where no thread can be started, the others do its part.
+            let _ = thread::Builder::new().spawn_scoped(scope, work);
         }
         work();
     });

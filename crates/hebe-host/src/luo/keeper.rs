@@ -25,6 +25,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -271,12 +272,16 @@ impl Keeper {
             say(count);
         }
         let workers = thread::available_parallelism().map_or(2, usize::from);
-        luo::arrive(&*orchestrator, host.as_ref(), workers, &|arrival| {
-            self.arrived(arrival);
-        });
+        // Whatever it comes to, nobody waits for what does not come.
+        let _ = catch_unwind(AssertUnwindSafe(|| {
+            luo::arrive(&*orchestrator, host.as_ref(), workers, &|arrival| {
+                self.arrived(arrival);
+            });
+        }));
         // The device is given back: sessions live on without it.
         drop(orchestrator);
         let mut holding = self.lock();
+        holding.await_no_more();
         (holding.listed, holding.all) = (true, true);
         holding.arrivals.complete = true;
         holding.arrivals.write(&self.place.record);
@@ -426,6 +431,15 @@ impl Holding {
             ),
             Content::Awaited(_) | Content::Lost(_) => true,
         });
+    }
+
+    /// What was not retrieved by now is not retrieved any more.
+    fn await_no_more(&mut self) {
+        for held in self.vms.values_mut() {
+            if matches!(held.memory, Content::Awaited(_)) {
+                held.memory = Content::Lost(Lost::died());
+            }
+        }
     }
 
     fn listing(&self) -> Listing {

@@ -28,6 +28,7 @@ use hebe_sys::proc;
 use hebe_types::{RebootMethod, VmName};
 use serde::Serialize;
 
+use crate::answering;
 use crate::host::{ForeignKernel, Host, HostConfig, HostError, Shutdown};
 use crate::job::Note;
 use crate::listing::{Survey, VmRow, with_cause};
@@ -345,7 +346,8 @@ impl<'a> Event<'a> {
                 Some(Effect::Prepare) => done(self.prepare()),
                 Some(Effect::Record) => done(self.record()),
                 None => {
-                    // Every VM's effect answers; the sender is here, too.
+                    // Every VM's effect answers, also one that panics; the sender
+                    // is here, too.
                     let Ok(answer) = receiver.recv() else { break };
                     if let Some(note) = answer.note {
                         self.driver.take_note(note);
@@ -485,11 +487,17 @@ impl<'a> Event<'a> {
         }
         (self.driver.say)(&format!("{vm}: {}", fate_words(fate)));
         let job = self.driver.job(&vm);
-        let sender = sender.clone();
         let row = self.driver.survey.rows.get(&vm);
         let files = row.is_some_and(|row| memory_of(row) == Memory::Files);
         let carried = self.driver.carry.as_ref().and_then(|carry| carry.vm(&vm));
-        thread::spawn(move || {
+        let died = {
+            let vm = vm.clone();
+            move |why: &str| Answer {
+                input: Input::VmFailed(vm, why.to_owned()),
+                note: None,
+            }
+        };
+        answering::in_thread(sender, died, move || {
             let (result, note) = match (fate, carried) {
                 (Fate::Keep, Some(carried)) => job.keep_carried(&carried, again),
                 (Fate::Keep, None) if files => (Err("nobody carries its memory".to_owned()), None),
@@ -499,8 +507,7 @@ impl<'a> Event<'a> {
                 Ok(fate) => Input::VmDone(vm, fate),
                 Err(why) => Input::VmFailed(vm, why),
             };
-            // The event waits for every answer, so it is there to take it.
-            let _ = sender.send(Answer { input, note });
+            Answer { input, note }
         });
     }
 

@@ -85,6 +85,7 @@ pub const CASES: &[crate::Case] = &[
     ("damage_costs_one_vm", damage),
     ("no_vm_is_ordered_about_during_a_reboot", orders_wait),
     ("a_vm_that_came_up_meanwhile_stops_the_jump", came_up),
+    ("a_thread_that_panics_undoes_the_reboot", panics),
 ];
 
 fn silent(_: &str) {}
@@ -704,5 +705,21 @@ fn came_up() {
     assert!(why.contains("'late'"), "{why}");
     assert!(stranded.is_empty());
     assert!(!world.events().iter().any(|e| e.starts_with("host leave")));
+    assert_eq!(world.state("web"), VmState::Running);
+}
+
+/// It panics when its guest is down: nobody says so, and it is booted all the
+/// same.
+fn panics() {
+    let world = World::new();
+    world.start(&["web"]);
+    *world.machine.panics.lock().expect("lock") = Some(("stamp", 2));
+    let options = world.options(RebootMethod::Cold);
+    let end = world.in_time(move |host| reboot(host, &options, &silent));
+    let Err(RebootEnd::Aborted { why, stranded, .. }) = end else {
+        panic!("not aborted: {end:?}");
+    };
+    assert!(why.contains("ended early"), "{why}");
+    assert!(stranded.is_empty(), "{stranded:?}");
     assert_eq!(world.state("web"), VmState::Running);
 }

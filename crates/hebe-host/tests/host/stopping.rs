@@ -55,6 +55,8 @@ pub const CASES: &[crate::Case] = &[
     ),
     ("an_order_for_another_way_is_not_followed", other_way),
     ("a_vmm_that_does_not_answer_costs_the_others_nothing", stuck),
+    ("a_thread_that_panics_is_a_way_that_failed", panics),
+    ("a_vm_at_which_looking_panics_is_listed", unseen),
 ];
 
 fn silent(_: &str) {}
@@ -362,4 +364,43 @@ fn stuck() {
     leave(&world);
     let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
     assert_eq!(all.vms[&name("web")], Resumed::Resumed);
+}
+
+/// Of two VMs that are to be shut down, the thread of one panics: that is one
+/// way that failed, and its next is tried.
+fn panics() {
+    let world = World::new();
+    let toml = world.host.layout.config.join("host.toml");
+    fs::write(toml, "[shutdown]\nvms = \"shutdown\"\ntimeout_s = 1\n").expect("write");
+    world.start(&["db", "web"]);
+    goes(&world, Going::Reset);
+    *world.machine.panics.lock().expect("lock") = Some(("stamp", 1));
+    let stopped = world.in_time(|host| stopping(host, &silent).expect("its turn"));
+    let mut found = fates(&stopped);
+    found.sort();
+    assert_eq!(
+        found,
+        [Some(Fate::Save), Some(Fate::ShutDown)],
+        "{stopped:?}"
+    );
+    let saved = stopped.vms.iter().find(|vm| vm.fate == Some(Fate::Save));
+    let sentence = &saved.expect("one").sentence;
+    assert!(sentence.contains("ended early"), "{sentence}");
+    leave(&world);
+    let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
+    let kept = |r: &Resumed| matches!(r, Resumed::Restored | Resumed::Booted);
+    assert!(all.vms.len() == 2 && all.vms.values().all(kept), "{all:?}");
+}
+
+/// One that is left out of the list would be kept by nobody.
+fn unseen() {
+    let world = World::without_store();
+    world.define("web", "");
+    *world.machine.panics.lock().expect("lock") = Some(("live update", 1));
+    let survey = hebe_host::listing::survey(&world.host);
+    let row = survey.rows.get(&name("web")).expect("listed");
+    assert_eq!(row.state, VmState::Unresponsive);
+    let detail = row.detail.as_deref().expect("why");
+    assert!(detail.contains("ended early"), "{detail}");
+    assert_eq!(world.state("web"), VmState::Stopped, "the next look");
 }

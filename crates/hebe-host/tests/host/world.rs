@@ -56,6 +56,8 @@ pub struct FakeMachine {
     pub luo: Mutex<Option<FakeKernel>>,
     /// A PID 1 with a file descriptor store, where it is one.
     pub manager: Mutex<Option<FakeManager>>,
+    /// Which call panics, and the how manieth of those that VMs' own threads make.
+    pub panics: Mutex<Option<(&'static str, usize)>>,
     /// Given back when the machine leaves, as a kernel does with all locks.
     pub store: Mutex<Option<Arc<DeviceStore>>>,
 }
@@ -70,6 +72,30 @@ impl FakeMachine {
             .expect("events");
         file.write_all(format!("host {what}\n").as_bytes())
             .expect("write");
+    }
+}
+
+impl FakeMachine {
+    /// VMs' own threads have no name.
+    fn perhaps_panic(&self, call: &str) {
+        if std::thread::current().name().is_some() {
+            return;
+        }
+        let told = {
+            let mut panics = self.panics.lock().expect("lock");
+            match &mut *panics {
+                Some((which, left)) if *which == call => {
+                    *left -= 1;
+                    let now = *left == 0;
+                    if now {
+                        *panics = None;
+                    }
+                    now
+                }
+                _ => false,
+            }
+        };
+        assert!(!told, "told to");
     }
 }
 
@@ -177,6 +203,7 @@ impl System for FakeMachine {
         Ok(volatile.iter().any(|v| dir.starts_with(v)))
     }
     fn stamp(&self) -> Stamp {
+        self.perhaps_panic("stamp");
         hebe_sys::clock::stamp_now()
     }
     fn monotonic_ns(&self) -> u64 {
@@ -190,6 +217,7 @@ impl System for FakeMachine {
         Ok(())
     }
     fn live_update(&self) -> Result<(), LuoError> {
+        self.perhaps_panic("live update");
         match &*self.luo.lock().expect("lock") {
             Some(_) => Ok(()),
             None => Err(LuoError::NotOffered),
@@ -374,6 +402,7 @@ impl World {
             store: Mutex::new(None),
             at_sync: Mutex::new(None),
             at_services: Mutex::new(None),
+            panics: Mutex::new(None),
         });
         let mut layout = Layout::below(root.path());
         layout.vmm = std::env::current_exe().expect("exe");
@@ -515,6 +544,17 @@ impl World {
             timeout_s: 1,
             ..RebootOptions::default()
         }
+    }
+
+    /// Does `work`, which may hang, in a thread that is not one of a VM.
+    pub fn in_time<T: Send + 'static>(&self, work: impl FnOnce(&Host) -> T + Send + 'static) -> T {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let host = self.host.clone();
+        let driver = std::thread::Builder::new().name("driver".into());
+        let started = driver.spawn(move || sender.send(work(&host)));
+        drop(started.expect("a thread"));
+        let done = receiver.recv_timeout(Duration::from_secs(60));
+        done.expect("it ends in time")
     }
 
     /// Reboots until the machine has left, and comes up again.

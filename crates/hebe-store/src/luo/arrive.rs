@@ -5,6 +5,7 @@
 //! largest. Within one session the kernel serves one token at a time.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
@@ -74,6 +75,16 @@ pub struct Lost {
     pub reason: CarryError,
     /// What is left of it stays in memory as long as this is held.
     session: Option<Box<dyn Incoming>>,
+}
+
+impl Lost {
+    /// Of a VM that is not retrieved any more, because whoever did that panicked.
+    pub fn died() -> Self {
+        Self {
+            reason: CarryError::Died,
+            session: None,
+        }
+    }
 }
 
 impl Drop for Lost {
@@ -174,7 +185,8 @@ pub fn arrive(
     };
     thread::scope(|scope| {
         for _ in 1..workers.min(slots.len()) {
-            scope.spawn(work);
+            // Where no thread can be started, the others do its part.
+            let _ = thread::Builder::new().spawn_scoped(scope, work);
         }
         work();
     });
@@ -217,7 +229,9 @@ fn vm(
             Err(reason) => Err(lost(reason, Some(session))),
         }
     };
-    let outcome = retrieve();
+    // What a VM's session holds is not trusted, and costs no other VM.
+    let outcome = catch_unwind(AssertUnwindSafe(&mut retrieve));
+    let outcome = outcome.unwrap_or_else(|_| Err(Lost::died()));
     Arrival {
         slot,
         name,

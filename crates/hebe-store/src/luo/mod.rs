@@ -166,6 +166,9 @@ pub enum CarryError {
     /// More VMs than slots.
     #[error("more than {VMS_MAX} VMs cannot be carried at once: stop some, or reboot them by file")]
     TooMany,
+    /// Retrieving it panicked.
+    #[error("the thread that retrieved it ended early: please report this")]
+    Died,
 }
 
 impl CarryError {

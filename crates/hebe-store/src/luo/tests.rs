@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Mutex;
 
 use hebe_sys::luo::fake::{FakeDevice, FakeKernel, Fault};
+use hebe_sys::luo::{Incoming, Orchestrator, Outgoing, SessionName};
 use hebe_types::{GRANULE, VmId};
 use proptest::prelude::*;
 
@@ -104,6 +105,35 @@ fn receive(kernel: &FakeKernel) -> (Option<ArrivedHost>, BTreeMap<u32, Arrival>)
         assert!(before.is_none(), "each once");
     });
     (host, all.into_inner().expect("lock"))
+}
+
+/// A kernel whose answer about one session nobody thought of.
+struct Odd<'a>(&'a dyn Orchestrator);
+
+impl Orchestrator for Odd<'_> {
+    fn create_session(&self, name: &SessionName) -> Result<Box<dyn Outgoing>, LuoError> {
+        self.0.create_session(name)
+    }
+    fn retrieve_session(&self, name: &SessionName) -> Result<Box<dyn Incoming>, LuoError> {
+        assert_ne!(*name, vm_session(1), "told to");
+        self.0.retrieve_session(name)
+    }
+}
+
+#[test]
+fn a_vm_whose_retrieval_panics_is_told_of_and_the_others_arrive() {
+    let kernel = jumped(3, |_| ());
+    let device = kernel.open().expect("new");
+    let host = super::host(&device).expect("io").expect("a list");
+    let all = Mutex::new(BTreeMap::new());
+    arrive(&Odd(&device), Some(&host), 2, &|arrival| {
+        all.lock().expect("lock").insert(arrival.slot, arrival);
+    });
+    let all = all.into_inner().expect("lock");
+    assert_whole(0, &all[&0]);
+    assert_whole(2, &all[&2]);
+    assert_eq!(all[&1].name, Some(vm_name(1)));
+    assert!(reason(&all[&1]).contains("ended early"), "{:?}", all[&1]);
 }
 
 fn assert_whole(slot: u32, arrival: &Arrival) {
