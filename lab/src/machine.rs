@@ -81,6 +81,8 @@ pub struct GuestPorts {
     pub http: u16,
     /// The slow-starting service.
     pub slow: u16,
+    /// The agent of a guest that has one ([`crate::tools`]).
+    pub agent: u16,
 }
 
 /// How to build the machine.
@@ -401,6 +403,7 @@ impl Ports {
                 tcp_echo: tcp()?,
                 http: tcp()?,
                 slow: tcp()?,
+                agent: tcp()?,
             });
             held_udp.push(udp);
         }
@@ -417,6 +420,7 @@ impl Ports {
             text.push_str(&one("tcp", guest.tcp_echo, guest.host_byte, TCP_ECHO_PORT));
             text.push_str(&one("tcp", guest.http, guest.host_byte, HTTP_PORT));
             text.push_str(&one("tcp", guest.slow, guest.host_byte, SLOW_PORT));
+            text.push_str(&one("tcp", guest.agent, guest.host_byte, AGENT_PORT));
         }
         text
     }

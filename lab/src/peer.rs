@@ -9,22 +9,20 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use hebe_types::StoreKind;
 use lab_guest::peer::{PEER_FOLDER, PEER_REPORT, PEER_VMS, PeerVm};
 use serde_json::{Value, json};
 
-use crate::apt;
 use crate::assets::Qemu;
+use crate::bundle;
 use crate::scenario::{GuestSpec, Lab};
 use crate::serial::Serial;
 
 /// The folder of [`PEER_FOLDER`] in the tree that becomes the host's disk.
 pub const TREE: &str = "peer";
 const PROGRAM: &str = "qemu";
-/// The dynamic loader, which x86-64's ABI names.
-const LOADER: &str = "ld-linux-x86-64.so.2";
 /// What [`MACHINE`] asks for with a kernel of its own.
 const FIRMWARE: [&str; 3] = ["bios-microvm.bin", "kvmvapic.bin", "linuxboot_dma.bin"];
 /// QEMU's own answer to small VMMs, with PCI for the guests' devices and with
@@ -35,50 +33,14 @@ const MACHINE: &str = "microvm,memory-backend=ram,acpi=on,pcie=on,pic=off,pit=of
 /// Copies QEMU, its libraries and its firmware below `tree`.
 pub fn place(qemu: &Qemu, tree: &Path) -> Result<()> {
     let root = tree.join(TREE);
-    let (lib, firmware) = (root.join("lib"), root.join("firmware"));
-    for folder in [&lib, &firmware] {
-        fs::create_dir_all(folder)
-            .with_context(|| format!("cannot create {}", folder.display()))?;
-    }
-    copy(&qemu.program, &root.join(PROGRAM))?;
-    let mut ldd = Command::new("ldd");
-    if let Some(libraries) = &qemu.libraries {
-        ldd.env("LD_LIBRARY_PATH", libraries);
-    }
-    let text = apt::run(ldd.arg(&qemu.program))?;
-    for (name, path) in libraries(&text)? {
-        copy(&path, &lib.join(name))?;
-    }
-    if !lib.join(LOADER).exists() {
-        bail!("{} names no dynamic loader", qemu.program.display());
-    }
+    let firmware = root.join("firmware");
+    fs::create_dir_all(&firmware)
+        .with_context(|| format!("cannot create {}", firmware.display()))?;
+    bundle::place(&qemu.program, qemu.libraries.as_deref(), &root, PROGRAM)?;
     for name in FIRMWARE {
-        copy(&firmware_file(qemu, name)?, &firmware.join(name))?;
+        bundle::copy(&firmware_file(qemu, name)?, &firmware.join(name))?;
     }
     Ok(())
-}
-
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    let done = fs::copy(from, to).map(drop);
-    done.with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))
-}
-
-/// What ldd says: the name that each library is asked for by, and its file.
-fn libraries(ldd: &str) -> Result<Vec<(String, PathBuf)>> {
-    let mut all = Vec::new();
-    for line in ldd.lines().map(str::trim) {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let (name, path) = match words[..] {
-            [name, "=>", "not", "found"] => bail!("QEMU's library {name} is not found"),
-            [name, "=>", path, ..] => (name, path),
-            [path, ..] if path.starts_with('/') => (path, path),
-            // The kernel's own (linux-vdso) has no file.
-            _ => continue,
-        };
-        let name = name.rsplit('/').next().unwrap_or(name);
-        all.push((name.to_owned(), PathBuf::from(path)));
-    }
-    Ok(all)
 }
 
 fn firmware_file(qemu: &Qemu, name: &str) -> Result<PathBuf> {
@@ -94,24 +56,29 @@ fn firmware_file(qemu: &Qemu, name: &str) -> Result<PathBuf> {
     }
 }
 
-/// The VM that QEMU makes of a guest, its RAM at `offset_mib` of the range.
-fn vm(guest: &GuestSpec, offset_mib: u64) -> Result<PeerVm> {
-    let config = guest.config()?;
+/// A guest to be run by QEMU.
+#[derive(Clone, Copy, Debug)]
+pub struct PeerGuest<'a> {
+    /// Its definition. Its store says where its RAM lies: `Memfd`, or the
+    /// reserved range.
+    pub spec: &'a GuestSpec,
+    /// The host's kernel serves its network card (vhost-net).
+    pub vhost: bool,
+}
+
+/// The VM that QEMU makes of a guest, its RAM at `offset_mib` of the range if
+/// it lies there.
+fn vm(guest: PeerGuest<'_>, offset_mib: u64) -> Result<PeerVm> {
+    let PeerGuest { spec, vhost } = guest;
+    let config = spec.config()?;
     let net = config.nets.first().context("a guest without a network")?;
     let mac = net.mac.context("a guest's network card has no address")?;
     // Where the product keeps a VM's console and log, so that the lab finds them.
-    let folder = format!("/run/hebe/vms/{}", guest.name);
-    let mib = guest.memory_mib;
-    let mut argv: Vec<String> = [
-        format!("{PEER_FOLDER}/lib/{LOADER}"),
-        "--library-path".to_owned(),
-        format!("{PEER_FOLDER}/lib"),
-        format!("{PEER_FOLDER}/{PROGRAM}"),
-        "-L".to_owned(),
-        format!("{PEER_FOLDER}/firmware"),
-    ]
-    .into();
+    let folder = format!("/run/hebe/vms/{}", spec.name);
+    let mib = spec.memory_mib;
+    let mut argv = bundle::argv(PEER_FOLDER, PROGRAM);
     let mut add = |words: &[&str]| argv.extend(words.iter().map(|w| (*w).to_owned()));
+    add(&["-L", &format!("{PEER_FOLDER}/firmware")]);
     add(&["-nodefaults", "-no-user-config", "-display", "none"]);
     // A guest that faults is to be missed, not to be booted again.
     add(&["-no-reboot"]);
@@ -119,9 +86,12 @@ fn vm(guest: &GuestSpec, offset_mib: u64) -> Result<PeerVm> {
     add(&["-accel", "kvm", "-cpu", "host,svm=off,vmx=off"]);
     add(&["-machine", MACHINE, "-smp", &config.vcpus.to_string()]);
     add(&["-m", &format!("{mib}M"), "-object"]);
-    add(&[&format!(
-        "memory-backend-file,id=ram,size={mib}M,mem-path=/dev/dax0.0,offset={offset_mib}M,align=2M,share=on"
-    )]);
+    add(&[&match spec.store {
+        StoreKind::Memfd => format!("memory-backend-memfd,id=ram,size={mib}M,share=on"),
+        _ => format!(
+            "memory-backend-file,id=ram,size={mib}M,mem-path=/dev/dax0.0,offset={offset_mib}M,align=2M,share=on"
+        ),
+    }]);
     if let Some(kernel) = &config.kernel {
         add(&["-kernel", &kernel.to_string_lossy()]);
     }
@@ -131,19 +101,25 @@ fn vm(guest: &GuestSpec, offset_mib: u64) -> Result<PeerVm> {
     add(&["-append", &config.cmdline]);
     add(&["-serial", &format!("file:{folder}/console.log")]);
     let tap = &net.tap;
+    let vhost = if vhost { ",vhost=on" } else { "" };
     add(&["-netdev"]);
-    add(&[&format!("tap,id=net0,ifname={tap},script=no,downscript=no")]);
+    add(&[&format!(
+        "tap,id=net0,ifname={tap},script=no,downscript=no{vhost}"
+    )]);
     add(&["-device"]);
     add(&[&format!("virtio-net-pci,netdev=net0,mac={mac},romfile=")]);
     for (i, disk) in config.disks.iter().enumerate() {
         let path = disk.path.display();
+        let readonly = if disk.readonly { ",readonly=on" } else { "" };
         add(&["-drive"]);
-        add(&[&format!("if=none,id=disk{i},format=raw,file={path}")]);
+        add(&[&format!(
+            "if=none,id=disk{i},format=raw,file={path}{readonly}"
+        )]);
         add(&["-device", &format!("virtio-blk-pci,drive=disk{i}")]);
     }
     add(&["-device", "virtio-rng-pci"]);
     Ok(PeerVm {
-        name: guest.name.clone(),
+        name: spec.name.clone(),
         tap: tap.clone(),
         bridge: net.bridge.clone().unwrap_or_else(|| "br0".to_owned()),
         folder,
@@ -155,15 +131,34 @@ fn vm(guest: &GuestSpec, offset_mib: u64) -> Result<PeerVm> {
 /// behind the other.
 pub fn start(lab: &Lab, guests: &[GuestSpec]) -> Result<()> {
     lab.machine.agent.make_devdax()?;
+    let guests: Vec<PeerGuest<'_>> = guests
+        .iter()
+        .map(|spec| PeerGuest { spec, vhost: false })
+        .collect();
+    define(lab, &guests)?;
+    lab.machine.exec_ok(&START).map(drop)
+}
+
+/// What boots the VMs that were defined last. It says a line for each, its name
+/// and the process id of its QEMU.
+pub const START: [&str; 3] = ["/init", "peer", "start"];
+
+/// Says which VMs the next orders are about; those before them are forgotten,
+/// not ended.
+pub fn define(lab: &Lab, guests: &[PeerGuest<'_>]) -> Result<()> {
     let mut offset_mib = 0;
     let mut all = Vec::new();
     for guest in guests {
-        all.push(vm(guest, offset_mib)?);
-        offset_mib += guest.memory_mib;
+        all.push(vm(*guest, offset_mib)?);
+        offset_mib += guest.spec.memory_mib;
     }
     let agent = &lab.machine.agent;
-    agent.put(PEER_VMS, 0o644, &serde_json::to_vec(&all)?)?;
-    lab.machine.exec_ok(&["/init", "peer", "start"]).map(drop)
+    agent.put(PEER_VMS, 0o644, &serde_json::to_vec(&all)?)
+}
+
+/// Ends the VMs that were defined last, whatever their guests do.
+pub fn stop(lab: &Lab) -> Result<()> {
+    lab.machine.exec_ok(&["/init", "peer", "stop"]).map(drop)
 }
 
 /// What reboots such a host, with the next kernel's files and command line.
@@ -205,21 +200,11 @@ mod tests {
     use crate::assets::KernelName;
 
     #[test]
-    fn libraries_are_read_from_what_ldd_says() {
-        let text = "\tlinux-vdso.so.1 (0x00007ffc)\n\tlibz.so.1 => /lib/libz.so.1 (0x00007f)\n\t/lib64/ld-linux-x86-64.so.2 (0x00007f)\n";
-        let all = libraries(text).expect("libraries");
-        assert_eq!(all[0], ("libz.so.1".to_owned(), "/lib/libz.so.1".into()));
-        assert_eq!(all[1].0, LOADER);
-        assert_eq!(all.len(), 2);
-        let missing = libraries("\tlibnuma.so.1 => not found\n").expect_err("missing");
-        assert!(missing.to_string().contains("libnuma.so.1"));
-    }
-
-    #[test]
     fn a_vm_of_the_peer_has_what_the_guest_has() {
         let mut guest = GuestSpec::numbered(1, KernelName::V6_1Cloud);
         guest.disk = true;
-        let vm = vm(&guest, 512).expect("vm");
+        let of = |spec: &GuestSpec, vhost| vm(PeerGuest { spec, vhost }, 512).expect("vm");
+        let vm = of(&guest, false);
         let line = vm.argv.join(" ");
         for word in [
             "offset=512M",
@@ -231,6 +216,18 @@ mod tests {
         ] {
             assert!(line.contains(word), "{word} is missing in {line}");
         }
+        assert!(!line.contains("vhost"), "{line}");
         assert_eq!(vm.state(), "/data/peer/vm2.state");
+        guest.store = StoreKind::Memfd;
+        guest.tools = true;
+        let line = of(&guest, true).argv.join(" ");
+        for word in [
+            "memory-backend-memfd,id=ram,size=256M,share=on",
+            "id=disk0,format=raw,file=/data/guest/disks/tools.img,readonly=on",
+            "id=disk1,format=raw,file=/data/guest/disks/vm2.img",
+            "vhost=on",
+        ] {
+            assert!(line.contains(word), "{word} is missing in {line}");
+        }
     }
 }

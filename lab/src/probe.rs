@@ -459,6 +459,7 @@ mod tests {
             tcp_echo: tcp.local_addr().expect("address").port(),
             http: 0,
             slow: 0,
+            agent: 0,
         };
         thread::spawn(move || {
             let begin = Instant::now();

@@ -13,12 +13,14 @@ use hebe_types::{
 use lab_guest::proto::HostStatus;
 use lab_guest::status::GuestStatus;
 
+use crate::agent::Agent;
 use crate::assets::{Assets, Kernel, KernelName};
 use crate::binaries::{Binaries, HEBE, HEBE_VMM, Program, workspace_root};
 use crate::machine::{EmulatorFailure, GuestPorts, Machine, MachineConfig, host_cmdline};
 use crate::progress::Progress;
+use crate::smaps::Share;
 use crate::system::{self, System};
-use crate::{disk, initramfs, peer, probe, serial};
+use crate::{disk, initramfs, peer, probe, serial, tools};
 
 /// Longest time a host may take from reset or kexec to the end of its start-up.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(180);
@@ -75,6 +77,9 @@ pub struct LabOptions {
     pub tools: bool,
     /// Put QEMU into the host, for [`crate::peer`].
     pub peer: bool,
+    /// Put fio and iperf3 into the host, and on a disk for guests
+    /// ([`crate::tools`]).
+    pub bench_tools: bool,
     /// Format the store on the first boot (`hebe store init`).
     pub store_init: bool,
     /// An emulated processor with AVX.
@@ -109,6 +114,7 @@ impl Default for LabOptions {
             guest_programs: Vec::new(),
             tools: false,
             peer: false,
+            bench_tools: false,
             store_init: true,
             avx: false,
             parallel: false,
@@ -149,6 +155,10 @@ pub struct GuestSpec {
     pub kernel: KernelName,
     /// It has the disk that [`LabOptions::guest_disks`] made under its name.
     pub disk: bool,
+    /// Its first disk is the one with fio and iperf3 ([`crate::tools`]), and it
+    /// runs programs by order ([`Lab::guest_agent`]). A disk of its own is then
+    /// its second, and nothing in the guest uses it.
+    pub tools: bool,
     /// It has sockets, an agent that serves them, pvpanic, a generation ID and a
     /// real-time clock;
     /// the agent must be among [`LabOptions::guest_programs`].
@@ -182,6 +192,7 @@ impl GuestSpec {
             vcpus: 1,
             kernel,
             disk: false,
+            tools: false,
             agent: false,
             generation_id: false,
             balloon: false,
@@ -211,11 +222,21 @@ impl GuestSpec {
         if self.agent {
             line.push_str(" lab.agent=1");
         }
+        if self.tools {
+            line.push_str(" lab.tools=1");
+        }
         if !self.append.is_empty() {
             line.push(' ');
             line.push_str(&self.append);
         }
         line
+    }
+
+    fn disks(&self) -> Vec<DiskConfig> {
+        let raw = |name: &str, readonly| DiskConfig::raw(guest_disk_path(name).into(), readonly);
+        let tools = self.tools.then(|| raw(tools::DISK, true));
+        let own = self.disk.then(|| raw(&self.name, false));
+        tools.into_iter().chain(own).collect()
     }
 
     /// The definition that an operator would write.
@@ -242,11 +263,7 @@ impl GuestSpec {
             generation_id: self.agent || self.generation_id,
             vsock: self.agent.then(VsockConfig::default),
             balloon: self.balloon.then(BalloonConfig::default),
-            disks: self
-                .disk
-                .then(|| DiskConfig::raw(guest_disk_path(&self.name).into(), false))
-                .into_iter()
-                .collect(),
+            disks: self.disks(),
             nets: vec![NetConfig {
                 mac: Some(MacAddr(mac)),
                 ..NetConfig::tap(format!("tap{byte}"), Some("br0".to_owned()))
@@ -307,6 +324,12 @@ impl Lab {
         )?;
         if options.peer {
             peer::place(&assets.qemu(progress)?, &tree)?;
+        }
+        if options.bench_tools {
+            let folder = tree.join("tools");
+            tools::place(assets, &folder, progress)?;
+            let image = tree.join(format!("guest/disks/{}.img", tools::DISK));
+            tools::make_disk(&image, &folder, progress)?;
         }
         disk::make_ext4(&image, options.disk_mib, Some(&tree), progress)?;
         fs::remove_dir_all(&tree).context("cannot remove the disk's source folder")?;
@@ -454,6 +477,11 @@ impl Lab {
         ports.with_context(|| format!("the lab has no ports for {}; raise `guests`", guest.name))
     }
 
+    /// What runs programs in a guest that has them ([`GuestSpec::tools`]).
+    pub fn guest_agent(&self, guest: &GuestSpec) -> Result<Agent> {
+        self.ports(guest).map(|ports| Agent::new(ports.agent))
+    }
+
     /// Waits until every guest's HTTP server answers.
     pub fn wait_for_guests(&mut self, guests: &[GuestSpec]) -> Result<Vec<GuestStatus>> {
         self.wait_within(guests, GUEST_LIMIT)
@@ -532,6 +560,27 @@ impl Lab {
             }
         }
         Ok(())
+    }
+
+    /// The process id of each guest's VMM.
+    pub fn vmm_pids(&self, guests: &[GuestSpec]) -> Result<Vec<u32>> {
+        let text = self.machine.exec_ok(&["hebe", "list", "--json"])?;
+        let list: serde_json::Value =
+            serde_json::from_str(&text).context("hebe list printed no JSON")?;
+        let rows = list.as_array().or_else(|| list["vms"].as_array());
+        let pid = |guest: &GuestSpec| {
+            let mut rows = rows.into_iter().flatten();
+            let row = rows.find(|row| row["name"] == guest.name.as_str());
+            let pid = row.and_then(|row| u32::try_from(row["pid"].as_u64()?).ok());
+            pid.with_context(|| format!("{} has no VMM: {text}", guest.name))
+        };
+        guests.iter().map(pid).collect()
+    }
+
+    /// What a process of the host costs in memory.
+    pub fn share(&self, pid: u32) -> Result<Share> {
+        let smaps = self.machine.agent.get(&format!("/proc/{pid}/smaps"))?;
+        Ok(Share::read(&String::from_utf8_lossy(&smaps)))
     }
 
     fn console_tail(&self, guest: &GuestSpec) -> String {

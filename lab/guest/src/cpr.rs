@@ -117,8 +117,9 @@ impl Log {
 pub fn tool(words: &[&str]) -> Result<()> {
     match words {
         ["start"] => start(),
+        ["stop"] => stop(),
         ["reboot", kernel, initrd, cmdline] => reboot(kernel, initrd, cmdline),
-        _ => bail!("usage: lab-init peer start | reboot KERNEL INITRD CMDLINE"),
+        _ => bail!("usage: lab-init peer start | stop | reboot KERNEL INITRD CMDLINE"),
     }
 }
 
@@ -127,16 +128,28 @@ fn vms() -> Result<Vec<PeerVm>> {
     serde_json::from_slice(&text).with_context(|| format!("{PEER_VMS} is no list of VMs"))
 }
 
-/// Boots every VM; QEMU stays behind when this ends.
+/// Boots every VM, and says the process id of each; QEMU stays behind when this
+/// ends.
 fn start() -> Result<()> {
     for vm in &vms()? {
-        spawn(vm, &[])?;
+        let pid = spawn(vm, &[])?;
+        println!("{} {pid}", vm.name);
         Qmp::connect(vm.socket().as_ref(), START_LIMIT).with_context(|| output(vm))?;
     }
     Ok(())
 }
 
-fn spawn(vm: &PeerVm, more: &[&str]) -> Result<()> {
+/// Ends every VM at once, whatever its guest does.
+fn stop() -> Result<()> {
+    for vm in &vms()? {
+        let mut qmp = Qmp::connect(vm.socket().as_ref(), START_LIMIT)?;
+        qmp.execute("quit", json!({}))?;
+        qmp.wait_for_end()?;
+    }
+    Ok(())
+}
+
+fn spawn(vm: &PeerVm, more: &[&str]) -> Result<u32> {
     let control = sys::NetControl::open()?;
     control.tap(&vm.tap, &vm.bridge)?;
     fs::create_dir_all(&vm.folder).with_context(|| format!("cannot create {}", vm.folder))?;
@@ -153,8 +166,8 @@ fn spawn(vm: &PeerVm, more: &[&str]) -> Result<()> {
         .stderr(log);
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
     let child = command.spawn();
-    child.with_context(|| format!("cannot run {program}"))?;
-    Ok(())
+    let child = child.with_context(|| format!("cannot run {program}"))?;
+    Ok(child.id())
 }
 
 fn output(vm: &PeerVm) -> String {

@@ -21,9 +21,10 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use lab_guest::USER_SPACE;
 use lab_guest::status::{DiskCheck, GuestStatus, MemoryCheck};
 
-use crate::{modules, sys};
+use crate::{agent, modules, sys};
 
 /// Where the guest's disk is mounted, if it has one.
 pub const DISK: &str = "/disk";
@@ -42,7 +43,11 @@ pub struct Findings {
 }
 
 /// Runs the guest until it is powered off.
-pub fn run() -> Result<()> {
+pub fn run(userspace_tsc: u64) -> Result<()> {
+    // Each byte to the console costs exits: only where somebody waits for it.
+    if sys::cmdline_has("lab.say") {
+        println!("{USER_SPACE}");
+    }
     modules::load("early");
     sys::mount_pseudo("tmpfs", "/run", "mode=755")?;
     if let Err(e) = network() {
@@ -51,8 +56,13 @@ pub fn run() -> Result<()> {
     let findings = Arc::new(Findings::default());
     echo::start_udp()?;
     echo::start_tcp()?;
-    if Path::new("/dev/vda").exists() {
-        match sys::mount_disk("/dev/vda", DISK, "ext4") {
+    if sys::cmdline_value("lab.tools").is_some() {
+        if let Err(e) = sys::mount_disk("/dev/vda", DISK, "ext4", sys::Access::Read) {
+            println!("LAB: tools: {e:#}");
+        }
+        agent::start(userspace_tsc)?;
+    } else if Path::new("/dev/vda").exists() {
+        match sys::mount_disk("/dev/vda", DISK, "ext4", sys::Access::Write) {
             Ok(()) => disk::start(findings.clone()),
             Err(e) => println!("LAB: disk: {e:#}"),
         }

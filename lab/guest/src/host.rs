@@ -94,7 +94,7 @@ fn data_disk() -> Result<()> {
     if !Path::new("/dev/vda").exists() {
         return Ok(());
     }
-    sys::mount_disk("/dev/vda", "/data", "ext4")?;
+    sys::mount_disk("/dev/vda", "/data", "ext4", sys::Access::Write)?;
     sys::bind("/data/hebe", "/var/lib/hebe")?;
     sys::bind("/data/etc", "/etc/hebe")
 }

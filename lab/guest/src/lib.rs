@@ -11,3 +11,17 @@ pub mod status;
 pub const SERVICES: &str = "/data/services";
 /// What they say; outlives the host's kernel.
 pub const SERVICES_LOG: &str = "/data/services.log";
+/// What a guest with `lab.say` on its command line writes to its console as soon
+/// as its first program runs.
+pub const USER_SPACE: &str = "LAB: user space";
+/// What `lab-init timed` prints, as JSON: instants of the host's wall clock, in
+/// nanoseconds since 1970.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Timed {
+    /// The program was started.
+    pub began_ns: u64,
+    /// It had ended.
+    pub ended_ns: u64,
+    /// The words were seen.
+    pub seen_ns: u64,
+}

@@ -15,6 +15,7 @@ mod modules;
 mod services;
 mod sys;
 mod system;
+mod timed;
 
 use std::process::exit;
 
@@ -39,7 +40,7 @@ fn main() {
     match unsafe { libc::fork() } {
         0 => {
             let result = if guest {
-                guest::run()
+                guest::run(userspace_tsc)
             } else {
                 host::run(userspace_tsc)
             };
@@ -60,17 +61,12 @@ fn tool(arguments: &[String], userspace_tsc: u64) -> i32 {
         ["dax-check", device] => dax::pattern(device, false),
         ["dax-flip", device, offset] => dax::flip(device, offset),
         ["leak", kib_per_s] => leak::run(kib_per_s),
+        ["timed", console, words, ref program @ ..] => {
+            return said(timed::run(console.as_ref(), words, program));
+        }
         ["kexec-unload"] => sys::kexec_unload().map(|()| 0),
         ["system-agent"] => system::agent(userspace_tsc).map(|()| 0),
-        ["peer", ref more @ ..] => {
-            return match cpr::tool(more) {
-                Ok(()) => 0,
-                Err(e) => {
-                    eprintln!("{e:#}");
-                    1
-                }
-            };
-        }
+        ["peer", ref more @ ..] => return said(cpr::tool(more)),
         _ => {
             eprintln!(
                 "lab-init is the init program of the lab's machines; it does nothing elsewhere"
@@ -86,6 +82,17 @@ fn tool(arguments: &[String], userspace_tsc: u64) -> i32 {
         Err(e) => {
             eprintln!("{e:#}");
             2
+        }
+    }
+}
+
+/// The exit status of what says all there is to say itself.
+fn said(result: Result<()>) -> i32 {
+    match result {
+        Ok(()) => 0,
+        Err(e) => {
+            eprintln!("{e:#}");
+            1
         }
     }
 }

@@ -50,10 +50,23 @@ pub fn mount_pseudo(kind: &str, target: &str, data: &str) -> Result<()> {
         .with_context(|| format!("cannot mount {kind} on {target}"))
 }
 
+/// What a mounted disk is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reading alone.
+    Read,
+    /// Reading and writing.
+    Write,
+}
+
 /// Mounts a block device.
-pub fn mount_disk(device: &str, target: &str, kind: &str) -> Result<()> {
+pub fn mount_disk(device: &str, target: &str, kind: &str, access: Access) -> Result<()> {
     fs::create_dir_all(target).with_context(|| format!("cannot create {target}"))?;
-    mount(device, target, kind, MountFlags::NOATIME, c"")
+    let flags = match access {
+        Access::Read => MountFlags::NOATIME | MountFlags::RDONLY,
+        Access::Write => MountFlags::NOATIME,
+    };
+    mount(device, target, kind, flags, c"")
         .with_context(|| format!("cannot mount {device} on {target}"))
 }
 

@@ -34,8 +34,13 @@ pub fn enter() -> Result<()> {
             bail!("there is no {device}");
         }
     }
-    sys::mount_disk(ROOT_DEVICE, ROOT, "ext4")?;
-    sys::mount_disk(DATA_DEVICE, &format!("{ROOT}/data"), "ext4")?;
+    sys::mount_disk(ROOT_DEVICE, ROOT, "ext4", sys::Access::Write)?;
+    sys::mount_disk(
+        DATA_DEVICE,
+        &format!("{ROOT}/data"),
+        "ext4",
+        sys::Access::Write,
+    )?;
     for name in ["hebe", "etc"] {
         let place = if name == "etc" {
             "etc/hebe"

@@ -5,11 +5,14 @@
 //! what it found, and a failed expectation is a finding, not an error.
 
 mod ageing;
+mod beside;
 mod cache;
 mod cluster;
+mod io;
 mod reboot;
 mod reload;
 mod suspend;
+mod vmm;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -51,6 +54,12 @@ enum Bench {
     /// cold, and with migration to a spare host: simulated for many hosts, and
     /// measured with three behind a load balancer (T-03).
     Cluster(cluster::ClusterArgs),
+    /// What a VMM costs beside QEMU: memory without guest RAM, and the time from
+    /// the order to the guest's first instruction and to its user space.
+    Vmm(vmm::VmmArgs),
+    /// A guest's disk (fio) and network (iperf3) as a ratio to the same under
+    /// QEMU.
+    Io(io::IoArgs),
 }
 
 /// Where figures go, for every bench.
@@ -96,6 +105,8 @@ pub fn run(assets: &Assets, args: &BenchArgs, progress: &Spinner) -> Result<Exit
         Bench::Cache(args) => cache::run(assets, args, progress)?,
         Bench::Ageing(args) => ageing::run(assets, args, progress)?,
         Bench::Cluster(args) => cluster::run(assets, args, progress)?,
+        Bench::Vmm(args) => vmm::run(assets, args, progress)?,
+        Bench::Io(args) => io::run(assets, args, progress)?,
     }
     Ok(ExitCode::SUCCESS)
 }

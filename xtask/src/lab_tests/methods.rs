@@ -10,6 +10,8 @@ use crate::test::Scene;
 
 const OLD: KernelName = KernelName::V6_1Cloud;
 const NEW: KernelName = KernelName::V7_3Cloud;
+/// Most memory of a VMM besides its guest's RAM, as a share (Pss).
+const OVERHEAD_MAX_KIB: u64 = 8 << 10;
 
 /// One machine goes through all six; the guests go through them with it.
 pub fn run(scene: &Scene) -> Result<()> {
@@ -23,6 +25,7 @@ pub fn run(scene: &Scene) -> Result<()> {
     };
     let mut lab = Lab::boot(scene.assets, options, scene.progress)?;
     lab.start(&guests)?;
+    vmm_memory(&lab, &guests).context("after the start")?;
     for (method, kernel) in [
         (Method::Warm, NEW),
         (Method::Warm, OLD),
@@ -39,6 +42,8 @@ pub fn run(scene: &Scene) -> Result<()> {
         let trial = trial::reboot(&mut lab, &guests, method, kernel, extra, scene.progress)
             .with_context(|| format!("{} into {kernel}", method.as_str()))?;
         check(&trial, kernel).with_context(|| format!("{} into {kernel}", method.as_str()))?;
+        vmm_memory(&lab, &guests)
+            .with_context(|| format!("after {} into {kernel}", method.as_str()))?;
         println!(
             "    {} into {kernel}: {}",
             method.as_str(),
@@ -47,6 +52,26 @@ pub fn run(scene: &Scene) -> Result<()> {
     }
     lab.machine.check()?;
     lab.machine.power_off()
+}
+
+/// What a VMM needs besides its guest's RAM: a promise that no time is in.
+fn vmm_memory(lab: &Lab, guests: &[GuestSpec]) -> Result<()> {
+    for (guest, pid) in guests.iter().zip(lab.vmm_pids(guests)?) {
+        let share = lab.share(pid)?;
+        ensure!(
+            share.overhead_kib() <= OVERHEAD_MAX_KIB,
+            "the VMM of {} needs {} KiB besides its guest's RAM: {share:?}",
+            guest.name,
+            share.overhead_kib()
+        );
+        // Else what was read is no VMM's.
+        ensure!(
+            share.files_kib > 0 && share.guest_kib + share.anonymous_kib > 0,
+            "the VMM of {} has no memory: {share:?}",
+            guest.name
+        );
+    }
+    Ok(())
 }
 
 /// One with two vCPUs and a disk, one with the other kernel.
