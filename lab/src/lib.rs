@@ -29,6 +29,6 @@ pub mod scenario;
 pub mod serial;
 pub mod smaps;
 pub mod system;
-pub mod tree;
 pub mod tools;
+pub mod tree;
 pub mod trial;
