@@ -19,7 +19,9 @@ use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::storage::drivers::CommonStorageHelper;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Storage};
+use imago::{
+    DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, Storage,
+};
 
 const MAGIC: &[u8; 4] = b"QFI\xfb";
 /// Largest tables, in bytes: QEMU's `QCOW_MAX_L1_SIZE` and
@@ -172,6 +174,23 @@ fn printable(bytes: &[u8]) -> String {
     shown
         .map(|c| if c.is_control() { '?' } else { c })
         .collect()
+}
+
+/// Makes an empty image in `file`, with a file of that name and format behind
+/// it.
+pub(crate) fn create(
+    file: File,
+    path: PathBuf,
+    size: u64,
+    name: &str,
+    format: &str,
+) -> io::Result<()> {
+    guarded(|| {
+        Qcow2::<Part>::create_builder(Part::new(file, path, true))
+            .size(size)
+            .backing(name.to_owned(), format.to_owned())
+            .create()
+    })
 }
 
 /// A disk inside an image, and what is behind it.

@@ -70,6 +70,24 @@ pub enum BlockError {
         /// What is wrong with it.
         trouble: ImageTrouble,
     },
+    /// It is to stay as it is, and is opened to be written to.
+    #[error("disk '{}' has snapshot = true, and nothing over it: hebe puts an image over it when it boots the VM", .0.display())]
+    Bare(PathBuf),
+    /// An image can lie over a file alone.
+    #[error("disk '{}' is a block device: snapshot = true needs a file, such as a copy of it", .0.display())]
+    NoFile(PathBuf),
+    /// A name that no image can hold.
+    #[error("disk '{}' cannot have snapshot = true: its path is longer than the 1023 bytes that an image has for it, or is no text", .0.display())]
+    Name(PathBuf),
+    /// The image over a disk cannot be made.
+    #[error("the image {} for what is written cannot be made: check the space and the rights there", path.display())]
+    Make {
+        /// Where it would be.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
     /// Its end was cut off.
     #[error("disk '{}' became smaller under its running VM, which could not be resumed with it: give it its size back, or shut the VM down instead", .0.display())]
     Shrunk(PathBuf),
@@ -119,8 +137,11 @@ impl BlockBackend {
     /// definition names.
     ///
     /// # Errors
-    /// As [`BlockBackend::open`]; [`BlockError::Image`].
+    /// As [`BlockBackend::open`]; [`BlockError::Image`]; [`BlockError::Bare`].
     pub fn of(disk: &DiskConfig) -> Result<Self, BlockError> {
+        if disk.snapshot {
+            return Err(BlockError::Bare(disk.path.clone()));
+        }
         match disk.format {
             DiskFormat::Raw => Self::open(&disk.path, disk.readonly),
             DiskFormat::Qcow2 => Self::open_image(&disk.path, disk.readonly, &disk.backing),

@@ -14,6 +14,7 @@ use crate::definitions;
 use crate::host::Host;
 use crate::listing::{Survey, VmRow, VmState, with_cause};
 use crate::notes;
+use crate::overlays;
 use crate::pending::{self, Pending};
 use crate::preflight::{Check, Level, NextKernel, VmVerdict};
 use crate::saved::SavedPaths;
@@ -379,6 +380,7 @@ pub(crate) fn vms(host: &Host, survey: &Survey, verdicts: &[VmVerdict]) -> Vec<C
         checks.extend(unkept(survey, vm));
         if vm.fate.is_some() {
             checks.extend(files_of(host, survey, vm));
+            checks.extend(thrown_away(host, vm));
         }
     }
     checks
@@ -463,6 +465,20 @@ fn files_of(host: &Host, survey: &Survey, vm: &VmVerdict) -> Option<Check> {
         )),
         _ => None,
     }
+}
+
+/// A VM that is shut down loses what its guest wrote to disks that keep nothing.
+fn thrown_away(host: &Host, vm: &VmVerdict) -> Option<Check> {
+    let name = &vm.vm;
+    let loses = vm.fate == Some(Fate::ShutDown) && overlays::has_any(&host.layout, name);
+    loses.then(|| {
+        Check::bad(
+            format!("snapshot:{name}"),
+            Level::Warn,
+            format!("'{name}' is shut down, and what it wrote to disks with snapshot = true goes"),
+            "use --method warm or --method saved if it is to be kept",
+        )
+    })
 }
 
 /// Of a VM that is resumed the disks alone must be there.

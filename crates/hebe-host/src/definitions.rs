@@ -121,7 +121,7 @@ pub fn check_disks(config: &VmConfig, path: &Path) -> Result<(), DefinitionError
     let behind = config.disks.iter().flat_map(|disk| &disk.backing);
     let behind = behind.map(|file| ("backing file", file, false));
     let disks = config.disks.iter();
-    let disks = disks.map(|disk| ("disk", &disk.path, !disk.readonly));
+    let disks = disks.map(|disk| ("disk", &disk.path, !disk.readonly && !disk.snapshot));
     openable(path, disks.chain(behind))
 }
 

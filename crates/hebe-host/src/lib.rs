@@ -10,6 +10,7 @@
 //!   [`system::System`]) behind which tests put fakes.
 //! - [`definitions`], [`launch`], [`ops`], [`listing`]: one VM.
 //! - [`balloon`]: memory that a guest gives back.
+//! - [`overlays`]: disks that keep nothing.
 //! - [`preflight`], [`reboot`], [`resume_all`]: all of them.
 //! - [`stopping`]: the suspend event, where a service manager takes the host
 //!   down; [`systemd`]: that service manager.
@@ -37,6 +38,7 @@ pub mod luo;
 pub mod network;
 pub mod notes;
 pub mod ops;
+pub mod overlays;
 pub mod pending;
 pub mod preflight;
 pub mod reboot;

@@ -24,6 +24,7 @@ use crate::lock::VmLock;
 use crate::luo;
 use crate::network;
 use crate::notes;
+use crate::overlays;
 use crate::pending;
 use crate::saved::{self, SavedPaths};
 use crate::segments::{free_segment, refuse_in_use};
@@ -82,6 +83,7 @@ fn start_as(host: &Host, name: &VmName, order: Order) -> Result<VmStatus, HostEr
     let status = boot_as(host, &config, order == Order::StartAfresh)?;
     // It is up; if this cannot be written, the next boot finds that out too.
     let _ = pending::settle(host, name);
+    overlays::sweep(host);
     Ok(status)
 }
 
@@ -132,6 +134,7 @@ pub fn run_with(
     }
     if started.is_ok() {
         let _ = pending::settle(host, name);
+        overlays::sweep(host);
     }
     started
 }
@@ -182,7 +185,23 @@ fn boot_locked(host: &Host, lock: &VmLock, config: &VmConfig) -> Result<VmStatus
     let name = &config.name;
     let vm = fresh_id()?;
     clear_files(host, name)?;
-    let config = &network::resolved(host, config, vm)?;
+    let config = network::resolved(host, config, vm)?;
+    let config = overlays::begin(&host.layout, &config, vm)?;
+    let booted = boot_new(host, lock, &config, vm);
+    match booted {
+        Ok(_) => overlays::forget(&host.layout, name, Some(vm)),
+        Err(_) => overlays::end(&host.layout, name, vm),
+    }
+    booted
+}
+
+fn boot_new(
+    host: &Host,
+    lock: &VmLock,
+    config: &VmConfig,
+    vm: VmId,
+) -> Result<VmStatus, HostError> {
+    let name = &config.name;
     let memory = make_memory(host, config, vm)?;
     let order = Launch {
         name: name.clone(),
@@ -423,6 +442,7 @@ fn free(host: &Host, lock: VmLock, name: &VmName) -> Result<(), HostError> {
     }
     if !frozen {
         saved::forget_lives(&host.layout, name, None);
+        overlays::forget(&host.layout, name, None);
         definitions::forget_transient(&host.layout, name);
     }
     luo::forget_ended(host, name);
@@ -537,6 +557,7 @@ fn drop_as(host: &Host, name: &VmName, meant: bool) -> Result<(), HostError> {
     for segment in own {
         free_segment(host, segment)?;
     }
+    overlays::forget(&host.layout, name, None);
     definitions::forget_transient(&host.layout, name);
     let dir = host.layout.vm_dir(name);
     lock.remove_dir().map_err(HostError::file("remove", &dir))

@@ -224,6 +224,11 @@ pub struct DiskConfig {
     /// The guest cannot write.
     #[serde(default)]
     pub readonly: bool,
+    /// The disk stays as it is: what the guest writes is kept beside it, as long
+    /// as the VM's life may go on. The host puts an image over it before a VMM
+    /// sees it.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub snapshot: bool,
     /// Never guessed from what is in the file, which is the guest's to write.
     #[serde(default, skip_serializing_if = "is_raw")]
     pub format: DiskFormat,
@@ -239,6 +244,7 @@ impl DiskConfig {
         Self {
             path,
             readonly,
+            snapshot: false,
             format: DiskFormat::Raw,
             backing: Vec::new(),
         }
@@ -270,6 +276,11 @@ pub enum ConfigError {
     /// Only images have files behind them.
     #[error("disk '{0}' has backing =, which goes with format = \"qcow2\"")]
     RawWithBacking(PathBuf),
+    /// Nothing is written over what is not written to.
+    #[error(
+        "disk '{0}' has readonly = true and snapshot = true, which exclude each other: leave one out"
+    )]
+    SnapshotOfReadonly(PathBuf),
     /// A chain that no sound disk has.
     #[error("disk '{0}' has more than 16 backing files")]
     BackingTooLong(PathBuf),
@@ -344,7 +355,11 @@ impl VmConfig {
             if disk.format == DiskFormat::Raw && !disk.backing.is_empty() {
                 return Err(ConfigError::RawWithBacking(disk.path.clone()));
             }
-            if disk.backing.len() > 16 {
+            if disk.readonly && disk.snapshot {
+                return Err(ConfigError::SnapshotOfReadonly(disk.path.clone()));
+            }
+            // With an image over it, the disk itself is one of them.
+            if disk.backing.len() + usize::from(disk.snapshot) > 16 {
                 return Err(ConfigError::BackingTooLong(disk.path.clone()));
             }
             if !disks.insert(&disk.path) {
@@ -446,6 +461,14 @@ mod tests {
         assert!(refused(|c| c.nets.push(c.nets[0].clone())).contains("twice"));
         assert!(refused(|c| c.disks.push(c.disks[0].clone())).contains("twice"));
         assert!(refused(|c| c.disks[0].backing.push("/b".into())).contains("backing"));
+        let both = |c: &mut VmConfig| (c.disks[0].readonly, c.disks[0].snapshot) = (true, true);
+        assert!(refused(both).contains("snapshot = true"));
+        let deep = |c: &mut VmConfig| {
+            let disk = &mut c.disks[0];
+            (disk.format, disk.snapshot) = (DiskFormat::Qcow2, true);
+            disk.backing = vec!["/b".into(); 16];
+        };
+        assert!(refused(deep).contains("16 backing files"));
         assert!(refused(|c| c.cmdline = "x".repeat(3000)).contains("command line"));
         assert!(refused(|c| (c.kernel, c.disks) = (None, Vec::new())).contains("neither"));
         assert!(refused(|c| (c.kernel, c.initrd) = (None, Some("i".into()))).contains("initrd"));
@@ -454,7 +477,14 @@ mod tests {
     #[test]
     fn sockets_are_off_unless_asked_for_and_leave_no_trace_then() {
         let off = toml::to_string(&sample()).expect("text");
-        for key in ["vsock", "pvpanic", "generation_id", "balloon", "rtc"] {
+        for key in [
+            "snapshot",
+            "vsock",
+            "pvpanic",
+            "generation_id",
+            "balloon",
+            "rtc",
+        ] {
             assert!(!off.contains(key), "{off}");
         }
         let on = format!("{off}\n[vsock]\n");

@@ -275,9 +275,11 @@ mod tests {
     use std::sync::{Arc, mpsc};
     use std::time::Duration;
 
+    use hebe_block::BlockBackend;
     use hebe_devices::DeviceError;
     use hebe_state::{SectionKind, StateReader};
     use hebe_store::{ExecStatus, Segment};
+    use hebe_types::DiskConfig;
 
     use super::*;
     use crate::guest;
@@ -574,5 +576,54 @@ mod tests {
         replace(&vec![0; 1 << 19]);
         let other_size = resume(Disks::Any).err().expect("refused").to_string();
         assert!(other_size.contains("sectors"), "{other_size}");
+    }
+
+    #[test]
+    fn what_is_written_over_a_disk_is_the_vms_disk_over_a_suspend() {
+        if guest::cannot_run() {
+            return;
+        }
+        let dir = tempfile::tempdir().expect("dir");
+        let (base, over) = (dir.path().join("base.img"), dir.path().join("over"));
+        fs::write(&base, vec![7; 1 << 20]).expect("disk");
+        let below = DiskConfig::raw(base.clone(), false);
+        hebe_block::make_overlay(&over, &below).expect("image");
+        let more = format!(
+            "[[disk]]\npath = '{}'\nformat = 'qcow2'\nbacking = ['{}']\n",
+            over.display(),
+            base.display()
+        );
+        let (events, _inbox) = mpsc::channel();
+        let (mut vm, segment) = running(dir.path(), &more, &events).expect("vm");
+        let others = BlockBackend::open(&base, true).expect("readers share the disk");
+        assert!(BlockBackend::open(&base, false).is_err(), "nobody writes");
+        drop(others);
+        vm.freeze().expect("freeze");
+        let state = segment.exec().load().expect("state");
+        let id = vm.status().id;
+        drop(vm);
+        let resume = || {
+            let (run_dir, segment) = (dir.path().to_owned(), segment.clone());
+            Vm::resume_with(Disks::Same, id, run_dir, segment, &state, &events)
+        };
+        drop(resume().expect("the disk that it had"));
+        let changed = |what: &Path| match resume().err() {
+            Some(VmError::Device(DeviceError::DiskChanged { .. })) => {}
+            other => panic!("{}: {other:?}", what.display()),
+        };
+        let replace = |what: &Path| {
+            let copy = dir.path().join("copy");
+            fs::copy(what, &copy).expect("copy");
+            fs::rename(what, dir.path().join("kept")).expect("keep");
+            fs::rename(&copy, what).expect("another");
+            changed(what);
+            fs::rename(dir.path().join("kept"), what).expect("back");
+            drop(resume().expect("back again"));
+        };
+        replace(&over);
+        replace(&base);
+        fs::remove_file(&over).expect("remove");
+        assert!(resume().is_err(), "a disk that is missing");
+        assert!(fs::read(&base).expect("disk").iter().all(|b| *b == 7));
     }
 }

@@ -221,7 +221,7 @@ pub struct RunArgs {
     /// A definition in TOML.
     #[arg(required_unless_present_any = ["kernel", "disk"], conflicts_with_all = [
         "name", "memory", "vcpus", "kernel", "initrd", "cmdline", "disk", "net", "store",
-        "user_data", "hostname", "ssh_key", "vsock", "balloon", "forward",
+        "user_data", "hostname", "ssh_key", "vsock", "balloon", "forward", "snapshot",
     ])]
     pub file: Option<PathBuf>,
     /// The VM's name.
@@ -246,6 +246,9 @@ pub struct RunArgs {
     /// A disk: a qcow2 image if its name ends in .qcow2, raw otherwise; may be given again.
     #[arg(long, value_name = "PATH", requires = "name")]
     pub disk: Vec<PathBuf>,
+    /// The disks stay as they are: what the guest writes goes when the VM is stopped.
+    #[arg(long, requires = "disk")]
+    pub snapshot: bool,
     /// A network: `nat` (address and way out by this host), `user` (the same without
     /// privileges, by passt), or a tap device of yours, TAP or TAP@BRIDGE; may be given again.
     #[arg(long, value_name = "nat|user|TAP[@BRIDGE]")]
@@ -468,6 +471,7 @@ mod tests {
             "hebe run --name a --kernel /k --net tap0@br0",
             "hebe run --name a --disk d",
             "hebe run --name a --disk d --vsock --balloon",
+            "hebe run --name a --disk d --disk e --snapshot",
             "hebe balloon web",
             "hebe balloon web --target 512MiB --json",
             "hebe run --name a --disk d --net nat --forward 8080:80 --forward udp:1:2",
@@ -580,6 +584,8 @@ mod tests {
             "hebe run web.toml --store memfd",
             "hebe run web.toml --vsock",
             "hebe run web.toml --balloon",
+            "hebe run web.toml --snapshot",
+            "hebe run --name a --kernel k --snapshot",
             "hebe run web.toml --memory 4MiB",
             "hebe run web.toml --hostname h",
             "hebe run web.toml --user-data u",

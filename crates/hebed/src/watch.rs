@@ -14,7 +14,7 @@ use hebe_flow::supervise::{Answer, Effect, Look, Memory, Rule, Seen, Supervisor}
 use hebe_host::ageing::{self, SLOTS, SampleStore, path_below};
 use hebe_host::launch::ExitRecord;
 use hebe_host::listing::{Survey, VmRow, VmState, with_cause};
-use hebe_host::{Host, files, ops};
+use hebe_host::{Host, files, ops, overlays};
 use hebe_types::VmName;
 
 use crate::answers::Supervision;
@@ -170,6 +170,19 @@ fn look(app: &App, survey: &Survey) {
             if !now.contains_key(name) {
                 events.push(changed(name, Some(*before), None, None));
             }
+        }
+        let stopped = |event: &Event| {
+            matches!(
+                event,
+                Event::Vm {
+                    state: Some(VmState::Stopped),
+                    ..
+                }
+            )
+        };
+        if events.iter().any(stopped) {
+            let host = app.engine.host().clone();
+            tokio::task::spawn_blocking(move || overlays::sweep(&host));
         }
         watched.states = now;
         watched.rules = looks

@@ -12,6 +12,7 @@ mod live_update;
 mod luo_faults;
 mod luo_systemd;
 mod networks;
+mod overlays;
 mod races;
 mod reboots;
 mod steps;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         luo_faults::CASES,
         luo_systemd::CASES,
         networks::CASES,
+        overlays::CASES,
         races::CASES,
         verdicts::CASES,
     ];

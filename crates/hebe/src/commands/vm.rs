@@ -65,6 +65,7 @@ fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
             true => DiskFormat::Qcow2,
             false => DiskFormat::Raw,
         },
+        snapshot: args.snapshot,
         ..DiskConfig::raw(path, false)
     };
     let nets = nets(args.net, args.forward)?;
@@ -293,7 +294,11 @@ fn show_text(show: &Show) -> String {
         lines.push(("kernel", kernel.unwrap_or_else(of_disk)));
         lines.push(("command line", config.cmdline.clone()));
         for disk in &config.disks {
-            lines.push(("disk", disk.path.display().to_string()));
+            let kept = match disk.snapshot {
+                true => ", which keeps nothing of what is written",
+                false => "",
+            };
+            lines.push(("disk", format!("{}{kept}", disk.path.display())));
         }
     }
     for nic in &show.nics {
