@@ -53,6 +53,7 @@ pub fn make_overlay(path: &Path, below: &DiskConfig) -> Result<DiskConfig, Block
         readonly: false,
         format: DiskFormat::Qcow2,
         snapshot: false,
+        queues: below.queues,
         backing,
     })
 }

@@ -201,7 +201,13 @@ fn new_ram() -> Ram {
 /// A device on a back end of its own; the other end of a NIC's wire is kept.
 fn kind(number: u8) -> (DeviceKind, Option<OwnedFd>) {
     match number % 6 {
-        0 => (DeviceKind::Block(disk()), None),
+        0 => {
+            let kind = DeviceKind::Block {
+                backend: disk(),
+                queues: 2,
+            };
+            (kind, None)
+        }
         1 => {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             let pair =

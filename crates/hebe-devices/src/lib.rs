@@ -37,6 +37,6 @@ pub use pvpanic::Pvpanic;
 pub use rtc::Rtc;
 pub use serial::{SERIAL_IRQ, SERIAL_PORT, SerialPort, SerialStateError};
 pub use virtio::{
-    BAR_SIZE, BalloonFigures, Counters, DeviceError, DeviceKind, FrameStream, NetBackend,
-    VirtioPci, VsockHost, on_worker_start,
+    BAR_SIZE, BLOCK_QUEUES_MAX, BalloonFigures, Counters, DeviceError, DeviceKind, FrameStream,
+    NetBackend, VirtioPci, VsockHost, on_worker_start,
 };

@@ -10,8 +10,8 @@ use common::{
 };
 use hebe_devices::{DeviceKind, Ram, VirtioPci};
 use subjects::{
-    BalloonSubject, BlockSubject, ConsoleSubject, NetSubject, OffloadSubject, RngSubject,
-    StreamSubject, Subject, VsockSubject,
+    BalloonSubject, BlockQueuesSubject, BlockSubject, ConsoleSubject, NetSubject, OffloadSubject,
+    RngSubject, StreamSubject, Subject, VsockSubject,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -25,8 +25,15 @@ struct Rig<S> {
     subject: S,
     machine: Machine,
     device: Arc<VirtioPci>,
-    queue: DriverQueue,
+    /// Those that take requests, by turns.
+    queues: Vec<DriverQueue>,
     issued: u32,
+}
+
+/// The queues that requests go into.
+fn taking<S: Subject>(queues: &[DriverQueue]) -> Vec<DriverQueue> {
+    let last = usize::from(S::QUEUE);
+    queues[last + 1 - usize::from(S::TURNS)..=last].to_vec()
 }
 
 impl<S: Subject> Rig<S> {
@@ -35,12 +42,11 @@ impl<S: Subject> Rig<S> {
         let machine = Machine::new(&new_ram());
         let device = machine.add(SLOT, subject.kind());
         let queues = Driver::new(&machine, SLOT).start(features | S::EXTRA);
-        let queue = queues[usize::from(S::QUEUE)].clone();
         Self {
             subject,
             machine,
             device,
-            queue,
+            queues: taking::<S>(&queues),
             issued: 0,
         }
     }
@@ -53,20 +59,28 @@ impl<S: Subject> Rig<S> {
     fn issue(&mut self, count: u32) {
         for _ in 0..count {
             let buffers = self.subject.prepare(&self.machine.ram, self.issued);
-            self.queue.add(&self.machine.ram, &buffers);
+            let turn = self.issued as usize % self.queues.len();
+            self.queues[turn].add(&self.machine.ram, &buffers);
             self.issued += 1;
         }
     }
 
     fn kick(&self) {
-        Driver::new(&self.machine, SLOT).kick(&self.queue);
+        let driver = Driver::new(&self.machine, SLOT);
+        self.queues.iter().for_each(|queue| driver.kick(queue));
     }
 
     /// Every request is done, once, with the right content.
     fn check_all(&self) {
-        self.queue.wait_used(self.ram(), self.issued as u16);
+        for queue in &self.queues {
+            queue.wait_used(self.ram(), queue.avail_idx);
+        }
         self.subject.check(self.ram(), self.issued);
-        assert_eq!(self.queue.used_idx(self.ram()), self.issued as u16);
+        let used = self
+            .queues
+            .iter()
+            .map(|q| u32::from(q.used_idx(self.ram())));
+        assert_eq!(used.sum::<u32>(), self.issued);
         assert_eq!(self.device.stopped_reason(), None);
     }
 
@@ -118,12 +132,11 @@ fn a_device_that_was_never_started_is_saved_too<S: Subject>() {
     assert_eq!(encode(&state), encode(&device.save().expect("save")));
     device.resume();
     let queues = Driver::new(&machine, SLOT).start(S::EXTRA);
-    let queue = queues[usize::from(S::QUEUE)].clone();
     let mut rig = Rig {
         subject,
         machine,
         device,
-        queue,
+        queues: taking::<S>(&queues),
         issued: 0,
     };
     rig.issue(2);
@@ -264,10 +277,10 @@ const ATTACKS: [(&str, Attack); 11] = [
 fn a_hostile_ring_stops_this_device_and_no_other<S: Subject>() {
     let mut rig = Rig::<S>::start(0);
     rig.machine.add(RNG_SLOT, DeviceKind::Rng);
-    let other = Driver::new(&rig.machine, RNG_SLOT).start(0)[0].clone();
+    let other = Driver::new(&rig.machine, RNG_SLOT).start(0);
     let mut others = Rig {
         subject: RngSubject::new(),
-        queue: other,
+        queues: taking::<RngSubject>(&other),
         issued: 0,
         device: Arc::clone(&rig.device),
         machine: rig.machine,
@@ -290,16 +303,16 @@ fn a_hostile_ring_stops_this_device_and_no_other<S: Subject>() {
         assert_eq!(state.transport.stopped.as_deref(), Some(&*said));
         rig.device.resume();
         others.issue(1);
-        Driver::new(&others.machine, RNG_SLOT).kick(&others.queue);
-        let issued = others.issued as u16;
-        others.queue.wait_used(&others.machine.ram, issued);
+        let queue = &others.queues[0];
+        Driver::new(&others.machine, RNG_SLOT).kick(queue);
+        queue.wait_used(&others.machine.ram, others.issued as u16);
     }
     let logged = others.machine.log.0.lock().expect("log").clone();
     assert!(logged.iter().all(|(slot, _)| *slot == SLOT));
     assert!(logged.iter().any(|(_, text)| text.contains("stopped")));
     // A reset makes it good as new.
     let driver = Driver::new(&others.machine, SLOT);
-    rig.queue = driver.start(S::EXTRA)[usize::from(S::QUEUE)].clone();
+    rig.queues = taking::<S>(&driver.start(S::EXTRA));
     assert_eq!(rig.device.stopped_reason(), None);
     rig.machine = others.machine;
     rig.issue(3);
@@ -384,6 +397,7 @@ macro_rules! device_contract {
 
 device_contract! {
     block: BlockSubject;
+    block_with_queues: BlockQueuesSubject;
     net: NetSubject;
     net_with_offloads: OffloadSubject;
     net_on_a_stream: StreamSubject;

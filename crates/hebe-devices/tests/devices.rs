@@ -42,7 +42,7 @@ struct Disk {
 impl Disk {
     fn start(backend: BlockBackend, features: u64) -> Self {
         let machine = Machine::new(&new_ram());
-        let device = machine.add(SLOT, DeviceKind::Block(backend));
+        let device = machine.add(SLOT, DeviceKind::Block { backend, queues: 1 });
         let queue = Driver::new(&machine, SLOT).start(features)[0].clone();
         Self {
             machine,

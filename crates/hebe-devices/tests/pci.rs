@@ -310,6 +310,15 @@ fn a_state_that_does_not_fit_is_refused_by_name() {
         refuse(&bad, disk.kind()),
         DeviceError::State { .. }
     ));
+    for queues in [2, 9, 60_000] {
+        let mut bad = good.clone();
+        let queue = bad.transport.queues[0];
+        bad.transport.queues.resize(queues, queue);
+        assert!(matches!(
+            refuse(&bad, disk.kind()),
+            DeviceError::State { .. }
+        ));
+    }
     let mut bad = good.clone();
     bad.function.msix.entries.clear();
     assert!(matches!(

@@ -229,6 +229,9 @@ pub struct DiskConfig {
     /// sees it.
     #[serde(default, skip_serializing_if = "is_off")]
     pub snapshot: bool,
+    /// Queues for the guest's requests, 1 to 8; without, one for each vCPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u8>,
     /// Never guessed from what is in the file, which is the guest's to write.
     #[serde(default, skip_serializing_if = "is_raw")]
     pub format: DiskFormat,
@@ -245,6 +248,7 @@ impl DiskConfig {
             path,
             readonly,
             snapshot: false,
+            queues: None,
             format: DiskFormat::Raw,
             backing: Vec::new(),
         }
@@ -281,6 +285,16 @@ pub enum ConfigError {
         "disk '{0}' has readonly = true and snapshot = true, which exclude each other: leave one out"
     )]
     SnapshotOfReadonly(PathBuf),
+    /// Queues that no disk has.
+    #[error(
+        "disk '{path}' has queues = {queues}, which is not possible: it must be from 1 to {VCPUS_MAX}"
+    )]
+    Queues {
+        /// Which disk.
+        path: PathBuf,
+        /// How many.
+        queues: u8,
+    },
     /// A chain that no sound disk has.
     #[error("disk '{0}' has more than 16 backing files")]
     BackingTooLong(PathBuf),
@@ -357,6 +371,12 @@ impl VmConfig {
             }
             if disk.readonly && disk.snapshot {
                 return Err(ConfigError::SnapshotOfReadonly(disk.path.clone()));
+            }
+            if let Some(queues) = disk.queues
+                && !(1..=VCPUS_MAX).contains(&queues)
+            {
+                let path = disk.path.clone();
+                return Err(ConfigError::Queues { path, queues });
             }
             // With an image over it, the disk itself is one of them.
             if disk.backing.len() + usize::from(disk.snapshot) > 16 {
@@ -463,6 +483,8 @@ mod tests {
         assert!(refused(|c| c.disks[0].backing.push("/b".into())).contains("backing"));
         let both = |c: &mut VmConfig| (c.disks[0].readonly, c.disks[0].snapshot) = (true, true);
         assert!(refused(both).contains("snapshot = true"));
+        assert!(refused(|c| c.disks[0].queues = Some(0)).contains("queues = 0"));
+        assert!(refused(|c| c.disks[0].queues = Some(9)).contains("queues = 9"));
         let deep = |c: &mut VmConfig| {
             let disk = &mut c.disks[0];
             (disk.format, disk.snapshot) = (DiskFormat::Qcow2, true);
@@ -479,6 +501,7 @@ mod tests {
         let off = toml::to_string(&sample()).expect("text");
         for key in [
             "snapshot",
+            "queues",
             "vsock",
             "pvpanic",
             "generation_id",

@@ -13,7 +13,7 @@ mod stamp;
 
 pub use config::{
     BalloonConfig, ConfigError, ConsoleConfig, DEVICES_MAX, DiskConfig, DiskFormat, RebootMethod,
-    RestartPolicy, StoreKind, VmConfig, VsockConfig,
+    RestartPolicy, StoreKind, VCPUS_MAX, VmConfig, VsockConfig,
 };
 pub use ids::{InvalidName, MacAddr, SegmentId, VmId, VmName};
 pub use layout::{Extent, Gpa, MMIO_HOLE_END, MMIO_HOLE_START, RamRange, ram_ranges};

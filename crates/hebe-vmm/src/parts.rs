@@ -250,8 +250,12 @@ fn kinds(site: &Site<'_>, hub: &Arc<ConsoleHub>) -> Result<Vec<(u8, DeviceKind)>
     }
     kinds.push((SLOT_ENTROPY, DeviceKind::Rng));
     let mut slot = SLOT_FIRST_DISK;
-    for disk in &held.disks {
-        kinds.push((slot, DeviceKind::Block(disk.again()?)));
+    for (disk, defined) in held.disks.iter().zip(&config.disks) {
+        let kind = DeviceKind::Block {
+            backend: disk.again()?,
+            queues: usize::from(defined.queues.unwrap_or(config.vcpus)),
+        };
+        kinds.push((slot, kind));
         slot += 1;
     }
     for (wire, mac) in &held.nets {

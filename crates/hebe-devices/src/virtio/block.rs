@@ -3,6 +3,11 @@
 //! Write-back: a write is durable after the next flush that the guest asks
 //! for, or at pause. A driver that did not accept the flush feature cannot
 //! ask, so each of its writes is flushed.
+//!
+//! A driver may use several queues, so that its processors do not wait for
+//! each other's ring and get their own interrupts. One worker serves them all:
+//! what is in the host's page cache is copied, and a pause waits for one
+//! request, whatever the number of queues.
 
 use std::io;
 use std::sync::Arc;
@@ -20,6 +25,7 @@ const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
 const F_BLK_SIZE: u64 = 1 << 6;
 const F_FLUSH: u64 = 1 << 9;
+const F_MQ: u64 = 1 << 12;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 
@@ -42,7 +48,8 @@ const SEG_MAX: u32 = CHAIN_SEGMENTS_MAX as u32 - 2;
 const CHUNK: usize = 256 << 10;
 /// Most bytes of one request: bounds how long a pause waits for it.
 const REQUEST_MAX: u64 = 64 << 20;
-const QUEUE: usize = 0;
+/// Most queues of one disk: more than a VM can have processors are of no use.
+pub const BLOCK_QUEUES_MAX: usize = hebe_types::VCPUS_MAX as usize;
 /// A range to discard or to zero: first sector, sectors, flags.
 const RANGE_LEN: usize = 16;
 /// Most of them in one request.
@@ -56,6 +63,7 @@ const UNMAP: u32 = 1;
 
 pub(crate) struct Block {
     backend: Arc<BlockBackend>,
+    queues: usize,
     id: [u8; ID_LEN],
     /// The driver cannot ask for a flush.
     write_through: bool,
@@ -77,12 +85,14 @@ impl Outcome {
 }
 
 impl Block {
-    pub(crate) fn new(backend: BlockBackend, slot: u8) -> Self {
+    /// With so many queues, as far as that is possible.
+    pub(crate) fn new(backend: BlockBackend, queues: usize, slot: u8) -> Self {
         let mut id = [0; ID_LEN];
         let text = format!("hebe-disk-{slot}");
         id[..text.len()].copy_from_slice(text.as_bytes());
         Self {
             backend: Arc::new(backend),
+            queues: queues.clamp(1, BLOCK_QUEUES_MAX),
             id,
             write_through: false,
             chunk: vec![0; CHUNK],
@@ -93,12 +103,20 @@ impl Block {
 
     /// Refuses a disk that changed: the guest's view of it would be wrong, and
     /// its memory would destroy what is on it. One that has grown keeps the
-    /// size that the guest knows until the guest boots again.
+    /// size that the guest knows until the guest boots again, and so does the
+    /// number of `queues`, which is that of the state.
     pub(crate) fn restore(
         state: &BlockV2,
         backend: BlockBackend,
+        queues: usize,
         slot: u8,
     ) -> Result<Self, DeviceError> {
+        if !(1..=BLOCK_QUEUES_MAX).contains(&queues) {
+            return Err(DeviceError::State {
+                slot,
+                reason: "its disk has a number of queues that none has",
+            });
+        }
         let found = backend.sectors();
         if found < state.sectors {
             return Err(DeviceError::Disk {
@@ -124,17 +142,17 @@ impl Block {
                 });
             }
         }
-        Ok(Self::new(backend.as_known(state.sectors), slot))
+        Ok(Self::new(backend.as_known(state.sectors), queues, slot))
     }
 
-    fn serve(&mut self, queue: &VirtQueue, chain: &mut Chain) -> Result<u32, Stop> {
+    fn serve(&mut self, index: usize, queue: &VirtQueue, chain: &mut Chain) -> Result<u32, Stop> {
         let broken = |error| Stop::Queue {
-            queue: QUEUE,
+            queue: index,
             error,
         };
         let Some(status_at) = chain.split_last_writable() else {
             return Err(Stop::Request {
-                queue: QUEUE,
+                queue: index,
                 reason: "a block request has no room for its status",
             });
         };
@@ -143,7 +161,7 @@ impl Block {
         let mut readable = chain.readable();
         if readable.read(ram, &mut header).map_err(broken)? < HEADER_LEN {
             return Err(Stop::Request {
-                queue: QUEUE,
+                queue: index,
                 reason: "a block request is shorter than its header",
             });
         }
@@ -314,11 +332,12 @@ impl Device for Block {
             // Whatever the host can: a guest keeps what it was offered.
             false => F_DISCARD | F_WRITE_ZEROES,
         };
-        F_SEG_MAX | F_BLK_SIZE | F_FLUSH | by_use
+        let several = if self.queues > 1 { F_MQ } else { 0 };
+        F_SEG_MAX | F_BLK_SIZE | F_FLUSH | by_use | several
     }
 
     fn queues(&self) -> usize {
-        1
+        self.queues
     }
 
     /// `struct virtio_blk_config` up to `write_zeroes_may_unmap`.
@@ -328,8 +347,14 @@ impl Device for Block {
         config.extend_from_slice(&SEG_MAX.to_le_bytes());
         config.extend_from_slice(&[0; 4]);
         config.extend_from_slice(&(SECTOR_SIZE as u32).to_le_bytes());
-        // Topology, write-back, number of queues: not offered.
-        config.extend_from_slice(&[0; 12]);
+        // Topology and write-back: not offered.
+        config.extend_from_slice(&[0; 10]);
+        let several = if self.queues > 1 {
+            self.queues as u16
+        } else {
+            0
+        };
+        config.extend_from_slice(&several.to_le_bytes());
         let (ranges, sectors) = (RANGES_MAX as u32, RANGE_SECTORS_MAX);
         for word in [sectors, ranges, DISCARD_ALIGN, sectors, ranges] {
             config.extend_from_slice(&word.to_le_bytes());
@@ -344,7 +369,7 @@ impl Device for Block {
 
     fn kicked(&mut self, index: usize, queues: &mut Queues) -> Result<Next, Stop> {
         queues.serve(index, |queue, chain| {
-            self.serve(queue, chain).map(Served::Done)
+            self.serve(index, queue, chain).map(Served::Done)
         })
     }
 

@@ -20,7 +20,13 @@ use crate::{ConsoleHub, Reclaim};
 /// A kind of device and what it stands on.
 pub enum DeviceKind {
     /// A disk.
-    Block(BlockBackend),
+    Block {
+        /// What is on it.
+        backend: BlockBackend,
+        /// Queues of a new device, 1 to [`crate::BLOCK_QUEUES_MAX`]; one that
+        /// is restored has as many as its state.
+        queues: usize,
+    },
     /// A NIC.
     Net {
         /// What it is connected to.
@@ -69,7 +75,7 @@ impl DeviceKind {
     pub(crate) fn info(&self) -> KindInfo {
         let (id, class, name) = match self {
             Self::Net { .. } => (1, [0x02, 0x00, 0x00], "net"),
-            Self::Block(_) => (2, [0x01, 0x80, 0x00], "block"),
+            Self::Block { .. } => (2, [0x01, 0x80, 0x00], "block"),
             Self::Console { .. } => (3, [0x07, 0x80, 0x00], "console"),
             Self::Rng => (4, [0xff, 0x00, 0x00], "rng"),
             Self::Balloon { .. } => (5, [0xff, 0x00, 0x00], "balloon"),
@@ -81,7 +87,7 @@ impl DeviceKind {
     /// A new device.
     pub(crate) fn build(self, slot: u8) -> Box<dyn Device> {
         match self {
-            Self::Block(backend) => Box::new(Block::new(backend, slot)),
+            Self::Block { backend, queues } => Box::new(Block::new(backend, queues, slot)),
             Self::Net { wire, mac } => Box::new(Net::new(wire, mac)),
             Self::Console { hub, takes_input } => Box::new(Console::new(hub, takes_input)),
             Self::Rng => Box::new(Rng::default()),
@@ -95,16 +101,18 @@ impl DeviceKind {
         }
     }
 
-    /// The device as saved, on a back end that must fit it.
+    /// The device as saved, with so many `queues`, on a back end that must fit
+    /// it.
     pub(crate) fn rebuild(
         self,
         slot: u8,
         state: &DeviceV2,
+        queues: usize,
     ) -> Result<Box<dyn Device>, DeviceError> {
         let given = self.info().name;
         let device: Box<dyn Device> = match (self, state) {
-            (Self::Block(backend), DeviceV2::Block(saved)) => {
-                Box::new(Block::restore(saved, backend, slot)?)
+            (Self::Block { backend, .. }, DeviceV2::Block(saved)) => {
+                Box::new(Block::restore(saved, backend, queues, slot)?)
             }
             (Self::Net { wire, .. }, DeviceV2::Net(saved)) => Box::new(Net::restore(saved, wire)),
             (Self::Console { hub, takes_input }, DeviceV2::Console(saved)) => {

@@ -28,6 +28,7 @@ mod wire;
 mod worker;
 
 pub use balloon::BalloonFigures;
+pub use block::BLOCK_QUEUES_MAX;
 pub use device::Counters;
 pub use error::DeviceError;
 pub use function::BAR_SIZE;

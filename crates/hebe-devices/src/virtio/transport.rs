@@ -83,7 +83,7 @@ impl VirtioPci {
         let (function, transport) = (&state.function, &state.transport);
         let slot = function.slot;
         let info = kind.info();
-        let device = kind.rebuild(slot, &state.device)?;
+        let device = kind.rebuild(slot, &state.device, transport.queues.len())?;
         check_state(state, &*device)?;
         let msix = Msix::restore(&function.msix, &*platform.msix);
         let generation = transport.config_generation;

@@ -22,6 +22,8 @@ pub const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0x11, 0x22, 0x33]);
 pub trait Subject {
     /// The queue that requests go into.
     const QUEUE: u16;
+    /// So many queues, up to that one, take the requests in turn.
+    const TURNS: u16 = 1;
     /// Features of its own that the driver accepts.
     const EXTRA: u64 = 0;
     fn new() -> Self;
@@ -57,6 +59,42 @@ fn sector(n: u32) -> Vec<u8> {
     (0..512u32).map(|i| (i * 31 + n * 7 + 1) as u8).collect()
 }
 
+impl BlockSubject {
+    /// With so many queues.
+    pub fn with(&self, queues: usize) -> DeviceKind {
+        let backend = BlockBackend::open(self.file.path(), false).expect("open");
+        DeviceKind::Block { backend, queues }
+    }
+}
+
+/// `VIRTIO_BLK_F_MQ`.
+pub const F_MQ: u64 = 1 << 12;
+
+/// As [`BlockSubject`], its requests in four queues by turns.
+pub struct BlockQueuesSubject(BlockSubject);
+
+impl Subject for BlockQueuesSubject {
+    const QUEUE: u16 = 3;
+    const TURNS: u16 = 4;
+    const EXTRA: u64 = F_MQ;
+
+    fn new() -> Self {
+        Self(BlockSubject::new())
+    }
+
+    fn kind(&self) -> DeviceKind {
+        self.0.with(4)
+    }
+
+    fn prepare(&self, ram: &Ram, n: u32) -> Vec<Buffer> {
+        self.0.prepare(ram, n)
+    }
+
+    fn check(&self, ram: &Ram, count: u32) {
+        self.0.check(ram, count);
+    }
+}
+
 impl Subject for BlockSubject {
     const QUEUE: u16 = 0;
 
@@ -67,7 +105,7 @@ impl Subject for BlockSubject {
     }
 
     fn kind(&self) -> DeviceKind {
-        DeviceKind::Block(BlockBackend::open(self.file.path(), false).expect("open"))
+        self.with(1)
     }
 
     fn prepare(&self, ram: &Ram, n: u32) -> Vec<Buffer> {
