@@ -155,6 +155,8 @@ pub struct GuestSpec {
     pub kernel: KernelName,
     /// It has the disk that [`LabOptions::guest_disks`] made under its name.
     pub disk: bool,
+    /// Its disk keeps nothing of what is written.
+    pub snapshot: bool,
     /// Its first disk is the one with fio and iperf3 ([`crate::tools`]), and it
     /// runs programs by order ([`Lab::guest_agent`]). A disk of its own is then
     /// its second, and nothing in the guest uses it.
@@ -192,6 +194,7 @@ impl GuestSpec {
             vcpus: 1,
             kernel,
             disk: false,
+            snapshot: false,
             tools: false,
             agent: false,
             generation_id: false,
@@ -235,7 +238,10 @@ impl GuestSpec {
     fn disks(&self) -> Vec<DiskConfig> {
         let raw = |name: &str, readonly| DiskConfig::raw(guest_disk_path(name).into(), readonly);
         let tools = self.tools.then(|| raw(tools::DISK, true));
-        let own = self.disk.then(|| raw(&self.name, false));
+        let own = self.disk.then(|| DiskConfig {
+            snapshot: self.snapshot,
+            ..raw(&self.name, false)
+        });
         tools.into_iter().chain(own).collect()
     }
 

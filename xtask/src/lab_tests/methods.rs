@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use lab::assets::KernelName;
-use lab::scenario::{GuestSpec, Lab, LabOptions};
+use lab::scenario::{GuestSpec, Lab, LabOptions, guest_disk_path};
 use lab::trial::{self, GuestStatus, Method, Trial};
 
 use crate::demo;
@@ -20,10 +20,11 @@ pub fn run(scene: &Scene) -> Result<()> {
         host: OLD,
         others: vec![NEW],
         guest_kernels: vec![OLD, NEW],
-        guest_disks: vec![("vm1".to_owned(), 64)],
+        guest_disks: vec![("vm1".to_owned(), 64), ("vm2".to_owned(), 64)],
         ..LabOptions::default()
     };
     let mut lab = Lab::boot(scene.assets, options, scene.progress)?;
+    let base = checksum(&lab, "vm2")?;
     lab.start(&guests)?;
     vmm_memory(&lab, &guests).context("after the start")?;
     for (method, kernel) in [
@@ -50,6 +51,10 @@ pub fn run(scene: &Scene) -> Result<()> {
             downtimes(&trial)
         );
     }
+    ensure!(
+        checksum(&lab, "vm2")? == base,
+        "a disk with snapshot = true was written to"
+    );
     lab.machine.check()?;
     lab.machine.power_off()
 }
@@ -74,7 +79,14 @@ fn vmm_memory(lab: &Lab, guests: &[GuestSpec]) -> Result<()> {
     Ok(())
 }
 
-/// One with two vCPUs and a disk, one with the other kernel.
+/// Of what is on a guest's disk.
+fn checksum(lab: &Lab, vm: &str) -> Result<String> {
+    let path = guest_disk_path(vm);
+    lab.machine.exec_ok(&["/bin/busybox", "sha256sum", &path])
+}
+
+/// One with two vCPUs and a disk, one with the other kernel and a disk that
+/// keeps nothing.
 fn guests() -> Vec<GuestSpec> {
     let first = GuestSpec {
         vcpus: 2,
@@ -82,7 +94,13 @@ fn guests() -> Vec<GuestSpec> {
         append: "lab.disk_ms=200".to_owned(),
         ..GuestSpec::numbered(0, OLD)
     };
-    vec![first, GuestSpec::numbered(1, NEW)]
+    let second = GuestSpec {
+        disk: true,
+        snapshot: true,
+        append: "lab.disk_ms=200".to_owned(),
+        ..GuestSpec::numbered(1, NEW)
+    };
+    vec![first, second]
 }
 
 fn check(trial: &Trial, kernel: KernelName) -> Result<()> {
