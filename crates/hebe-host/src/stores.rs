@@ -323,7 +323,7 @@ fn have_device(cmdline: &str, found: &dyn Fn() -> bool, load: &dyn Fn()) {
 /// cannot be loaded may be built in.
 fn load_range() {
     let loaded = Command::new("modprobe")
-        .args(["--all", "--quiet"])
+        .arg("-aq")
         .args(DAX_MODULES.split(' '))
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
         .stdin(Stdio::null())
