@@ -19,6 +19,13 @@ pub const GUEST_FOLDER: &str = "/disk";
 pub const DISK: &str = "tools";
 
 const PROGRAMS: [&str; 2] = ["fio", "iperf3"];
+/// Where unpacked packages have their libraries; fio's for Ceph, which it does
+/// not use here, are found by their own path only.
+const LIBRARIES: [&str; 3] = [
+    "usr/lib/x86_64-linux-gnu",
+    "lib/x86_64-linux-gnu",
+    "usr/lib/x86_64-linux-gnu/ceph",
+];
 /// What the file system itself and its journal need, in MiB.
 const SPARE_MIB: u64 = 24;
 
@@ -31,8 +38,7 @@ pub fn place(assets: &Assets, folder: &Path, progress: &dyn Progress) -> Result<
         None => {
             let dir = fetched(assets, progress)?;
             let programs = PROGRAMS.iter().map(|name| dir.join("usr/bin").join(name));
-            let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
-            let libraries = std::env::join_paths(libraries.map(|l| dir.join(l)))?;
+            let libraries = std::env::join_paths(LIBRARIES.map(|l| dir.join(l)))?;
             (programs.collect(), Some(libraries))
         }
     };

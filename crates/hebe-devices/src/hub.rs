@@ -134,9 +134,7 @@ impl ConsoleHub {
             input_event: EventFd::new(EFD_NONBLOCK)?,
         });
         let pump = Pump::new(Arc::clone(&inner), log)?;
-        let thread = std::thread::Builder::new()
-            .name("console".to_owned())
-            .spawn(move || pump.run())?;
+        let thread = hebe_sys::thread::named("console").spawn(move || pump.run())?;
         Ok(Arc::new(Self {
             inner,
             thread: Some(thread),

@@ -12,3 +12,4 @@ pub mod lock;
 pub mod luo;
 pub mod proc;
 pub mod tap;
+pub mod thread;

@@ -12,7 +12,6 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 
 use hebe_api::{Order, Request, Response, VmmState, read_frame, write_frame};
 use hebe_store::Segment;
@@ -50,22 +49,17 @@ pub(crate) fn serve(listener: UnixListener, vm: Shared, events: Sender<Event>) -
                 continue;
             }
             let (vm, events, connections) = (vm.clone(), events.clone(), connections.clone());
-            let spawned = thread::Builder::new()
-                .name("control".into())
-                .spawn(move || {
-                    // A broken connection is its client's business.
-                    let _ = converse(stream, &vm, &events);
-                    connections.fetch_sub(1, Ordering::SeqCst);
-                });
+            let spawned = hebe_sys::thread::named("control").spawn(move || {
+                // A broken connection is its client's business.
+                let _ = converse(stream, &vm, &events);
+                connections.fetch_sub(1, Ordering::SeqCst);
+            });
             if let Err(error) = spawned {
                 log::log_error(&format!("no thread for a control connection: {error}"));
             }
         }
     };
-    thread::Builder::new()
-        .name("accept".into())
-        .spawn(accept)
-        .map(drop)
+    hebe_sys::thread::named("accept").spawn(accept).map(drop)
 }
 
 fn converse(mut stream: UnixStream, vm: &Shared, events: &Sender<Event>) -> io::Result<()> {
@@ -245,9 +239,9 @@ mod tests {
         };
         let busy = shared.lock().expect("lock");
         let vm = shared.clone();
-        let server = thread::spawn(move || converse(server, &vm, &events));
+        let server = std::thread::spawn(move || converse(server, &vm, &events));
         let late = ask(Some(Duration::from_millis(10)));
-        thread::sleep(Duration::from_millis(100));
+        std::thread::sleep(Duration::from_millis(100));
         drop(busy);
         assert_eq!(answer(late), VmError::Expired.to_string());
         for wait in [Some(Duration::from_secs(600)), None] {

@@ -8,7 +8,6 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::mpsc::Sender;
-use std::thread;
 
 use crate::vm::Event;
 
@@ -48,10 +47,7 @@ pub(crate) fn forward(events: Sender<Event>) -> io::Result<()> {
             let _ = events.send(Event::Terminated);
         }
     };
-    thread::Builder::new()
-        .name("signals".into())
-        .spawn(wait)
-        .map(drop)
+    hebe_sys::thread::named("signals").spawn(wait).map(drop)
 }
 
 fn both() -> libc::sigset_t {

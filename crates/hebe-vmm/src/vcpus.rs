@@ -12,7 +12,7 @@
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use hebe_kvm::{Kick, Stop, Vcpu, VcpuError};
 use hebe_state::v1::machine::VcpuV1;
@@ -77,8 +77,7 @@ impl Vcpus {
             let (commands, inbox) = mpsc::channel();
             let kick = vcpu.kick_handle();
             let (board, events) = (board.clone(), events.clone());
-            let handle = thread::Builder::new()
-                .name(format!("vcpu{}", vcpu.index()))
+            let handle = hebe_sys::thread::named(format!("vcpu{}", vcpu.index()))
                 .spawn(move || {
                     if caged {
                         cage::narrow_vcpu();

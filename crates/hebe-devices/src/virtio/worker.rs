@@ -108,7 +108,7 @@ impl Worker {
             shared,
         });
         let body = Arc::clone(&inner);
-        let thread = std::thread::Builder::new().name(name).spawn(move || {
+        let thread = hebe_sys::thread::named(name).spawn(move || {
             if let Some(first) = FIRST.get() {
                 first();
             }
