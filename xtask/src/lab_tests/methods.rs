@@ -21,6 +21,7 @@ pub fn run(scene: &Scene) -> Result<()> {
         others: vec![NEW],
         guest_kernels: vec![OLD, NEW],
         guest_disks: vec![("vm1".to_owned(), 64), ("vm2".to_owned(), 64)],
+        tools: true,
         ..LabOptions::default()
     };
     let mut lab = Lab::boot(scene.assets, options, scene.progress)?;
