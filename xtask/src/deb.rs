@@ -29,6 +29,7 @@ const UNITS: [&str; 6] = [
     "hebed.service",
     "hebed.socket",
 ];
+const MAINTAINER: &str = "The Hebe developers <hebe@localhost>";
 const SYSTEM_UNITS: &str = "lib/systemd/system";
 
 /// What to pack.
@@ -117,6 +118,12 @@ pub fn pack(built: &Path, out: &Path) -> Result<PathBuf> {
         ("hebe.sysusers", "usr/lib/sysusers.d/hebe.conf", 0o644),
         ("hebe.tmpfiles", "usr/lib/tmpfiles.d/hebe.conf", 0o644),
         ("host.toml", "etc/hebe/host.toml", 0o644),
+        ("hebe-vmm.8", "usr/share/man/man8/hebe-vmm.8", 0o644),
+        (
+            "hebe.lintian-overrides",
+            "usr/share/lintian/overrides/hebe",
+            0o644,
+        ),
         (
             "initramfs-hook",
             "usr/share/initramfs-tools/hooks/hebe",
@@ -130,18 +137,29 @@ pub fn pack(built: &Path, out: &Path) -> Result<PathBuf> {
         tree.copy(&deb.join(from), to, mode)?;
     }
     tree.write("DEBIAN/conffiles", "/etc/hebe/host.toml\n")?;
-    from_the_program(&tree, &built.join("hebe"))?;
+    from_the_programs(&tree, built)?;
     documents(&tree, &root)?;
     let version = env!("CARGO_PKG_VERSION");
     tree.sums()?;
     tree.write("DEBIAN/control", &control(version, tree.kib()?))?;
     let package = out.join(format!("hebe_{version}_amd64.deb"));
-    tree.pack(&package, &commit_time(&root)?)?;
+    tree.pack(&package, &commit_time(&root, "%ct")?)?;
     Ok(package)
 }
 
-/// Manual pages and completions, from the definition of the command line.
-fn from_the_program(tree: &Tree, hebe: &Path) -> Result<()> {
+/// Manual pages and completions, from the definitions of the command lines.
+fn from_the_programs(tree: &Tree, built: &Path) -> Result<()> {
+    let hebe = &built.join("hebe");
+    let daemon = Command::new(built.join("hebed"))
+        .arg("--manual-page")
+        .output();
+    let daemon = daemon.context("cannot run hebed")?;
+    ensure!(daemon.status.success(), "no manual page of hebed");
+    let page = String::from_utf8(daemon.stdout)?;
+    tree.write("usr/share/man/man8/hebed.8", &page)?;
+    for page in files(&tree.dir("usr/share/man/man8")?)? {
+        gzip(&page)?;
+    }
     let man = tree.dir("usr/share/man/man1")?;
     let made = Command::new(hebe)
         .args(["man", "--dir"])
@@ -183,8 +201,11 @@ fn documents(tree: &Tree, root: &Path) -> Result<()> {
             .into_owned();
         tree.copy(&page, &format!("{doc}/docs/{name}"), 0o644)?;
     }
+    let changes = format!("{doc}/CHANGELOG.md");
+    tree.copy(&root.join("CHANGELOG.md"), &changes, 0o644)?;
+    gzip(&tree.root.join(changes))?;
     let changelog = format!("{doc}/changelog");
-    tree.copy(&root.join("CHANGELOG.md"), &changelog, 0o644)?;
+    tree.write(&changelog, &debian_changelog(&commit_time(root, "%cD")?))?;
     gzip(&tree.root.join(changelog))?;
     let third = format!("{doc}/THIRD-PARTY");
     tree.write(&third, &third_party(root)?)?;
@@ -285,16 +306,24 @@ fn linked(metadata: &Value) -> Result<Vec<&Value>> {
     Ok(found)
 }
 
+/// What Debian's tools read of a package's history.
+fn debian_changelog(date: &str) -> String {
+    let version = env!("CARGO_PKG_VERSION");
+    format!(
+        "hebe ({version}) unstable; urgency=medium\n\n  * What changed stands in CHANGELOG.md.gz beside this file.\n\n -- {MAINTAINER}  {date}\n"
+    )
+}
+
 fn control(version: &str, kib: u64) -> String {
     format!(
         "Package: hebe
 Version: {version}
 Architecture: amd64
-Maintainer: The Hebe developers <hebe@localhost>
+Maintainer: {MAINTAINER}
 Installed-Size: {kib}
 Pre-Depends: init-system-helpers (>= 1.54~)
-Recommends: systemd (>= 252), kmod
-Suggests: initramfs-tools, grub2-common
+Recommends: systemd (>= 252), kmod, nftables
+Suggests: initramfs-tools, grub2-common, mmdebstrap, passt
 Section: admin
 Priority: optional
 Description: keeps VMs alive under a new host kernel
@@ -307,11 +336,11 @@ Description: keeps VMs alive under a new host kernel
     )
 }
 
-/// The time that everything in the package bears.
-fn commit_time(root: &Path) -> Result<String> {
+/// The time that everything in the package bears, in a format of `git log`.
+fn commit_time(root: &Path, format: &str) -> Result<String> {
     let output = Command::new("git")
         .current_dir(root)
-        .args(["log", "-1", "--format=%ct"])
+        .args(["log", "-1", &format!("--format={format}")])
         .output()
         .context("cannot run git")?;
     let text = String::from_utf8(output.stdout)?.trim().to_owned();

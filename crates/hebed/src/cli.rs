@@ -1,10 +1,12 @@
 //! The command line.
 
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
+use clap_mangen::Man;
 
 use crate::tls::TlsFiles;
 
@@ -72,6 +74,17 @@ pub struct Args {
     /// How often to look at the policy and at new samples, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=300))]
     pub look_every: u64,
+    /// Print the manual page, and end.
+    #[arg(long, hide = true)]
+    pub manual_page: bool,
+}
+
+/// The manual page, for section 8.
+///
+/// # Errors
+/// `to` cannot be written to.
+pub fn write_manual(to: &mut dyn Write) -> io::Result<()> {
+    Man::new(Args::command()).section("8").render(to)
 }
 
 impl Args {
@@ -103,9 +116,20 @@ impl Args {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
+
+    #[test]
+    fn the_manual_page_tells_of_every_flag_for_the_section_of_daemons() {
+        let mut page = Vec::new();
+        write_manual(&mut page).expect("written");
+        let page = String::from_utf8(page).expect("text");
+        assert!(page.contains(".TH hebed 8"), "{page}");
+        // As roff writes a hyphen.
+        for flag in ["client\\-ca", "sample\\-every"] {
+            assert!(page.contains(flag), "{flag}: {page}");
+        }
+        assert!(!page.contains("manual\\-page"));
+    }
 
     #[test]
     fn the_command_line_is_sound_and_explains_itself() {

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use hebed::cli::Args;
+use hebed::cli::{Args, write_manual};
 use hebed::log;
 use hebed::systemd::Systemd;
 
@@ -13,6 +13,12 @@ fn main() -> ExitCode {
     // SAFETY: called once, and nothing has been opened yet.
     let sockets = unsafe { systemd.sockets() };
     let args = Args::parse();
+    if args.manual_page {
+        return match write_manual(&mut std::io::stdout()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        };
+    }
     // VMs in store `luo` have many files; a VMM inherits the limit.
     let _ = hebe_sys::proc::raise_file_limit();
     let handed = sockets.and_then(|fds| fds.into_iter().map(hebed::server::adopt).collect());
