@@ -163,12 +163,12 @@ const CHECKS: &[Check] = &[
     },
     Check {
         name: "lab: Debian in Debian, over systemctl kexec",
-        lab_minutes: 6,
+        lab_minutes: 5,
         run: lab_tests::debian::run,
     },
     Check {
         name: "lab: a host with systemd and the package",
-        lab_minutes: 12,
+        lab_minutes: 5,
         run: lab_tests::systemd::run,
     },
     Check {

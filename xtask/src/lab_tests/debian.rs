@@ -174,6 +174,8 @@ pub fn run(scene: &Scene) -> Result<()> {
         second.rtc_s,
         first.rtc_s
     );
+    package::is_not_removed(&lab)?;
+    self::listed(&lab).context("after a removal that was refused")?;
     lab.machine.check()?;
     lab.machine.power_off()
 }

@@ -77,6 +77,14 @@ fn range_without_its_modules(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
+/// While a VM runs the package stays, and all of it works.
+pub fn is_not_removed(lab: &Lab) -> Result<()> {
+    let order = ["dpkg", "--remove", "hebe"];
+    super::refused(lab, &order, &["hebe: VMs run", "stop them first"])?;
+    active(lab)?;
+    enabled(lab)
+}
+
 fn active(lab: &Lab) -> Result<()> {
     let words = ["systemctl", "is-active", ENABLED[0], ENABLED[3]];
     let told = lab.machine.exec_ok(&words)?;
