@@ -64,11 +64,16 @@ fn nets_of(host: &Host, order: &Launch) -> Vec<NetConfig> {
 }
 
 fn life_nets(layout: &Layout, name: &VmName, vm: VmId) -> Vec<NetConfig> {
-    let file = LifeFile::new(layout, name, vm).existing();
-    let text = file.and_then(|file| fs::read_to_string(file).ok());
-    let text = text.filter(|text| text.len() <= DEFINITION_LEN_MAX);
-    let config = text.and_then(|text| toml::from_str::<VmConfig>(&text).ok());
+    let config = life(layout, name, vm);
     config.map(|config| config.nets).unwrap_or_default()
+}
+
+/// The definition that a VM was booted with, as far as its VMM knows it.
+fn life(layout: &Layout, name: &VmName, vm: VmId) -> Option<VmConfig> {
+    let file = LifeFile::new(layout, name, vm).existing()?;
+    let text = fs::read_to_string(file).ok()?;
+    let text = (text.len() <= DEFINITION_LEN_MAX).then_some(text)?;
+    toml::from_str(&text).ok()
 }
 
 fn ports(name: &VmName, vm: VmId, nets: &[NetConfig]) -> Vec<Port> {
@@ -155,6 +160,19 @@ fn bear<T>(
             Ok(None)
         }
     }
+}
+
+/// Looks after the process that serves the network: started again where VMs use
+/// that and it is gone. Whether it was.
+///
+/// # Errors
+/// It cannot be started, or the network cannot be put right.
+pub fn tend(host: &Host) -> Result<bool, NetworkError> {
+    // Makes nothing where there is nothing.
+    if !host.layout.run.join("net").exists() {
+        return Ok(false);
+    }
+    place(&host.layout)?.tend(&|| host.system.start_net_helper(host))
 }
 
 /// What operators should know of networks since this was last asked.

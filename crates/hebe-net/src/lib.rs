@@ -17,7 +17,8 @@
 //! run directory, by whoever starts a VM ([`Place::plug`]) and by the helper
 //! ([`serve::run`]), a small process that answers DHCP and takes away what is
 //! not used any more, itself last. It holds no truth: killed, it is started
-//! again by the next order, from the same files.
+//! again by the next order, or by whoever looks after it ([`Place::tend`]), from the
+//! same files.
 //!
 //! **The same address after everything.** A VM's address is chosen once, written
 //! down durably before the VM boots ([`Place::lease`]), and is part of the VM's

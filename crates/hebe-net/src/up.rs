@@ -340,6 +340,37 @@ impl Place {
         Ok(used)
     }
 
+    /// Starts the helper where VMs use the network and it is gone, and does what it
+    /// would have done meanwhile; whether it was started. Does nothing where nobody
+    /// uses the network, or somebody changes it.
+    pub fn tend(
+        &self,
+        start_helper: &dyn Fn() -> Result<(), String>,
+    ) -> Result<bool, NetworkError> {
+        let is_served = || self.net.is_locked(HELPER_LOCK);
+        let is_unused = self.recorded().is_empty() && !self.has_rules();
+        if is_unused || is_served() {
+            return Ok(false);
+        }
+        let Some(_held) = self.lock(false)? else {
+            return Ok(false);
+        };
+        if is_served() {
+            return Ok(false);
+        }
+        let ports = self.settle()?;
+        let Some(first) = ports.first() else {
+            self.take_away()?;
+            return Ok(false);
+        };
+        let range = Range::of(first.address);
+        for words in self.make(range, &ports, false, Care::WhatThereIs)? {
+            self.remark(&words);
+        }
+        self.have_helper(start_helper)?;
+        Ok(true)
+    }
+
     fn have_helper(&self, start: &dyn Fn() -> Result<(), String>) -> Result<(), NetworkError> {
         if self.net.is_locked(HELPER_LOCK) {
             if !self.has_stale_helper() {

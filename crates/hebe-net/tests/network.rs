@@ -131,6 +131,29 @@ fn a_killed_helper_is_started_again_and_hands_out_the_same() {
     assert_eq!(guest.dhcp(&world)[0], port.address.to_string());
 }
 
+/// Who looks after it needs no order of a VM.
+#[test]
+fn a_killed_helper_is_started_by_who_looks_after_it_as_long_as_it_is_needed() {
+    let Some(world) = World::new("tend") else {
+        return;
+    };
+    assert!(!world.tend().expect("nothing there"));
+    let port = world.port("web", &[]);
+    world.plug(&port, Care::Whole).expect("plugged");
+    assert!(!world.tend().expect("it is served"));
+    let guest = world.guest(&port);
+    world.kill_helper();
+    assert!(world.tend().expect("started"));
+    assert!(!world.tend().expect("it is served"));
+    assert_eq!(guest.dhcp(&world)[0], port.address.to_string());
+    // Killed, and then nobody is left: nobody else would take the network away.
+    world.kill_helper();
+    drop(guest);
+    world.release("web");
+    assert!(!world.tend().expect("taken away"));
+    assert!(world.is_gone());
+}
+
 /// A new kernel has no bridge, no rules and no helper, and the VM is not to be
 /// told.
 #[test]

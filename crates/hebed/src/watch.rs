@@ -14,8 +14,9 @@ use hebe_flow::supervise::{Answer, Effect, Look, Memory, Rule, Seen, Supervisor}
 use hebe_host::ageing::{self, SLOTS, SampleStore, path_below};
 use hebe_host::launch::ExitRecord;
 use hebe_host::listing::{Survey, VmRow, VmState, with_cause};
-use hebe_host::{Host, files, ops, overlays};
+use hebe_host::{Host, files, network, ops, overlays};
 use hebe_types::VmName;
+use tokio::task::JoinHandle;
 
 use crate::answers::Supervision;
 use crate::app::{App, Failed};
@@ -62,6 +63,7 @@ pub fn memory_path(host: &Host) -> PathBuf {
 pub async fn watch(app: App, poll: Duration, systemd: Arc<Systemd>) {
     let mut began = false;
     let mut told: Option<tokio::time::Instant> = None;
+    let mut tending = Tending::default();
     loop {
         match app.engine.survey().await {
             Ok(survey) => {
@@ -73,6 +75,7 @@ pub async fn watch(app: App, poll: Duration, systemd: Arc<Systemd>) {
             Err(error) => log::error(format!("the VMs could not be looked at: {error}")),
         }
         app.engine.bury();
+        tending.turn(&app).await;
         if let Some(every) = systemd.watchdog()
             && told.is_none_or(|at| at.elapsed() * 2 >= every)
         {
@@ -81,6 +84,55 @@ pub async fn watch(app: App, poll: Duration, systemd: Arc<Systemd>) {
         }
         let wait = systemd.watchdog().map_or(poll, |every| poll.min(every / 2));
         let _ = tokio::time::timeout(wait, app.look_now.notified()).await;
+    }
+}
+
+/// Looks after the process that serves VMs' network. Beside the other looks: what
+/// it is waited for keeps none of them up.
+#[derive(Debug, Default)]
+struct Tending {
+    task: Option<JoinHandle<Result<bool, String>>>,
+    trouble: Option<String>,
+}
+
+impl Tending {
+    async fn turn(&mut self, app: &App) {
+        if self.task.as_ref().is_some_and(|task| !task.is_finished()) {
+            return;
+        }
+        if let Some(task) = self.task.take() {
+            let ended = task.await;
+            self.tell(ended.unwrap_or_else(|error| Err(error.to_string())));
+        }
+        // A reboot brings back what it needs by itself.
+        if !app.engine.is_quiet() {
+            let engine = app.engine.clone();
+            self.task = Some(tokio::spawn(async move {
+                match engine.read(network::tend).await {
+                    Ok(tended) => tended.map_err(|error| with_cause(&error)),
+                    Err(broken) => Err(broken.to_string()),
+                }
+            }));
+        }
+    }
+
+    /// The same trouble is told once.
+    fn tell(&mut self, tended: Result<bool, String>) {
+        match tended {
+            Ok(started) => {
+                self.trouble = None;
+                if started {
+                    log::warning(
+                        "the process that serves network = \"nat\" was gone, and was started again",
+                    );
+                }
+            }
+            Err(why) if self.trouble.as_ref() == Some(&why) => {}
+            Err(why) => {
+                log::warning(format!("the network of VMs is not served: {why}"));
+                self.trouble = Some(why);
+            }
+        }
     }
 }
 

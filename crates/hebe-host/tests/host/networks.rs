@@ -28,6 +28,10 @@ pub const CASES: &[Case] = &[
         "a_network_that_cannot_be_had_refuses_a_boot_and_no_resume",
         a_network_that_cannot_be_had_refuses_a_boot_and_no_resume,
     ),
+    (
+        "a_helper_that_is_gone_is_started_as_long_as_a_vm_needs_it",
+        a_helper_that_is_gone_is_started_as_long_as_a_vm_needs_it,
+    ),
 ];
 
 const NAT: &str = "[[net]]\nnetwork = \"nat\"\nforward = [\"8080:80\"]";
@@ -161,4 +165,39 @@ fn a_network_that_cannot_be_had_refuses_a_boot_and_no_resume() {
         assert!(!world.dir("db").exists());
     });
     drop(holder);
+}
+
+/// The helper of these tests is an entry in a list, so that it is always gone.
+fn a_helper_that_is_gone_is_started_as_long_as_a_vm_needs_it() {
+    let Some(space) = Space::new("tend") else {
+        return;
+    };
+    let world = World::new();
+    let started = || {
+        world
+            .events()
+            .iter()
+            .filter(|e| *e == "host net helper")
+            .count()
+    };
+    assert!(!network::tend(&world.host).expect("nothing there"));
+    assert!(
+        !world.host.layout.run.join("net").exists(),
+        "nor is it made"
+    );
+    world.define("web", NAT);
+    space.within(|| {
+        ops::start(&world.host, &name("web")).expect("starts");
+        let first = started();
+        assert!(network::tend(&world.host).expect("started"));
+        assert_eq!(started(), first + 1);
+        let now = StopOptions {
+            timeout: std::time::Duration::ZERO,
+            force: true,
+        };
+        ops::stop(&world.host, &name("web"), now).expect("stopped");
+        assert!(!network::tend(&world.host).expect("nobody needs it"));
+        assert_eq!(started(), first + 1);
+        assert!(link::index(NAT_BRIDGE).is_none(), "taken away");
+    });
 }

@@ -244,6 +244,10 @@ impl System for FakeMachine {
         let manager = self.manager.lock().expect("lock");
         manager.as_ref().is_some_and(|m| !m.names().is_empty())
     }
+    fn start_net_helper(&self, _: &Host) -> Result<(), String> {
+        self.event("net helper");
+        Ok(())
+    }
     fn start_keeper(&self, host: &Host) -> Result<usize, String> {
         let manager = self.manager.lock().expect("lock").clone();
         let luo = self.luo.lock().expect("lock").clone();

@@ -339,6 +339,12 @@ impl World {
             .within(|| place.expect(ports, &|| self.start_helper()))
     }
 
+    /// As who looks after it does.
+    pub fn tend(&self) -> Result<bool, NetworkError> {
+        let place = self.place();
+        self.host.within(|| place.tend(&|| self.start_helper()))
+    }
+
     /// A process of its own, as in earnest.
     fn start_helper(&self) -> Result<(), String> {
         let this = std::env::current_exe().map_err(|e| e.to_string())?;
