@@ -1,16 +1,22 @@
 //! Is this machine ready? Each check with the exact remedy.
 
+use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use hebe_net::passt;
 use hebe_store::StoreError;
 use hebe_sys::kexec;
+use hebe_types::{Network, VmName};
 
 use crate::checks;
 use crate::cmdline;
+use crate::definitions;
 use crate::host::Host;
+use crate::launch::Instance;
 use crate::listing::with_cause;
+use crate::network::life;
 use crate::preflight::{Check, Level};
 use crate::stores::{StoreAccess, StoreTrouble};
 use crate::systemd;
@@ -37,6 +43,11 @@ pub fn host_check(host: &Host) -> Vec<Check> {
         checks.push(check_armed(host.system.armed()));
         checks.extend(check_places(host, Path::new("/proc")));
     }
+    checks.extend(check_networks(
+        networks_of(host),
+        hebe_net::nft_program(),
+        passt::program(),
+    ));
     checks.extend(check_dirs(host));
     checks
 }
@@ -269,7 +280,7 @@ fn check_armed(armed: Result<(), String>) -> Check {
 /// VMMs that a session or a service takes along when it is stopped, before the
 /// suspend event.
 fn check_places(host: &Host, proc: &Path) -> Vec<Check> {
-    let elsewhere = |name: &hebe_types::VmName| {
+    let elsewhere = |name: &VmName| {
         let pid = crate::vmm::process(&host.layout.socket(name))?;
         let path = proc.join(pid.to_string()).join("cgroup");
         let text = fs::read_to_string(path).ok()?;
@@ -285,6 +296,53 @@ fn check_places(host: &Host, proc: &Path) -> Vec<Check> {
     };
     let names = crate::listing::run_dirs(host);
     names.iter().filter_map(elsewhere).collect()
+}
+
+/// Networks that Hebe makes, of VMs that are defined or may go on, each with one
+/// of them.
+fn networks_of(host: &Host) -> BTreeMap<Network, VmName> {
+    let mut found = BTreeMap::new();
+    let defined = definitions::all(&host.layout).into_values().flatten();
+    let names = crate::listing::run_dirs(host);
+    let known = names.iter().filter_map(|name| {
+        let instance = Instance::read(&host.layout.vm_dir(name))?;
+        life(&host.layout, name, instance.vm)
+    });
+    for config in defined.chain(known) {
+        for network in config.nets.iter().filter_map(|net| net.network) {
+            found.entry(network).or_insert_with(|| config.name.clone());
+        }
+    }
+    found
+}
+
+/// The programs of the networks that are used.
+fn check_networks(
+    used: BTreeMap<Network, VmName>,
+    nft: Option<PathBuf>,
+    passt: Option<PathBuf>,
+) -> Vec<Check> {
+    let check = |(network, vm): (Network, VmName)| {
+        let (word, program, found, package) = match network {
+            Network::Nat => ("nat", "nft", &nft, "nftables"),
+            Network::User => ("user", "passt", &passt, "passt"),
+        };
+        let id = format!("network:{word}");
+        match found {
+            Some(path) => Check::ok(id, format!("network = \"{word}\" has {}", path.display())),
+            None => Check::bad(
+                id,
+                Level::Warn,
+                format!(
+                    "network = \"{word}\", which VM '{vm}' has, needs the program {program}, which is not installed"
+                ),
+                format!(
+                    "install the package {package}, also where VMs are resumed before the root file system is there"
+                ),
+            ),
+        }
+    };
+    used.into_iter().map(check).collect()
 }
 
 fn check_dirs(host: &Host) -> Vec<Check> {
@@ -355,6 +413,40 @@ mod tests {
         for check in good {
             assert_eq!(check.level, Level::Ok, "{check:?}");
         }
+    }
+
+    #[test]
+    fn a_network_without_its_program_is_told_to_who_uses_it() {
+        let root = tempfile::tempdir().expect("dir");
+        let host = Host {
+            layout: crate::host::Layout::below(root.path()),
+            ..Host::here()
+        };
+        assert!(networks_of(&host).is_empty());
+        let dir = host.layout.config.join("vms");
+        fs::create_dir_all(&dir).expect("mkdir");
+        let text = |name: &str, more: &str| {
+            let net = format!("[[net]]\nnetwork = \"{more}\"\n");
+            let text = format!("name = \"{name}\"\nmemory = \"4MiB\"\nkernel = \"/k\"\n{net}");
+            fs::write(dir.join(format!("{name}.toml")), text).expect("write");
+        };
+        text("web", "user");
+        let used = networks_of(&host);
+        assert_eq!(used.len(), 1, "{used:?}");
+        let checks = check_networks(used, None, None);
+        assert_eq!(checks[0].level, Level::Warn);
+        assert!(checks[0].sentence.contains("'web'"), "{checks:?}");
+        let remedy = checks[0].remedy.as_deref().expect("a remedy");
+        assert!(remedy.contains("package passt"), "{remedy}");
+        text("db", "nat");
+        let here = || Some(PathBuf::from("/usr/bin/x"));
+        let checks = check_networks(networks_of(&host), here(), None);
+        let levels: Vec<_> = checks.iter().map(|c| (c.id.as_str(), c.level)).collect();
+        assert!(levels.contains(&("network:nat", Level::Ok)), "{levels:?}");
+        assert!(
+            levels.contains(&("network:user", Level::Warn)),
+            "{levels:?}"
+        );
     }
 
     /// The store's last granule is the guard.

@@ -69,7 +69,7 @@ fn life_nets(layout: &Layout, name: &VmName, vm: VmId) -> Vec<NetConfig> {
 }
 
 /// The definition that a VM was booted with, as far as its VMM knows it.
-fn life(layout: &Layout, name: &VmName, vm: VmId) -> Option<VmConfig> {
+pub(crate) fn life(layout: &Layout, name: &VmName, vm: VmId) -> Option<VmConfig> {
     let file = LifeFile::new(layout, name, vm).existing()?;
     let text = fs::read_to_string(file).ok()?;
     let text = (text.len() <= DEFINITION_LEN_MAX).then_some(text)?;

@@ -204,7 +204,13 @@ pub fn preflight(host: &Host, options: &RebootOptions, probe: bool) -> (Verdict,
         None => checks.extend(checks::reset(&survey)),
     }
     if let Some(next) = &next {
-        checks.extend(luo::check::checks(host, next, &survey, &vms));
+        checks.extend(luo::check::checks(
+            host,
+            next,
+            &survey,
+            &vms,
+            options.direct,
+        ));
     }
     checks.push(checks::store(host, &survey, &vms));
     checks.extend(checks::vms(host, &survey, &vms));

@@ -43,6 +43,7 @@ use serde::{Deserialize, Serialize};
 
 pub use dhcp::{Offer, Reply, answer};
 pub use range::{Book, Range};
+pub use rules::program as nft_program;
 pub use up::{Care, Place};
 
 /// A NIC that is in the network, or about to be.

@@ -1,7 +1,9 @@
 //! The rules in nftables: two tables of Hebe's own, replaced as wholes.
 
+use std::env;
 use std::fmt::Write;
 use std::io::{self, Write as _};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use hebe_types::{Forward, NAT_BRIDGE};
@@ -123,11 +125,17 @@ pub(crate) fn try_port(forward: &Forward) -> Result<(), NetworkError> {
     })
 }
 
-fn nft(arguments: &[&str]) -> Command {
+/// The program `nft`, if it is installed.
+pub fn program() -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
     // Where administrators' programs are, whatever PATH says.
-    let places = ["/usr/sbin/nft", "/sbin/nft", "/usr/bin/nft"];
-    let found = places.iter().find(|p| std::path::Path::new(p).exists());
-    let mut command = Command::new(found.unwrap_or(&"nft"));
+    let places = ["/usr/sbin", "/sbin", "/usr/bin"].map(PathBuf::from);
+    let dirs = places.into_iter().chain(env::split_paths(&path));
+    dirs.map(|dir| dir.join("nft")).find(|p| p.is_file())
+}
+
+fn nft(arguments: &[&str]) -> Command {
+    let mut command = Command::new(program().unwrap_or_else(|| "nft".into()));
     command.args(arguments);
     command
 }

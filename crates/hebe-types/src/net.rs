@@ -25,7 +25,7 @@ pub const USER_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 pub const FORWARDS_MAX: usize = 64;
 
 /// A network that Hebe makes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Network {
     /// The bridge [`NAT_BRIDGE`], with DHCP; what leaves the host has the host's

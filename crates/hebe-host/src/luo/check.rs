@@ -32,12 +32,13 @@ pub(crate) fn checks(
     next: &NextKernel,
     survey: &Survey,
     verdicts: &[VmVerdict],
+    direct: bool,
 ) -> Vec<Check> {
     let vms = candidates(survey, verdicts);
     if vms.is_empty() {
         return Vec::new();
     }
-    let mut checks = vec![running(host), carrier(host), command_line(next)];
+    let mut checks = vec![running(host), carrier(host, direct), command_line(next)];
     let here = host.system.release();
     let own = PathBuf::from(format!("/boot/vmlinuz-{here}"));
     checks.extend(next_image((&here, &own), &next.kernel));
@@ -66,11 +67,22 @@ fn running(host: &Host) -> Check {
     }
 }
 
-/// Who holds the memory up to the jump, and why.
-fn carrier(host: &Host) -> Check {
+/// Who holds the memory up to the jump, and why; `direct`: nobody else takes the
+/// host down.
+fn carrier(host: &Host, direct: bool) -> Check {
     let id = CARRIER;
     let chosen = host.config().unwrap_or_default().live_update.carrier;
-    match host.system.armed().and_then(|()| super::carrier(host)) {
+    let by_manager = match direct {
+        true => Err("--direct says so".to_owned()),
+        false => host.system.armed().and_then(|()| super::carrier(host)),
+    };
+    match by_manager {
+        Err(_) if direct && chosen == CarrierChoice::Systemd => Check::bad(
+            id,
+            Level::Fail,
+            "host.toml says carrier = \"systemd\", and with --direct systemd does not take the host down",
+            "leave --direct out, or set [live_update] carrier = \"auto\"",
+        ),
         Ok(words) => Check::ok(
             id,
             format!("while systemd takes the host down, PID 1 holds the memory: {words}"),

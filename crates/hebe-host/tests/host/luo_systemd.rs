@@ -206,13 +206,15 @@ fn too_old() {
 }
 
 fn chosen() {
-    let carrier = |world: &World| {
-        let options = world.options(RebootMethod::Warm);
+    let carrier_of = |world: &World, direct| {
+        let mut options = world.options(RebootMethod::Warm);
+        options.direct = direct;
         let (verdict, _) = preflight(&world.host, &options, false);
         let mut checks = verdict.checks.into_iter();
         let check = checks.find(|c| c.id == "live-update:carrier");
         check.expect("checked")
     };
+    let carrier = |world: &World| carrier_of(world, false);
     let config = |world: &World, word: &str| {
         let text = format!("[live_update]\ncarrier = \"{word}\"\n");
         fs::write(world.host.layout.config.join("host.toml"), text).expect("write");
@@ -225,6 +227,12 @@ fn chosen() {
     *world.machine.going.lock().expect("lock") = Some(Ok(Going::Stays));
     let said = carrier(&world);
     assert!(said.sentence.contains("PID 1 holds the memory"), "{said:?}");
+    let said = carrier_of(&world, true);
+    assert_eq!(said.level, Level::Ok);
+    assert!(said.sentence.contains("--direct"), "{said:?}");
+    config(&world, "systemd");
+    let said = carrier_of(&world, true);
+    assert_eq!(said.level, Level::Fail);
     config(&world, "own");
     let said = carrier(&world);
     assert!(said.sentence.contains("carrier = \"own\""), "{said:?}");
