@@ -48,6 +48,8 @@ pub fn host_check(host: &Host) -> Vec<Check> {
         hebe_net::nft_program(),
         passt::program(),
     ));
+    checks.push(check_limits(host.system.can_limit()));
+    checks.extend(check_unlimited(host));
     checks.extend(check_dirs(host));
     checks
 }
@@ -345,6 +347,43 @@ fn check_networks(
     used.into_iter().map(check).collect()
 }
 
+/// Without them a guest that took its VMM over can exhaust the host.
+fn check_limits(can: Result<String, String>) -> Check {
+    match can {
+        Ok(place) => Check::ok(
+            "limits",
+            format!("memory and threads of VMMs are limited: {place}"),
+        ),
+        Err(why) => Check::bad(
+            "limits",
+            Level::Warn,
+            format!("memory and threads of VMMs are not limited: {why}"),
+            "with systemd, install hebe.slice; elsewhere mount control groups of version 2 with memory and pids: mount -t cgroup2 none /sys/fs/cgroup",
+        ),
+    }
+}
+
+/// VMMs that run without limits, where there are any.
+fn check_unlimited(host: &Host) -> Vec<Check> {
+    if host.system.can_limit().is_err() {
+        return Vec::new();
+    }
+    let unlimited = |name: &VmName| {
+        let pid = crate::vmm::process(&host.layout.socket(name))?;
+        let view = host.system.limits_of(pid).ok()?;
+        (!view.is_limited()).then(|| {
+            Check::bad(
+                format!("limits:{name}"),
+                Level::Warn,
+                format!("the VMM of '{name}' has {view}"),
+                format!("give it a new VMM: `hebe suspend {name}` and `hebe resume {name}`, or stop and start it"),
+            )
+        })
+    };
+    let names = crate::listing::run_dirs(host);
+    names.iter().filter_map(unlimited).collect()
+}
+
 fn check_dirs(host: &Host) -> Vec<Check> {
     let mut checks = Vec::new();
     let state = &host.layout.state;
@@ -397,6 +436,7 @@ mod tests {
             check_tun(Path::new("/no/such/tun")),
             check_vmm(Path::new("/no/such/vmm")),
             check_armed(Err("it is inactive".into())),
+            check_limits(Err("not mounted".into())),
         ];
         for check in bad {
             assert_ne!(check.level, Level::Ok, "{check:?}");
@@ -409,6 +449,7 @@ mod tests {
             check_lockdown(""),
             check_reservation("memmap=256M!4G"),
             check_armed(Ok(())),
+            check_limits(Ok("scopes".into())),
         ];
         for check in good {
             assert_eq!(check.level, Level::Ok, "{check:?}");

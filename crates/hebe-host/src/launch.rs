@@ -12,7 +12,7 @@
 //!    close-on-exec everywhere else (invariant: a VMM reaches its own segment).
 
 use std::fs::{self, OpenOptions};
-use std::io;
+use std::io::{self, PipeReader, PipeWriter, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -29,6 +29,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::files;
 use crate::host::{Cage, Host};
+use crate::limits::{GroupView, Limits};
 use crate::lock::VmLock;
 use crate::network;
 use crate::saved::LifeFile;
@@ -38,6 +39,9 @@ use crate::vmm;
 /// How long a VMM may take until it answers. Reading a large saved file and
 /// building a VM under emulation both take long.
 pub const LAUNCH_WAIT: Duration = Duration::from_secs(120);
+
+/// How long a VMM may take to come to where it is limited, where it must be.
+const LIMITS_WAIT: Duration = Duration::from_secs(5);
 
 /// Longest `exit.json`, in bytes.
 const EXIT_LEN_MAX: u64 = 1 << 20;
@@ -282,11 +286,17 @@ pub fn launch(
 ) -> Result<VmStatus, LaunchError> {
     let dir = host.layout.vm_dir(&order.name);
     prepare_dir(host, &dir, order)?;
+    // Of VMs that have ended by themselves.
+    host.system.let_go_of_ended();
     let nets = network::connect(host, order)?;
-    let child = spawn(host, lock, order, &dir, nets)?;
-    // While it starts. A VMM that stays where it is runs its VM as well; what
-    // a host's shutdown does to it then is said by `hebe host check`.
-    let _ = host.system.adopt(&order.name, child.id());
+    let mut confined = Confined::of(host).map_err(directory_error(&dir))?;
+    let child = spawn(host, lock, order, &dir, nets, &mut confined)?;
+    // While it starts. A VMM that stays where it is runs its VM as well, if its
+    // cage need not be whole; what a host's shutdown does to it then is said by
+    // `hebe host check`.
+    let limits = Limits::of(host, order);
+    let adopted = host.system.adopt(&order.name, child.id(), &limits);
+    confined.tell(host, child.id(), adopted);
     wait_until_up(&host.layout.socket(&order.name), &dir, order, child, wait)
 }
 
@@ -340,6 +350,7 @@ fn spawn(
     order: &Launch,
     dir: &Path,
     nets: Vec<(usize, OwnedFd)>,
+    confined: &mut Confined,
 ) -> Result<Child, LaunchError> {
     let lock_path = dir.join("lock");
     let lock_fd = lock.share().map_err(directory_error(&lock_path))?;
@@ -398,7 +409,7 @@ fn spawn(
     if order.accept_changed_disk {
         command.arg("--accept-changed-disk");
     }
-    confine(host, &mut command);
+    confined.order(&mut command, &mut keep);
     command.stdin(Stdio::null());
     command.stdout(Stdio::null());
     command.stderr(Stdio::from(log));
@@ -408,14 +419,60 @@ fn spawn(
     })
 }
 
-/// How the VMM confines itself. Nothing here keeps a VM from running.
-fn confine(host: &Host, command: &mut Command) {
-    let cage = match host.config() {
-        _ if host.layout.no_sandbox => "off",
-        Ok(config) => config.cage.as_str(),
-        Err(_) => Cage::On.as_str(),
-    };
-    command.args(["--cage", cage]);
+/// How the VMM confines itself. Nothing here keeps a VM from running whose cage
+/// need not be whole: it does not even wait for its limits then.
+struct Confined {
+    cage: &'static str,
+    /// By which it is told whether it has its limits, which it must not run without.
+    word: Option<PipeReader>,
+    ours: Option<PipeWriter>,
+}
+
+impl Confined {
+    fn of(host: &Host) -> io::Result<Self> {
+        let cage = match host.config() {
+            _ if host.layout.no_sandbox => "off",
+            Ok(config) => config.cage.as_str(),
+            Err(_) => Cage::On.as_str(),
+        };
+        let whole = cage == Cage::Required.as_str();
+        let (word, ours) = whole.then(io::pipe).transpose()?.unzip();
+        Ok(Self { cage, word, ours })
+    }
+
+    fn order(&mut self, command: &mut Command, keep: &mut Vec<OwnedFd>) {
+        command.args(["--cage", self.cage]);
+        if let Some(word) = self.word.take() {
+            command.arg("--limits-fd");
+            command.arg(word.as_raw_fd().to_string());
+            keep.push(word.into());
+        }
+    }
+
+    /// Tells a VMM that waits for it how it is limited, or why not.
+    fn tell(self, host: &Host, pid: u32, adopted: Result<(), String>) {
+        let Some(mut word) = self.ours else { return };
+        let limited = adopted.and_then(|()| limited(host, pid));
+        let text = match &limited {
+            Ok(view) => format!("on {view}"),
+            Err(why) => format!("off {why}"),
+        };
+        // It may have ended.
+        let _ = word.write_all(text.as_bytes());
+    }
+}
+
+/// Waits until a VMM is where it is limited: PID 1 answers before it is.
+fn limited(host: &Host, pid: u32) -> Result<GroupView, String> {
+    let began = Instant::now();
+    loop {
+        match host.system.limits_of(pid) {
+            Ok(view) if view.is_limited() => return Ok(view),
+            Ok(view) if began.elapsed() >= LIMITS_WAIT => return Err(view.to_string()),
+            Err(why) if began.elapsed() >= LIMITS_WAIT => return Err(why),
+            _ => thread::sleep(Duration::from_millis(2)),
+        }
+    }
 }
 
 fn wait_until_up(
@@ -546,8 +603,11 @@ mod tests {
             ..Host::here()
         };
         let words = |host: &Host| {
-            let mut command = Command::new("x");
-            confine(host, &mut command);
+            let (mut command, mut keep) = (Command::new("x"), Vec::new());
+            let mut confined = Confined::of(host).expect("a pipe");
+            confined.order(&mut command, &mut keep);
+            let waits = confined.ours.is_some();
+            assert_eq!(keep.len(), usize::from(waits), "for its limits");
             let words = command.get_args().map(|a| a.to_string_lossy().into_owned());
             words.collect::<Vec<_>>()
         };

@@ -9,6 +9,7 @@
 //! - [`Host`]: where everything lies, and the seams ([`stores::StoreAccess`],
 //!   [`system::System`]) behind which tests put fakes.
 //! - [`definitions`], [`launch`], [`ops`], [`listing`]: one VM.
+//! - [`limits`]: what a VMM may take of its host.
 //! - [`balloon`]: memory that a guest gives back.
 //! - [`overlays`]: disks that keep nothing.
 //! - [`preflight`], [`reboot`], [`resume_all`]: all of them.
@@ -32,6 +33,7 @@ pub mod gantt;
 pub mod host;
 mod job;
 pub mod launch;
+pub mod limits;
 pub mod listing;
 pub mod lock;
 pub mod luo;

@@ -428,7 +428,9 @@ pub fn wait_for_end(host: &Host, name: &VmName, wait: Duration) -> Result<VmLock
     if !ended_within(host, name, wait) {
         return Err(stuck());
     }
-    lock(host, name)
+    let lock = lock(host, name)?;
+    host.system.let_go(name);
+    Ok(lock)
 }
 
 /// Frees the segment and the directory of a VM that ended. A state that is

@@ -20,6 +20,8 @@ use hebe_types::{ByteSize, Stamp, VmName};
 pub use hebe_sys::kexec::Leave;
 
 use crate::host::Host;
+use crate::limits::groups::Groups;
+use crate::limits::{self, GroupView, Limits};
 use crate::systemd;
 
 /// Why the machine did not do what was asked.
@@ -139,13 +141,31 @@ pub trait System: Send + Sync {
     fn ask(&self, _how: Leave) -> Result<(), String> {
         Err("there is no service manager".into())
     }
-    /// Gives a VMM a place that outlives whoever started it.
+    /// Gives a VMM a place that outlives whoever started it, and limits there.
     ///
     /// # Errors
-    /// It stays where it is.
-    fn adopt(&self, _vm: &VmName, _pid: u32) -> io::Result<()> {
+    /// It stays where it is, or has not all of its limits; why.
+    fn adopt(&self, _vm: &VmName, _pid: u32, _limits: &Limits) -> Result<(), String> {
         Ok(())
     }
+    /// Where VMMs are limited, and whether they can be.
+    ///
+    /// # Errors
+    /// They cannot, and why.
+    fn can_limit(&self) -> Result<String, String> {
+        Err("there are no control groups".into())
+    }
+    /// What holds of a process, by the kernel's word.
+    ///
+    /// # Errors
+    /// It cannot be told, and why.
+    fn limits_of(&self, _pid: u32) -> Result<GroupView, String> {
+        Err("there are no control groups".into())
+    }
+    /// The VMM of this VM has ended, and needs its place no more.
+    fn let_go(&self, _vm: &VmName) {}
+    /// The same of every VM whose VMM ended by itself.
+    fn let_go_of_ended(&self) {}
     /// Starts the process that serves networks that Hebe makes, and waits until
     /// it does.
     fn start_net_helper(&self, _host: &Host) -> Result<(), String> {
@@ -310,8 +330,36 @@ impl System for Machine {
         systemd::ask(how)
     }
 
-    fn adopt(&self, vm: &VmName, pid: u32) -> io::Result<()> {
-        systemd::adopt(vm, pid)
+    fn adopt(&self, vm: &VmName, pid: u32, limits: &Limits) -> Result<(), String> {
+        // Where nobody manages control groups, not even in part.
+        if systemd::booted() {
+            return systemd::adopt(vm, pid, limits);
+        }
+        Groups::here()?.confine(vm, pid, limits)
+    }
+
+    fn can_limit(&self) -> Result<String, String> {
+        if systemd::booted() {
+            systemd::can_adopt()?;
+            return Ok(format!("scopes in {}", systemd::SLICE));
+        }
+        Groups::here()?.check()
+    }
+
+    fn limits_of(&self, pid: u32) -> Result<GroupView, String> {
+        limits::look(pid)
+    }
+
+    fn let_go(&self, vm: &VmName) {
+        if let (false, Ok(groups)) = (systemd::booted(), Groups::here()) {
+            groups.remove(vm);
+        }
+    }
+
+    fn let_go_of_ended(&self) {
+        if let (false, Ok(groups)) = (systemd::booted(), Groups::here()) {
+            groups.sweep();
+        }
     }
 
     fn start_net_helper(&self, host: &Host) -> Result<(), String> {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::net::{NetConfig, NetError};
-use crate::{ByteSize, GRANULE, VmName};
+use crate::{ByteSize, CpuLimit, GRANULE, VmName};
 
 /// Most vCPUs of one VM.
 pub const VCPUS_MAX: u8 = 8;
@@ -18,6 +18,8 @@ pub const MEMORY_MAX: ByteSize = ByteSize::gib(1024);
 pub const DEVICES_MAX: usize = 24;
 /// Most restarts in a row that a definition may ask for.
 pub const RESTART_LIMIT_MAX: u32 = 1000;
+/// Greatest weight of a VM among others.
+pub const WEIGHT_MAX: u32 = 10_000;
 /// Most VMs that one may be ordered after.
 pub const AFTER_MAX: usize = 64;
 
@@ -105,6 +107,17 @@ pub struct VmConfig {
     /// VMs that are started before this one when the host starts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub after: Vec<VmName>,
+    /// Its share of the processors where they are short, 1 to `WEIGHT_MAX`; 100
+    /// unless said. Like all limits it is meant for the host; the VMM knows nothing
+    /// of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_weight: Option<u32>,
+    /// The most it gets of them; no limit unless said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_limit: Option<CpuLimit>,
+    /// Its share of the disks where they are short, as `cpu_weight`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_weight: Option<u32>,
     /// A real-time clock, as PCs have it.
     #[serde(default, skip_serializing_if = "is_off")]
     pub rtc: bool,
@@ -313,6 +326,16 @@ pub enum ConfigError {
     /// Restarts in a row out of range.
     #[error("restart_limit = {0} is not possible: it must be from 1 to {RESTART_LIMIT_MAX}")]
     RestartLimit(u32),
+    /// A share out of range.
+    #[error(
+        "{key} = {weight} is not possible: it must be from 1 to {WEIGHT_MAX}, and 100 is what others have"
+    )]
+    Weight {
+        /// Which one.
+        key: &'static str,
+        /// What was said.
+        weight: u32,
+    },
     /// A limit for what never happens.
     #[error(
         "restart_limit says nothing without restarts: say restart = \"on-failure\" or \"always\" too, or leave it out"
@@ -386,6 +409,15 @@ impl VmConfig {
                 return Err(ConfigError::DiskTwice(disk.path.clone()));
             }
         }
+        let weights = [
+            ("cpu_weight", self.cpu_weight),
+            ("io_weight", self.io_weight),
+        ];
+        for (key, weight) in weights {
+            if let Some(weight) = weight.filter(|w| !(1..=WEIGHT_MAX).contains(w)) {
+                return Err(ConfigError::Weight { key, weight });
+            }
+        }
         self.validate_supervision()
     }
 
@@ -420,6 +452,9 @@ impl VmConfig {
             restart: RestartPolicy::default(),
             restart_limit: None,
             after: Vec::new(),
+            cpu_weight: None,
+            cpu_limit: None,
+            io_weight: None,
             ..self.clone()
         }
     }
@@ -442,6 +477,9 @@ mod tests {
             autostart: false,
             restart: RestartPolicy::Never,
             restart_limit: None,
+            cpu_weight: None,
+            cpu_limit: None,
+            io_weight: None,
             after: Vec::new(),
             console: ConsoleConfig::default(),
             rtc: false,
@@ -559,6 +597,8 @@ mod tests {
         assert_eq!(limited(0), Err(ConfigError::RestartLimit(0)));
         assert_eq!(limited(1001), Err(ConfigError::RestartLimit(1001)));
         assert_eq!(limited(1000), Ok(()));
+        assert!(refused(|c| c.cpu_weight = Some(0)).contains("cpu_weight = 0"));
+        assert!(refused(|c| c.io_weight = Some(10_001)).contains("io_weight"));
         assert!(refused(|c| c.after = vec![c.name.clone()]).contains("itself"));
         let name = |i: usize| format!("db{i}").parse::<VmName>().expect("name");
         let mut config = sample();
@@ -574,6 +614,8 @@ mod tests {
         config.restart = RestartPolicy::OnFailure;
         config.restart_limit = Some(3);
         config.after = vec!["db".parse().expect("name")];
+        (config.cpu_weight, config.io_weight) = (Some(200), Some(50));
+        config.cpu_limit = "150%".parse().ok();
         assert_eq!(config.for_vmm(), sample());
     }
 }

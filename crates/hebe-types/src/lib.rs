@@ -7,6 +7,7 @@
 mod config;
 mod ids;
 mod layout;
+mod limit;
 mod net;
 mod size;
 mod stamp;
@@ -17,6 +18,7 @@ pub use config::{
 };
 pub use ids::{InvalidName, MacAddr, SegmentId, VmId, VmName};
 pub use layout::{Extent, Gpa, MMIO_HOLE_END, MMIO_HOLE_START, RamRange, ram_ranges};
+pub use limit::{CpuLimit, InvalidCpuLimit};
 pub use net::{
     FORWARDS_MAX, Forward, NAT_BRIDGE, NetConfig, NetError, Network, USER_ADDRESS, USER_GATEWAY,
 };

@@ -58,6 +58,10 @@ pub struct Args {
     /// How this process confines itself before the guest runs.
     #[arg(long, value_enum, default_value_t, value_name = "HOW")]
     pub cage: Wish,
+    /// An inherited pipe, by which whoever starts this process says whether it is in a control
+    /// group with limits. The VM does not run before that.
+    #[arg(long, value_name = "FD")]
+    pub limits_fd: Option<RawFd>,
     /// Restore RAM and execution state from a saved file.
     #[arg(long, value_name = "FILE")]
     pub restore: Option<PathBuf>,

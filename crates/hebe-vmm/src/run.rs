@@ -259,7 +259,8 @@ impl Start<'_> {
 
     /// Enters the cage, and starts the threads that all VMs have.
     fn confine(&self, listener: UnixListener) -> anyhow::Result<CageReport> {
-        let cage = cage::enter(self.args.cage)?;
+        let word = self.args.limits_fd.map(take_fd).transpose()?;
+        let cage = cage::enter(self.args.cage, word.map(File::from))?;
         if signals::arrived() {
             bail!("{BEFORE_IT_RAN}");
         }

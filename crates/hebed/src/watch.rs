@@ -75,6 +75,7 @@ pub async fn watch(app: App, poll: Duration, systemd: Arc<Systemd>) {
             Err(error) => log::error(format!("the VMs could not be looked at: {error}")),
         }
         app.engine.bury();
+        app.engine.host().system.let_go_of_ended();
         tending.turn(&app).await;
         if let Some(every) = systemd.watchdog()
             && told.is_none_or(|at| at.elapsed() * 2 >= every)

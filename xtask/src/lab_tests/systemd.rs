@@ -78,6 +78,8 @@ pub fn run(scene: &Scene) -> Result<()> {
         scene.progress,
     )?;
     check(&lab, &trial, "7.3", "systemctl kexec")?;
+    // Its new VMM has the same.
+    limited(&lab, &guests[0])?;
 
     scene
         .progress
@@ -110,6 +112,7 @@ pub fn run(scene: &Scene) -> Result<()> {
         scene.progress,
     )?;
     check(&lab, &trial, "6.1", "systemctl reboot")?;
+    limited(&lab, &guests[0])?;
     ensure!(
         trial.vms[0].boot_id_after == first,
         "it is still the first boot"
@@ -163,6 +166,49 @@ fn start(lab: &mut Lab, guests: &[GuestSpec]) -> Result<()> {
     ensure!(
         groups.contains("hebe-vm-vm1-"),
         "no scope of its own: {groups}"
+    );
+    guests.iter().try_for_each(|guest| limited(lab, guest))
+}
+
+/// Its VMM can exhaust neither memory nor tasks: systemd did as it was told, and the
+/// kernel says so.
+fn limited(lab: &Lab, guest: &GuestSpec) -> Result<()> {
+    let text = lab
+        .machine
+        .exec_ok(&["/usr/bin/hebe", "show", &guest.name, "--json"])?;
+    let shown: serde_json::Value = serde_json::from_str(&text)?;
+    let limits = &shown["limits"];
+    let scope = limits["path"].as_str().context("no group")?;
+    ensure!(
+        scope.starts_with(&format!("/hebe.slice/hebe-vm-{}-", guest.name)),
+        "{scope}"
+    );
+    let read = |file: &str| -> Result<u64> {
+        let path = format!("/sys/fs/cgroup{scope}/{file}");
+        let text = lab.machine.exec_ok(&["cat", &path])?;
+        text.trim()
+            .parse()
+            .with_context(|| format!("{file} is {text}"))
+    };
+    let (high, max, swap) = (
+        read("memory.high")?,
+        read("memory.max")?,
+        read("memory.swap.max")?,
+    );
+    let now = read("memory.current")?;
+    ensure!(
+        now < high && high < max && max == swap,
+        "{now} {high} {max} {swap}"
+    );
+    ensure!(max > 1 << 30, "{max} is no generous room");
+    ensure!(limits["memory_max"] == max, "{limits}");
+    ensure!(read("pids.max")? == 256 && limits["tasks_max"] == 256);
+    println!(
+        "    {}: {} MiB and {} threads in use, of {} MiB and 256",
+        guest.name,
+        now >> 20,
+        read("pids.current")?,
+        max >> 20
     );
     Ok(())
 }

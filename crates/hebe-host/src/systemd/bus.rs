@@ -13,6 +13,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use super::Scope;
+use crate::limits::Limits;
+
 /// How long PID 1 may take for each step.
 const WAIT: Duration = Duration::from_secs(5);
 /// Longest message that is read; PID 1's are far shorter.
@@ -25,14 +28,14 @@ const METHOD_CALL: u8 = 1;
 const METHOD_RETURN: u8 = 2;
 const ERROR: u8 = 3;
 
-/// Starts scope `name` around process `pid`.
-pub(super) fn start_scope(socket: &Path, name: &str, title: &str, pid: u32) -> io::Result<()> {
+/// Starts the scope around its process.
+pub(super) fn start_scope(socket: &Path, scope: &Scope) -> io::Result<()> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(WAIT))?;
     stream.set_write_timeout(Some(WAIT))?;
     let uid = rustix::process::geteuid().as_raw().to_string();
     authenticate(&mut stream, &uid)?;
-    stream.write_all(&call(name, title, pid))?;
+    stream.write_all(&call(scope))?;
     answer(&mut stream)
 }
 
@@ -89,22 +92,50 @@ fn answer(stream: &mut UnixStream) -> io::Result<()> {
 }
 
 /// The call: `StartTransientUnit(name, mode, properties, auxiliary)`.
-fn call(name: &str, title: &str, pid: u32) -> Vec<u8> {
+fn call(scope: &Scope) -> Vec<u8> {
     let mut body = Wire::default();
-    body.string(name);
+    body.string(scope.name);
     body.string("fail");
     body.array(8, |list| {
-        list.property("Description", "s", |v| v.string(title));
+        list.property("Description", "s", |v| v.string(scope.title));
         list.property("Slice", "s", |v| v.string(super::SLICE));
         // Nothing stops it with the services: that is the whole point.
         list.property("DefaultDependencies", "b", |v| v.word(0));
         list.property("CollectMode", "s", |v| v.string("inactive-or-failed"));
-        list.property("TasksMax", "t", |v| v.long(u64::MAX));
-        list.property("PIDs", "au", |v| v.array(4, |pids| pids.word(pid)));
+        limit(list, scope.limits);
+        list.property("PIDs", "au", |v| v.array(4, |pids| pids.word(scope.pid)));
     });
     // Units to be made along with it: none.
     body.array(8, |_| {});
     message(&body.0)
+}
+
+/// Limits by the names that systemd has for them (systemd.resource-control(5));
+/// one that is not said is none, also where others have a default.
+fn limit(list: &mut Wire, limits: Option<&Limits>) {
+    const NONE: u64 = u64::MAX;
+    let mut set = |name: &str, value: u64| list.property(name, "t", |v| v.long(value));
+    let Some(limits) = limits else {
+        return set("TasksMax", NONE);
+    };
+    set("TasksMax", limits.tasks);
+    let memory = limits.memory;
+    set("MemoryHigh", memory.map_or(NONE, |m| m.high.0));
+    set("MemoryMax", memory.map_or(NONE, |m| m.max.0));
+    set("MemorySwapMax", memory.map_or(NONE, |m| m.max.0));
+    let weights = [
+        ("CPUWeight", limits.cpu_weight),
+        ("IOWeight", limits.io_weight),
+    ];
+    for (name, weight) in weights {
+        if let Some(weight) = weight {
+            set(name, weight.into());
+        }
+    }
+    if let Some(limit) = limits.cpu_limit {
+        // Microseconds of processor time in each second.
+        set("CPUQuotaPerSecUSec", u64::from(limit.percent()) * 10_000);
+    }
 }
 
 fn message(body: &[u8]) -> Vec<u8> {
@@ -190,7 +221,74 @@ mod tests {
     use std::os::unix::net::UnixListener;
     use std::thread;
 
+    use hebe_types::ByteSize;
+
     use super::*;
+    use crate::limits::MemoryLimits;
+
+    const PLAIN: Scope = Scope {
+        name: "hebe-vm-web-1.scope",
+        title: "web",
+        pid: 1,
+        limits: None,
+    };
+
+    /// Whether a message sets this property, a number of 64 bits, to that.
+    fn sets(message: &[u8], name: &str, value: u64) -> bool {
+        let mut wanted = name.as_bytes().to_vec();
+        wanted.extend(b"\0\x01t\0");
+        let found = message.windows(wanted.len()).position(|w| w == wanted);
+        found.is_some_and(|at| {
+            let at = (at + wanted.len()).next_multiple_of(8);
+            message[at..at + 8] == value.to_le_bytes()
+        })
+    }
+
+    #[test]
+    fn limits_are_told_by_the_names_that_systemd_has() {
+        let limits = Limits {
+            memory: Some(MemoryLimits {
+                high: ByteSize::mib(600),
+                max: ByteSize::mib(1100),
+            }),
+            tasks: 256,
+            cpu_weight: Some(50),
+            cpu_limit: "150%".parse().ok(),
+            io_weight: Some(300),
+        };
+        let scope = Scope {
+            limits: Some(&limits),
+            ..PLAIN
+        };
+        let told = call(&scope);
+        for (name, value) in [
+            ("TasksMax", 256),
+            ("MemoryHigh", 600 << 20),
+            ("MemoryMax", 1100 << 20),
+            ("MemorySwapMax", 1100 << 20),
+            ("CPUWeight", 50),
+            ("IOWeight", 300),
+            ("CPUQuotaPerSecUSec", 1_500_000),
+        ] {
+            assert!(sets(&told, name, value), "{name}");
+        }
+        let open = Limits {
+            memory: None,
+            cpu_limit: None,
+            cpu_weight: None,
+            ..limits
+        };
+        let scope = Scope {
+            limits: Some(&open),
+            ..PLAIN
+        };
+        let told = call(&scope);
+        assert!(sets(&told, "MemoryMax", u64::MAX) && sets(&told, "TasksMax", 256));
+        let says = |word: &[u8]| told.windows(word.len()).any(|w| w == word);
+        assert!(!says(b"CPUQuota") && !says(b"CPUWeight"));
+        // What all VMs need has no limit.
+        assert!(sets(&call(&PLAIN), "TasksMax", u64::MAX));
+    }
 
     #[test]
     fn values_lie_where_the_protocol_wants_them() {
@@ -206,7 +304,7 @@ mod tests {
         let mut empty = Wire::default();
         empty.array(8, |_| {});
         assert_eq!(empty.0, [0; 8]);
-        let whole = call("x.scope", "web", 42);
+        let whole = call(&PLAIN);
         let word = |at: usize| {
             u32::from_le_bytes([whole[at], whole[at + 1], whole[at + 2], whole[at + 3]])
         };
@@ -255,7 +353,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("dir");
         let news = message_of(4, b"\x01\0\0\0x\0");
         let (path, served) = manager(dir.path(), vec![news.clone(), news, message_of(2, b"")]);
-        start_scope(&path, "hebe-vm-web-1.scope", "web", 1).expect("started");
+        start_scope(&path, &PLAIN).expect("started");
         let got = served.join().expect("served");
         assert!(got.windows(18).any(|w| w == b"StartTransientUnit"));
     }
@@ -266,10 +364,10 @@ mod tests {
         let mut words = Wire::default();
         words.string("Unit is there already");
         let (path, served) = manager(dir.path(), vec![message_of(3, &words.0)]);
-        let error = start_scope(&path, "a.scope", "a", 1).expect_err("refused");
+        let error = start_scope(&path, &PLAIN).expect_err("refused");
         assert!(error.to_string().contains("there already"), "{error}");
         drop(served);
-        let absent = start_scope(&dir.path().join("none"), "a.scope", "a", 1);
+        let absent = start_scope(&dir.path().join("none"), &PLAIN);
         assert!(absent.is_err());
     }
 
@@ -279,7 +377,7 @@ mod tests {
         let mut huge = message_of(2, b"");
         huge[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
         let (path, served) = manager(dir.path(), vec![huge]);
-        assert!(start_scope(&path, "a.scope", "a", 1).is_err());
+        assert!(start_scope(&path, &PLAIN).is_err());
         drop(served);
     }
 }

@@ -6,7 +6,6 @@
 
 mod bus;
 
-use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -15,6 +14,7 @@ use std::time::{Duration, Instant};
 use hebe_flow::stopping::Going;
 use hebe_types::VmName;
 
+use crate::limits::Limits;
 use crate::system::Leave;
 
 /// The unit whose stop is the suspend event.
@@ -95,29 +95,64 @@ pub fn ask(how: Leave) -> Result<(), String> {
 }
 
 /// Moves a VMM into a scope of its own in [`SLICE`], which no service and no
-/// session takes along when it ends, and which a shutdown does not stop.
+/// session takes along when it ends, and which a shutdown does not stop; with
+/// these limits.
 ///
 /// # Errors
-/// It stays where it is.
-pub fn adopt(vm: &VmName, pid: u32) -> io::Result<()> {
-    adopt_as(&format!("vm-{vm}"), &format!("Hebe: VM {vm}"), pid)
-}
-
-/// The same with a process that all VMs need.
-///
-/// # Errors
-/// It stays where it is.
-pub fn adopt_helper(name: &str, pid: u32) -> io::Result<()> {
-    adopt_as(name, &format!("Hebe: {name}"), pid)
-}
-
-fn adopt_as(name: &str, title: &str, pid: u32) -> io::Result<()> {
-    // An implicit slice would be stopped with everything else.
-    let shipped = UNIT_DIRS.iter().any(|d| Path::new(d).join(SLICE).exists());
-    if !booted() || !shipped || !rustix::process::geteuid().is_root() {
-        return Ok(());
+/// It stays where it is, or is there without its limits; why.
+pub(crate) fn adopt(vm: &VmName, pid: u32, limits: &Limits) -> Result<(), String> {
+    let (name, title) = (format!("vm-{vm}"), format!("Hebe: VM {vm}"));
+    let limited = adopt_as(&name, &title, pid, Some(limits));
+    if limited.is_err() {
+        // Its place matters more: in it the VM outlives who started it.
+        let _ = adopt_as(&name, &title, pid, None);
     }
-    bus::start_scope(Path::new(PRIVATE), &scope_name(name, pid), title, pid)
+    limited
+}
+
+/// The same with a process that all VMs need, without a limit.
+///
+/// # Errors
+/// It stays where it is, and why.
+pub(crate) fn adopt_helper(name: &str, pid: u32) -> Result<(), String> {
+    adopt_as(name, &format!("Hebe: {name}"), pid, None)
+}
+
+fn adopt_as(name: &str, title: &str, pid: u32, limits: Option<&Limits>) -> Result<(), String> {
+    can_adopt()?;
+    let scope = Scope {
+        name: &scope_name(name, pid),
+        title,
+        pid,
+        limits,
+    };
+    bus::start_scope(Path::new(PRIVATE), &scope).map_err(|e| format!("systemd: {e}"))
+}
+
+/// Whether processes can be given a scope.
+///
+/// # Errors
+/// Why not.
+pub(crate) fn can_adopt() -> Result<(), String> {
+    if !booted() {
+        return Err("PID 1 is not systemd".into());
+    }
+    // An implicit slice would be stopped with everything else.
+    if !UNIT_DIRS.iter().any(|d| Path::new(d).join(SLICE).exists()) {
+        return Err(format!("{SLICE} is not installed"));
+    }
+    if !rustix::process::geteuid().is_root() {
+        return Err("only root may make scopes".into());
+    }
+    Ok(())
+}
+
+/// A scope to be made around a process that runs.
+struct Scope<'a> {
+    name: &'a str,
+    title: &'a str,
+    pid: u32,
+    limits: Option<&'a Limits>,
 }
 
 /// Whether a VMM in this control group outlives the stop of ordinary services:

@@ -24,6 +24,8 @@ mod privileges;
 mod syscalls;
 mod verdict;
 
+use std::io::Read;
+
 use clap::ValueEnum;
 use hebe_api::{CagePart, CageReport};
 
@@ -53,12 +55,13 @@ pub enum Wish {
 pub struct CageError(String);
 
 /// Confines this thread, and all that it starts from now on. Whatever is open
-/// stays usable.
+/// stays usable. With `word`, whoever started this process tells there whether it is in
+/// a control group with limits: it is waited for.
 ///
 /// # Errors
 /// With [`Wish::Required`], that a part cannot be had. The thread is then
 /// confined as far as it could be.
-pub fn enter(wish: Wish) -> Result<CageReport, CageError> {
+pub fn enter(wish: Wish, word: Option<impl Read>) -> Result<CageReport, CageError> {
     if wish == Wish::Off {
         log::log_error(
             "NOT CAGED: by --no-sandbox this VMM has all rights of whoever started it; a guest that breaks out has them too",
@@ -67,14 +70,16 @@ pub fn enter(wish: Wish) -> Result<CageReport, CageError> {
     }
     // Capabilities go after what needs them, system calls after all that
     // makes calls which a VMM never makes.
-    let parts = vec![
+    let group = word.map(|word| part("control group", heard(word)));
+    let mut parts: Vec<CagePart> = group.into_iter().collect();
+    parts.extend([
         part("limits", privileges::limit()),
         part("namespaces", privileges::leave_namespaces()),
         part("user", privileges::become_nobody_else()),
         part("capabilities", privileges::drop_capabilities()),
         part("landlock", files::confine()),
         part("seccomp", syscalls::confine()),
-    ];
+    ]);
     let report = CageReport { parts };
     for open in report.open() {
         log::log_error(&format!(
@@ -88,6 +93,18 @@ pub fn enter(wish: Wish) -> Result<CageReport, CageError> {
     Ok(report)
 }
 
+/// "on" or "off", and more about it.
+fn heard(mut word: impl Read) -> Result<String, String> {
+    let mut text = String::new();
+    // What cannot be read is as good as nothing said.
+    let _ = word.read_to_string(&mut text);
+    match text.split_once(' ') {
+        Some(("on", more)) => Ok(more.to_owned()),
+        Some(("off", why)) => Err(why.to_owned()),
+        _ => Err("whoever started this VMM ended before that was known".to_owned()),
+    }
+}
+
 /// `outcome`: how far it holds, or why it does not.
 fn part(name: &str, outcome: Result<String, String>) -> CagePart {
     let on = outcome.is_ok();
@@ -96,5 +113,19 @@ fn part(name: &str, outcome: Result<String, String>) -> CagePart {
         name: name.to_owned(),
         on,
         detail,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_there_only_where_that_is_said() {
+        assert_eq!(heard(&b"on 256 threads"[..]), Ok("256 threads".into()));
+        assert_eq!(heard(&b"off no room"[..]), Err("no room".into()));
+        for silence in [&b""[..], b"on", b"o", b"\xff\xff on x"] {
+            assert!(heard(silence).is_err_and(|why| why.contains("ended")));
+        }
     }
 }

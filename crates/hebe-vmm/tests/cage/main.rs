@@ -19,6 +19,8 @@ use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 const TRY: &str = "CAGE_TEST_TRY";
 /// The name of what is no attempt: to have a cage, or not to run.
 const DEMANDED: &str = "demanded";
+/// The same, and nobody limits the process.
+const UNLIMITED: &str = "demanded, without limits";
 /// Its room.
 const ROOM: &str = "CAGE_TEST_ROOM";
 
@@ -49,13 +51,17 @@ fn be_inmate() {
         return;
     };
     if name == DEMANDED {
-        demand();
+        give_capabilities_up();
+        demand("on as far as is known");
+    }
+    if name == UNLIMITED {
+        demand("off nobody has control groups");
     }
     let attempt = ATTEMPTS.iter().find(|a| *a.name == *name).expect("known");
     let dir = Path::new(&dir);
     let open = Open::before_the_cage(dir).expect("open");
     if is_caged() {
-        let cage = enter(Wish::On).expect("not demanded");
+        let cage = enter(Wish::On, Some(&b"off no control groups"[..])).expect("not demanded");
         eprintln!("cage: {cage}");
     }
     match (attempt.make)(dir, &open) {
@@ -68,14 +74,17 @@ fn be_inmate() {
 }
 
 /// Without capabilities there are no namespaces.
-fn demand() -> ! {
+fn give_capabilities_up() {
     let none = CapabilitySets {
         effective: CapabilitySet::empty(),
         permitted: CapabilitySet::empty(),
         inheritable: CapabilitySet::empty(),
     };
     set_capabilities(None, none).expect("given up");
-    match enter(Wish::Required) {
+}
+
+fn demand(word: &str) -> ! {
+    match enter(Wish::Required, Some(word.as_bytes())) {
         Ok(cage) => eprintln!("whole: {cage}"),
         Err(error) => eprintln!("refused: {error}"),
     }
@@ -142,4 +151,15 @@ fn a_cage_that_is_demanded_and_cannot_be_whole_is_refused() {
         said.contains("namespaces: ") && said.contains("host.toml"),
         "{said}"
     );
+}
+
+#[test]
+fn a_cage_that_is_demanded_and_has_no_limits_is_refused() {
+    let room = room();
+    let output = run(UNLIMITED, room.path(), true);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    let why = "refused: the VM does not run";
+    assert!(said.contains(why), "{said}");
+    assert!(said.contains("nobody has control groups"), "{said}");
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use hebe_agent::Facts;
 use hebe_host::definitions;
+use hebe_host::limits::GroupView;
 use hebe_host::listing::{self, VmRow, VmState};
 use hebe_host::network::{self, NicView};
 use hebe_host::ops::{self, StopOptions};
@@ -86,6 +87,9 @@ fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
         autostart: false,
         restart: RestartPolicy::Never,
         restart_limit: None,
+        cpu_weight: None,
+        cpu_limit: None,
+        io_weight: None,
         after: Vec::new(),
         console: ConsoleConfig::default(),
         rtc: false,
@@ -229,6 +233,12 @@ struct Show<'a> {
     definition: Option<&'a VmConfig>,
     definition_error: Option<String>,
     nics: Vec<NicView>,
+    /// What its VMM may take of the host, by the kernel's word.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    limits: Option<GroupView>,
+    /// Why that is not known.
+    #[serde(skip)]
+    no_limits: Option<String>,
     /// Of a VM that runs and has sockets: what its agent says, if one answers.
     #[serde(skip_serializing_if = "Option::is_none")]
     agent: Option<Option<Facts>>,
@@ -243,7 +253,10 @@ pub fn show(host: &Host, name: &VmName, out: &Output) -> Outcome {
     let definition = survey.definitions.get(name);
     let dir = host.layout.vm_dir(name);
     let has_sockets = row.state == VmState::Running && dir.join("vsock.sock").exists();
+    let limits = row.pid.map(|pid| host.system.limits_of(pid)).transpose();
     let answer = Show {
+        no_limits: limits.as_ref().err().cloned(),
+        limits: limits.unwrap_or_default(),
         agent: has_sockets.then(|| agent::look(host, name)),
         vm: row,
         definition: definition.and_then(|d| d.as_ref().ok()),
@@ -276,6 +289,9 @@ fn show_text(show: &Show) -> String {
         let cage = status.cage.as_ref().map(ToString::to_string);
         let none = || "OFF (this VMM's release has none)".to_owned();
         lines.push(("cage", cage.unwrap_or_else(none)));
+        let why = show.no_limits.as_deref().unwrap_or("nobody knows why");
+        let limits = show.limits.as_ref().map(ToString::to_string);
+        lines.push(("limits", limits.unwrap_or_else(|| format!("NONE: {why}"))));
         if let Some(status) = &status.balloon {
             lines.push(("balloon", balloon::line(status)));
         }
