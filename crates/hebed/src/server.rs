@@ -141,14 +141,8 @@ pub async fn serve(
         let Ok(turn) = Arc::clone(&turns).acquire_owned().await else {
             return io::Error::other("no more turns");
         };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                // Out of descriptors, most likely: others end meanwhile.
-                log::warning(format!("a connection could not be taken: {error}"));
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
+        let Some((stream, _)) = taken(listener.accept().await).await else {
+            continue;
         };
         let Ok(credentials) = stream.peer_cred() else {
             continue;
@@ -161,6 +155,19 @@ pub async fn serve(
             let _turn = turn;
             converse(stream, peer, router).await;
         });
+    }
+}
+
+/// A connection; `None`, after a while, where none could be taken.
+pub(crate) async fn taken<T>(accepted: io::Result<T>) -> Option<T> {
+    match accepted {
+        Ok(connection) => Some(connection),
+        Err(error) => {
+            // Out of descriptors, most likely: others end meanwhile.
+            log::warning(format!("a connection could not be taken: {error}"));
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            None
+        }
     }
 }
 

@@ -15,7 +15,6 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Router;
 use rustls::pki_types::pem::PemObject;
@@ -27,8 +26,7 @@ use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 
 use crate::limits::Peer;
-use crate::log;
-use crate::server::{HEAD_WAIT, converse};
+use crate::server::{HEAD_WAIT, converse, taken};
 
 /// Clients at a time that have not shown a certificate yet.
 pub const HANDSHAKES_MAX: usize = 64;
@@ -221,14 +219,8 @@ impl Secure {
             let Ok(stranger) = Arc::clone(&strangers).acquire_owned().await else {
                 return io::Error::other("no more turns");
             };
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
-                Err(error) => {
-                    // Out of descriptors, most likely: others end meanwhile.
-                    log::warning(format!("a connection could not be taken: {error}"));
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    continue;
-                }
+            let Some((stream, _)) = taken(listener.accept().await).await else {
+                continue;
             };
             let _ = stream.set_nodelay(true);
             let (acceptor, router) = (self.acceptor.clone(), router.clone());
