@@ -7,20 +7,24 @@ use std::path::Path;
 
 use hebe_types::{DiskConfig, DiskFormat};
 
-use crate::raw::{BlockBackend, BlockError, SECTOR_SIZE};
+use crate::raw::{BlockBackend, BlockError};
 use crate::{ImageTrouble, qcow2};
 
 /// Longest name of a file behind an image, in bytes (QEMU's
 /// docs/interop/qcow2.rst).
 const NAME_LEN_MAX: usize = 1023;
+/// Largest disk, in bytes: its image's first table then has 32 MiB, which is the
+/// most that is taken when it is opened.
+const SIZE_MAX: u64 = 2 << 50;
 
 /// Makes an image at `path`, where nothing may be, that reads as the disk
 /// `below` does; gives the disk that it is, with `below` behind it. It is on
 /// disk when this returns, for its owner alone to read and write. `below` is
-/// opened to be read alone, and locked as long as that takes.
+/// opened to be read alone, and locked as long as that takes; of an image no
+/// more than its header is believed here, and the rest where it is used.
 ///
 /// # Errors
-/// As [`BlockBackend::of`], of `below`; [`BlockError::NoFile`],
+/// As [`BlockBackend::of`], of `below` as far as that is looked at; [`BlockError::NoFile`],
 /// [`BlockError::Name`]; [`BlockError::Make`]. Nothing is at `path` then.
 pub fn make_overlay(path: &Path, below: &DiskConfig) -> Result<DiskConfig, BlockError> {
     let below = DiskConfig {
@@ -32,7 +36,7 @@ pub fn make_overlay(path: &Path, below: &DiskConfig) -> Result<DiskConfig, Block
     let Some(name) = name.filter(|name| name.len() <= NAME_LEN_MAX) else {
         return Err(BlockError::Name(below.path));
     };
-    let disk = BlockBackend::of(&below)?;
+    let (_locked, size) = BlockBackend::look_at(&below)?;
     // A device has no inode of its own by which it would be known again.
     if !fs::metadata(&below.path).is_ok_and(|metadata| metadata.is_file()) {
         return Err(BlockError::NoFile(below.path));
@@ -41,7 +45,6 @@ pub fn make_overlay(path: &Path, below: &DiskConfig) -> Result<DiskConfig, Block
         DiskFormat::Raw => "raw",
         DiskFormat::Qcow2 => "qcow2",
     };
-    let size = disk.sectors() * SECTOR_SIZE;
     write(path, size, name, format).map_err(|source| BlockError::Make {
         path: path.to_owned(),
         source,
@@ -59,6 +62,9 @@ pub fn make_overlay(path: &Path, below: &DiskConfig) -> Result<DiskConfig, Block
 }
 
 fn write(path: &Path, size: u64, name: &str, format: &str) -> io::Result<()> {
+    if size > SIZE_MAX {
+        return Err(io::Error::other("the disk is larger than 2 PiB"));
+    }
     let mut options = OpenOptions::new();
     options.read(true).write(true).create_new(true).mode(0o600);
     let file = options.open(path)?;

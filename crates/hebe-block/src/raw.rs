@@ -160,7 +160,34 @@ impl BlockBackend {
     }
 
     fn open_image(path: &Path, readonly: bool, backing: &[PathBuf]) -> Result<Self, BlockError> {
-        let mut top = Self::open_link(path, readonly)?;
+        let (mut top, behind, links, size) = Self::open_chain(path, readonly, backing)?;
+        let image = Image::open(links, readonly).map_err(|t| top.trouble(t))?;
+        top.sectors = size / SECTOR_SIZE;
+        top.chain = Some(Arc::new(Chain { image, behind }));
+        Ok(top)
+    }
+
+    /// Opens and locks the files of a definition's disk, and gives the disk's
+    /// size in bytes. Of an image nothing but headers is looked at.
+    pub(crate) fn look_at(disk: &DiskConfig) -> Result<(Vec<Self>, u64), BlockError> {
+        if disk.format == DiskFormat::Raw {
+            let raw = Self::open(&disk.path, disk.readonly)?;
+            let size = raw.sectors * SECTOR_SIZE;
+            return Ok((vec![raw], size));
+        }
+        let (top, mut files, _, size) = Self::open_chain(&disk.path, disk.readonly, &disk.backing)?;
+        files.push(top);
+        Ok((files, size))
+    }
+
+    /// An image, what is behind it, all of them in order, and the size in bytes
+    /// of the disk that they are.
+    fn open_chain(
+        path: &Path,
+        readonly: bool,
+        backing: &[PathBuf],
+    ) -> Result<(Self, Vec<Self>, Vec<Link>, u64), BlockError> {
+        let top = Self::open_link(path, readonly)?;
         let behind = backing.iter().map(|file| Self::open_link(file, true));
         let behind = behind.collect::<Result<Vec<Self>, _>>()?;
         let mut links = Vec::new();
@@ -195,10 +222,7 @@ impl BlockBackend {
                 },
             }
         }
-        let image = Image::open(links, readonly).map_err(|t| top.trouble(t))?;
-        top.sectors = size / SECTOR_SIZE;
-        top.chain = Some(Arc::new(Chain { image, behind }));
-        Ok(top)
+        Ok((top, behind, links, size))
     }
 
     fn trouble(&self, trouble: ImageTrouble) -> BlockError {

@@ -6,6 +6,9 @@ use std::path::Path;
 
 use hebe_block::{BlockBackend, BlockError, DiskChange, disk_change, make_overlay};
 use hebe_types::{DiskConfig, DiskFormat};
+use imago::file::File;
+use imago::qcow2::Qcow2;
+use imago::{FormatCreateBuilder, Storage, StorageCreateOptions};
 
 fn raw(path: &Path) -> DiskConfig {
     DiskConfig {
@@ -136,6 +139,18 @@ fn what_cannot_be_written_over_is_refused_and_leaves_nothing() {
     let long = dir.path().join(format!("{}base", "./".repeat(520)));
     let said = refused(&raw(&long)).to_string();
     assert!(said.contains("1023 bytes"), "{said}");
+    // A header may claim any size, for which nothing is made ready.
+    let file = File::create_open(StorageCreateOptions::new().filename(at("huge")));
+    Qcow2::<File>::create_builder(file.expect("file"))
+        .cluster_size(2 << 20)
+        .size((2 << 50) + 512)
+        .create()
+        .expect("image");
+    let huge = DiskConfig {
+        format: DiskFormat::Qcow2,
+        ..raw(&at("huge"))
+    };
+    assert!(matches!(refused(&huge), BlockError::Make { .. }));
     fs::write(&over, "somebody's").expect("in the way");
     let there = make_overlay(&over, &raw(&at("base"))).expect_err("refused");
     assert!(matches!(there, BlockError::Make { .. }), "{there}");
