@@ -229,6 +229,7 @@ fn set(dir: &Path, limits: &Limits) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::process::{Command, Stdio};
 
     use hebe_types::CpuLimit;
@@ -272,9 +273,13 @@ mod tests {
             let text = fs::read_to_string(root.path().join("hebe/web-42").join(file));
             text.expect(file)
         };
-        groups
-            .confine(&name("web"), 42, &limits())
-            .expect("limited");
+        assert!(groups.confine(&name("web"), 42, &limits()).is_err());
+        assert!(
+            !root.path().join("hebe").exists(),
+            "nothing is made in vain"
+        );
+        let placed = groups.place(&name("web"), 42, &limits());
+        placed.expect("limited");
         for (file, value) in [
             ("memory.high", "629145600"),
             ("memory.max", "1153433600"),
@@ -327,13 +332,18 @@ mod tests {
         nowhere.sweep();
     }
 
+    /// Straight to stderr: what did not run must not look like what did.
+    fn skipped(why: &str) {
+        writeln!(io::stderr(), "skipped: control groups: {why}").expect("stderr");
+    }
+
     /// With the kernel's own, where this computer has them and lets us.
     #[test]
     fn a_process_is_confined_and_its_group_goes_with_it() {
         let groups = match Groups::here() {
             Ok(groups) if rustix::process::geteuid().is_root() => groups,
-            Ok(_) => return eprintln!("skipped: not root"),
-            Err(why) => return eprintln!("skipped: {why}"),
+            Ok(_) => return skipped("not root"),
+            Err(why) => return skipped(&why),
         };
         let vm = name("hebe-self-test");
         let mut sleeper = Command::new("sleep")
@@ -359,7 +369,7 @@ mod tests {
         let view = view.expect("a group");
         if !while_it_lives {
             let why = confined.expect_err("no group");
-            return eprintln!("skipped: {why}");
+            return skipped(&why);
         }
         assert_eq!(view.path, format!("/{TOP}/{vm}-{}", sleeper.id()));
         assert!(others && !after, "it is removed, and no other VM's");
@@ -373,7 +383,7 @@ mod tests {
             (_, Err(why)) => {
                 assert!(why.contains("memory.max"), "{why}");
                 assert!(!view.is_limited());
-                eprintln!("skipped: the limits themselves: {why}");
+                skipped(&format!("the limits themselves: {why}"));
             }
             (Err(why), Ok(())) => panic!("limited, although {why}"),
         }
