@@ -169,7 +169,7 @@ mod tests {
         let wanted = config(&disk, "snapshot = true");
         let over = begin(&layout, &wanted, first).expect("made");
         assert_eq!(over.validate(), Ok(()));
-        assert_eq!(over.disks[0].backing, [disk.clone()]);
+        assert_eq!(over.disks[0].backing, std::slice::from_ref(&disk));
         let mode = fs::metadata(folder(&layout)).expect("folder").permissions();
         assert_eq!(
             std::os::unix::fs::PermissionsExt::mode(&mode) & 0o777,
