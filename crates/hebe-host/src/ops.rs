@@ -189,7 +189,11 @@ fn boot_locked(host: &Host, lock: &VmLock, config: &VmConfig) -> Result<VmStatus
     let config = overlays::begin(&host.layout, &config, vm)?;
     let booted = boot_new(host, lock, &config, vm);
     match booted {
-        Ok(_) => overlays::forget(&host.layout, name, Some(vm)),
+        // Not before: a boot that fails leaves what was frozen as it was.
+        Ok(_) => {
+            overlays::forget(&host.layout, name, Some(vm));
+            saved::forget_lives(&host.layout, name, Some(vm));
+        }
         Err(_) => overlays::end(&host.layout, name, vm),
     }
     booted

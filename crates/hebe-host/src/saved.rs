@@ -178,15 +178,14 @@ impl LifeFile {
         Self(lives(layout).join(format!("{name}.{vm}.toml")))
     }
 
-    /// Writes it, and removes those of the VM's lives before.
+    /// Writes it. Those of the lives before stay until this one runs:
+    /// one that is frozen may go on if it does not.
     ///
     /// # Errors
     /// The file cannot be written: a state of this life will not be compared.
     pub fn begin(layout: &Layout, name: &VmName, vm: VmId, text: &str) -> io::Result<()> {
         let Self(path) = Self::new(layout, name, vm);
-        files::write_durably(&path, text.as_bytes())?;
-        forget_lives(layout, name, Some(&path));
-        Ok(())
+        files::write_durably(&path, text.as_bytes())
     }
 
     /// Those of all lives of a VM that may go on.
@@ -210,11 +209,12 @@ fn lives(layout: &Layout) -> PathBuf {
     layout.state.join("lives")
 }
 
-/// Forgets what the VM's lives were booted with, but for the one at `but`. A
-/// file that stays is harmless: no other life has its id.
-pub(crate) fn forget_lives(layout: &Layout, name: &VmName, but: Option<&Path>) {
+/// Forgets what the VM's lives were booted with, but for the life `but`. A file
+/// that stays is harmless: no other life has its id.
+pub(crate) fn forget_lives(layout: &Layout, name: &VmName, but: Option<VmId>) {
+    let but = but.map(|vm| LifeFile::new(layout, name, vm).0);
     for path in LifeFile::all(layout, name) {
-        if Some(path.as_path()) != but {
+        if Some(&path) != but.as_ref() {
             let _ = fs::remove_file(path);
         }
     }
@@ -227,7 +227,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_life_is_known_until_the_next_one_begins() {
+    fn a_life_is_known_until_it_is_forgotten() {
         let root = tempfile::tempdir().expect("dir");
         let layout = Layout::below(root.path());
         let name = |text: &str| text.parse::<VmName>().expect("name");
@@ -238,6 +238,8 @@ mod tests {
         LifeFile::begin(&layout, &web, first, "a").expect("write");
         assert!(known(&web, first) && !known(&web, second));
         LifeFile::begin(&layout, &web, second, "a").expect("write");
+        assert!(known(&web, second) && known(&web, first));
+        forget_lives(&layout, &web, Some(second));
         assert!(known(&web, second) && !known(&web, first));
         forget_lives(&layout, &web, None);
         assert!(!known(&web, second) && known(&other, first));

@@ -219,12 +219,16 @@ fn fails_to_start() {
     define(&world, &["web"]);
     ops::start(&world.host, &name("web")).expect("starts");
     let first = images(&world);
+    let life = world.host.layout.state.join("lives");
+    let life = fs::read_dir(life).expect("lives").next();
+    let life = life.expect("one").expect("read").path();
     ops::suspend(&world.host, &name("web")).expect("suspends");
     world.next_boot();
     let bare = world.bare();
     world.tell("web", "fail-start");
     ops::start_afresh(&bare, &name("web")).expect_err("told so");
     assert_eq!(images(&world), first, "its memory was not given up");
+    assert!(life.exists(), "nor what it was booted with");
     world.reserved();
     world.tell("web", "");
     ops::resume(&world.host, &name("web"), ResumeOptions::default()).expect("resumes");
@@ -235,6 +239,7 @@ fn fails_to_start() {
     ops::start_afresh(&bare, &name("web")).expect("boots");
     let second = images(&world);
     assert!(second.len() == 1 && second != first, "{second:?}");
+    assert!(!life.exists(), "that life is over");
 }
 
 fn refused() {
