@@ -2,7 +2,7 @@
 //! exhausts nothing: a control group of its own with limits.
 //!
 //! Where systemd is PID 1 that is the VMM's scope ([`crate::systemd`]), and a
-//! group directly below the mount of control groups elsewhere ([`groups`]).
+//! group directly below the mount of control groups elsewhere (module `groups`).
 //!
 //! A limit must never end a VM that behaves, so each is far from what a VMM
 //! needs:
