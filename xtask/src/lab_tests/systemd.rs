@@ -154,7 +154,9 @@ fn start(lab: &mut Lab, guests: &[GuestSpec]) -> Result<()> {
             "start",
             &guest.name,
         ];
-        lab.machine.exec_ok(&argv)?;
+        lab.machine
+            .exec_ok(&argv)
+            .with_context(|| what_is_there(lab))?;
     }
     let groups = lab.machine.exec_ok(&[
         "systemctl",
@@ -168,6 +170,16 @@ fn start(lab: &mut Lab, guests: &[GuestSpec]) -> Result<()> {
         "no scope of its own: {groups}"
     );
     guests.iter().try_for_each(|guest| limited(lab, guest))
+}
+
+/// For whoever looks for the reason: who runs, who waits for what, and what the
+/// journal says.
+fn what_is_there(lab: &Lab) -> String {
+    let script = "ps -eo pid,ppid,stat,wchan:24,etimes,args --sort=pid | grep -v '\\]$'; \
+        systemctl list-jobs; systemctl --plain list-units 'hebe*' 'run-*'; \
+        tail -n 20 /run/hebe/vms/*/log; journalctl -b -n 60 --no-pager";
+    let told = lab.machine.exec(&["sh", "-c", script]);
+    told.map_or_else(|e| e.to_string(), |output| output.all_text())
 }
 
 /// Its VMM can exhaust neither memory nor tasks: systemd did as it was told, and the
