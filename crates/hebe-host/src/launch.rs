@@ -291,9 +291,11 @@ pub fn launch(
     let nets = network::connect(host, order)?;
     let mut confined = Confined::of(host).map_err(directory_error(&dir))?;
     let child = spawn(host, lock, order, &dir, nets, &mut confined)?;
-    // While it starts. A VMM that stays where it is runs its VM as well, if its
-    // cage need not be whole; what a host's shutdown does to it then is said by
-    // `hebe host check`.
+    // While it starts, and before it makes its VM: threads that the kernel starts
+    // for a VM may stay where it was made (`kvm-nx-lpage-recovery`, as of Linux 6.1),
+    // and a unit of systemd with one of them in it does not end before the VM does.
+    // A VMM that stays where it is runs its VM as well, if its cage need not be
+    // whole; what a host's shutdown does to it then is said by `hebe host check`.
     let limits = Limits::of(host, order);
     let adopted = host.system.adopt(&order.name, child.id(), &limits);
     confined.tell(host, child.id(), adopted);
@@ -420,10 +422,11 @@ fn spawn(
 }
 
 /// How the VMM confines itself. Nothing here keeps a VM from running whose cage
-/// need not be whole: it does not even wait for its limits then.
+/// need not be whole.
 struct Confined {
     cage: &'static str,
-    /// By which it is told whether it has its limits, which it must not run without.
+    /// By which it is told that it is where it belongs, and whether it has limits
+    /// there.
     word: Option<PipeReader>,
     ours: Option<PipeWriter>,
 }
@@ -435,8 +438,11 @@ impl Confined {
             Ok(config) => config.cage.as_str(),
             Err(_) => Cage::On.as_str(),
         };
-        let whole = cage == Cage::Required.as_str();
-        let (word, ours) = whole.then(io::pipe).transpose()?.unzip();
+        let (word, ours) = match io::pipe() {
+            Ok((word, ours)) => (Some(word), Some(ours)),
+            Err(error) if cage == Cage::Required.as_str() => return Err(error),
+            Err(_) => (None, None),
+        };
         Ok(Self { cage, word, ours })
     }
 
@@ -452,7 +458,11 @@ impl Confined {
     /// Tells a VMM that waits for it how it is limited, or why not.
     fn tell(self, host: &Host, pid: u32, adopted: Result<(), String>) {
         let Some(mut word) = self.ours else { return };
-        let limited = adopted.and_then(|()| limited(host, pid));
+        let patience = match self.cage == Cage::Required.as_str() {
+            true => LIMITS_WAIT,
+            false => Duration::ZERO,
+        };
+        let limited = adopted.and_then(|()| limited(host, pid, patience));
         let text = match &limited {
             Ok(view) => format!("on {view}"),
             Err(why) => format!("off {why}"),
@@ -462,14 +472,14 @@ impl Confined {
     }
 }
 
-/// Waits until a VMM is where it is limited: PID 1 answers before it is.
-fn limited(host: &Host, pid: u32) -> Result<GroupView, String> {
+/// Waits until a VMM is where it is limited, so long at most.
+fn limited(host: &Host, pid: u32, patience: Duration) -> Result<GroupView, String> {
     let began = Instant::now();
     loop {
         match host.system.limits_of(pid) {
             Ok(view) if view.is_limited() => return Ok(view),
-            Ok(view) if began.elapsed() >= LIMITS_WAIT => return Err(view.to_string()),
-            Err(why) if began.elapsed() >= LIMITS_WAIT => return Err(why),
+            Ok(view) if began.elapsed() >= patience => return Err(view.to_string()),
+            Err(why) if began.elapsed() >= patience => return Err(why),
             _ => thread::sleep(Duration::from_millis(2)),
         }
     }
@@ -606,10 +616,11 @@ mod tests {
             let (mut command, mut keep) = (Command::new("x"), Vec::new());
             let mut confined = Confined::of(host).expect("a pipe");
             confined.order(&mut command, &mut keep);
-            let waits = confined.ours.is_some();
-            assert_eq!(keep.len(), usize::from(waits), "for its limits");
+            assert!(confined.ours.is_some() && keep.len() == 1, "for its place");
             let words = command.get_args().map(|a| a.to_string_lossy().into_owned());
-            words.collect::<Vec<_>>()
+            let words: Vec<String> = words.collect();
+            assert_eq!(words[2], "--limits-fd");
+            words[..2].to_vec()
         };
         assert_eq!(words(&host), ["--cage", "on"]);
         let toml = host.layout.config.join("host.toml");

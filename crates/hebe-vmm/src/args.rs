@@ -58,8 +58,8 @@ pub struct Args {
     /// How this process confines itself before the guest runs.
     #[arg(long, value_enum, default_value_t, value_name = "HOW")]
     pub cage: Wish,
-    /// An inherited pipe, by which whoever starts this process says whether it is in a control
-    /// group with limits. The VM does not run before that.
+    /// An inherited pipe, by which whoever starts this process says that it is in its control
+    /// group, and whether that has limits. The VM is not made before that.
     #[arg(long, value_name = "FD")]
     pub limits_fd: Option<RawFd>,
     /// Restore RAM and execution state from a saved file.

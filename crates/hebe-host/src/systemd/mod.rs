@@ -6,6 +6,7 @@
 
 mod bus;
 
+use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -94,6 +95,10 @@ pub fn ask(how: Leave) -> Result<(), String> {
     systemctl(&order).map(drop)
 }
 
+/// How long it may take until a process is in its scope. A VM that is resumed waits
+/// for it.
+const MOVE_WAIT: Duration = Duration::from_secs(2);
+
 /// Moves a VMM into a scope of its own in [`SLICE`], which no service and no
 /// session takes along when it ends, and which a shutdown does not stop; with
 /// these limits.
@@ -126,7 +131,21 @@ fn adopt_as(name: &str, title: &str, pid: u32, limits: Option<&Limits>) -> Resul
         pid,
         limits,
     };
-    bus::start_scope(Path::new(PRIVATE), &scope).map_err(|e| format!("systemd: {e}"))
+    bus::start_scope(Path::new(PRIVATE), &scope).map_err(|e| format!("systemd: {e}"))?;
+    let cgroup = || fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    wait_for(&|| cgroup().contains(scope.name), MOVE_WAIT)
+}
+
+/// PID 1 answers before it has moved the process.
+fn wait_for(moved: &dyn Fn() -> bool, patience: Duration) -> Result<(), String> {
+    let until = Instant::now() + patience;
+    while !moved() {
+        if Instant::now() >= until {
+            return Err("systemd has not moved the process into its scope yet".into());
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
 }
 
 /// Whether processes can be given a scope.
@@ -208,6 +227,16 @@ mod tests {
         ] {
             assert!(!is_safe(unsafe_place), "{unsafe_place}");
         }
+    }
+
+    #[test]
+    fn a_process_is_waited_for_until_it_is_in_its_scope_and_not_for_ever() {
+        let looks = std::cell::Cell::new(0);
+        let third = || looks.replace(looks.get() + 1) == 2;
+        assert_eq!(wait_for(&third, Duration::from_secs(60)), Ok(()));
+        assert_eq!(looks.get(), 3);
+        let why = wait_for(&|| false, Duration::from_millis(1));
+        assert!(why.is_err_and(|why| why.contains("not moved")));
     }
 
     #[test]

@@ -55,13 +55,15 @@ pub enum Wish {
 pub struct CageError(String);
 
 /// Confines this thread, and all that it starts from now on. Whatever is open
-/// stays usable. With `word`, whoever started this process tells there whether it is in
-/// a control group with limits: it is waited for.
+/// stays usable. With `word`, whoever started this process tells there that it is in its
+/// control group, and whether that has limits: it is waited for, because a VM that was
+/// made before has threads of the kernel that stay behind.
 ///
 /// # Errors
 /// With [`Wish::Required`], that a part cannot be had. The thread is then
 /// confined as far as it could be.
 pub fn enter(wish: Wish, word: Option<impl Read>) -> Result<CageReport, CageError> {
+    let group = word.map(|word| part("control group", heard(word)));
     if wish == Wish::Off {
         log::log_error(
             "NOT CAGED: by --no-sandbox this VMM has all rights of whoever started it; a guest that breaks out has them too",
@@ -70,7 +72,6 @@ pub fn enter(wish: Wish, word: Option<impl Read>) -> Result<CageReport, CageErro
     }
     // Capabilities go after what needs them, system calls after all that
     // makes calls which a VMM never makes.
-    let group = word.map(|word| part("control group", heard(word)));
     let mut parts: Vec<CagePart> = group.into_iter().collect();
     parts.extend([
         part("limits", privileges::limit()),
