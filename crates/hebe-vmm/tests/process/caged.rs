@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -58,18 +58,20 @@ fn numbers(text: &str) -> Vec<u32> {
     words.map(|word| word.parse().expect("a number")).collect()
 }
 
-/// A thread takes its name, and its own filters, after it began.
-fn wait_for_vcpu(tasks: &str) {
+/// A thread takes its name, and its own filters, after it began: that of the vCPU
+/// and those of console, entropy and disk.
+fn wait_for_threads(tasks: &str) {
     let until = Instant::now() + Duration::from_secs(10);
-    let there = || {
-        fs::read_dir(tasks).expect("tasks").flatten().any(|task| {
-            let task = task.path();
-            fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("vcpu"))
+    let narrowed = |kind: &str| {
+        let tasks = fs::read_dir(tasks).expect("tasks").flatten();
+        let is_one = |task: PathBuf| {
+            fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with(kind))
                 && field(&task, "Seccomp_filters:") == "4"
-        })
+        };
+        tasks.filter(|task| is_one(task.path())).count()
     };
-    while !there() {
-        assert!(Instant::now() < until, "no vCPU thread in its cage");
+    while narrowed("vcpu") < 1 || narrowed("virtio-") < 3 {
+        assert!(Instant::now() < until, "threads are not in their cages");
         thread::sleep(Duration::from_millis(5));
     }
 }
@@ -91,7 +93,7 @@ fn every_thread_of_a_vmm_is_in_the_cage_and_the_status_says_so() {
     }
     let (mut vcpus, mut devices) = (0, 0);
     let tasks = format!("/proc/{}/task", vmm.child.id());
-    wait_for_vcpu(&tasks);
+    wait_for_threads(&tasks);
     for task in fs::read_dir(tasks).expect("tasks") {
         let task = task.expect("task").path();
         // One that served a connection may be gone by now; one of KVM's own
