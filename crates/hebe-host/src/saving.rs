@@ -28,7 +28,7 @@ use crate::notes;
 use crate::ops::{lock, never_ran, withdraw_stale};
 use crate::saved::{SavedInfo, SavedPaths};
 use crate::segments::free_segment;
-use crate::stores::{ExecView, StoreTrouble};
+use crate::stores::{ExecView, SegmentView, StoreTrouble};
 use crate::vmm;
 
 /// Restores a VM from its saved file, into a fresh segment or memfd. Where it
@@ -114,40 +114,60 @@ fn prepare_restore(
 }
 
 fn memory_for_restore(host: &Host, name: &VmName, info: &SavedInfo) -> Result<Memory, HostError> {
+    let view = match host.store.view() {
+        // A VM that needs no store is restored without it.
+        Err(_) if !info.in_store => None,
+        other => other?,
+    };
+    if let Some(old) = view.as_ref().and_then(|v| v.segment_of(name)) {
+        give_up_former(host, name, info, old)?;
+    }
     if info.in_files && host.system.live_update().is_ok() {
         return luo::memory(name, info.vm, info.memory);
     }
     if !info.in_store {
         return Ok(Memory::Memfd);
     }
-    let view = host.store.view()?.ok_or(StoreTrouble::None)?;
-    let paths = SavedPaths::new(&host.layout, name);
-    if let Some(old) = view.segment_of(name) {
-        let ran = matches!(old.exec, ExecView::Running { .. } | ExecView::Ended);
-        if ran && paths.fact() == Some(SavedFact::Restoring) {
-            return Err(HostError::Refused {
-                name: name.clone(),
-                why: format!(
-                    "it ran after its restore began, so its file is older than its disks: `hebe start {name}` boots it, `hebe drop {name} --yes` gives it up"
-                ),
-            });
-        }
-        if old.exec == ExecView::Empty {
-            // It proves that nothing ran since the file was set aside.
-            paths.put_back()?;
-        }
-        if matches!(old.exec, ExecView::Frozen { .. } | ExecView::Damaged { .. }) {
-            // The file is to replace a state that may be the only good one.
-            SavedFile::open(paths.to_restore())?.verify()?;
-        }
-        // What ran before the save: the file holds all of it.
-        free_segment(host, old)?;
-    }
+    view.ok_or(StoreTrouble::None)?;
     let new = host.store.create(info.vm, name, info.memory)?;
     Ok(Memory::Segment {
         id: new.id,
         spec: new.spec,
     })
+}
+
+/// Gives up the memory that the file replaces, wherever it lies: a state that is
+/// left there would be continued once the VM that ran from the file is down.
+fn give_up_former(
+    host: &Host,
+    name: &VmName,
+    info: &SavedInfo,
+    old: &SegmentView,
+) -> Result<(), HostError> {
+    let paths = SavedPaths::new(&host.layout, name);
+    let ran = matches!(old.exec, ExecView::Running { .. } | ExecView::Ended);
+    if ran && paths.fact() == Some(SavedFact::Restoring) {
+        return Err(HostError::Refused {
+            name: name.clone(),
+            why: format!(
+                "it ran after its restore began, so its file is older than its disks: `hebe start {name}` boots it, `hebe drop {name} --yes` gives it up"
+            ),
+        });
+    }
+    if old.exec == ExecView::Empty && info.in_store {
+        // It proves that nothing ran since the file was set aside.
+        paths.put_back()?;
+    }
+    let precious = match &old.exec {
+        ExecView::Frozen { .. } => !notes::is_given_up(&host.layout, old).unwrap_or(false),
+        exec => matches!(exec, ExecView::Damaged { .. }),
+    };
+    if precious {
+        // The file is to replace a state that may be the only good one.
+        SavedFile::open(paths.to_restore())?.verify()?;
+    }
+    // What ran before the save: the file holds all of it.
+    free_segment(host, old)
 }
 
 /// After a failed restore the file counts again, if the segment shows that the

@@ -56,6 +56,10 @@ pub const CASES: &[crate::Case] = &[
         "memory_that_ends_with_its_vmm_is_not_given_up_for_a_damaged_file",
         damaged_file,
     ),
+    (
+        "a_file_that_is_chosen_leaves_nothing_of_carried_memory",
+        file_chosen,
+    ),
 ];
 
 fn silent(_: &str) {}
@@ -439,6 +443,49 @@ fn damaged_file() {
     ops::resume(&world.host, &name("web"), file).expect("from the file");
     assert_eq!(world.state("web"), VmState::Running);
     assert_eq!(id(&world, "web"), before);
+}
+
+/// The keeper holds the one state, the file is the other one, and is chosen.
+fn file_chosen() {
+    let world = World::live_update();
+    world.start(&["web"]);
+    let vm = id(&world, "web");
+    world.reboot(RebootMethod::Warm);
+    world.tell("web", "fail-start");
+    resume(&world);
+    world.tell("web", "");
+    assert_eq!(world.state("web"), VmState::Frozen, "the keeper has it");
+    let paths = SavedPaths::new(&world.host.layout, &name("web"));
+    let info = hebe_host::saved::SavedInfo {
+        vm,
+        memory: hebe_types::ByteSize::mib(4),
+        in_store: false,
+        in_files: true,
+    };
+    paths.prepare(&info).expect("prepare");
+    let file = ResumeOptions {
+        from: Some(ResumeFrom::File),
+        ..ResumeOptions::default()
+    };
+    fs::rename(&paths.part, &paths.complete).expect("a bad one");
+    ops::resume(&world.host, &name("web"), file).expect_err("it is no saved VM");
+    assert_eq!(world.state("web"), VmState::Frozen, "its memory is there");
+    let ram = vec![0u8; 4 << 20];
+    let view = RamView::from_slice(hebe_types::Gpa(0), &ram);
+    hebe_snapshot::save(&paths.part, b"web", &[view]).expect("a good one");
+    fs::rename(&paths.part, &paths.complete).expect("rename");
+    ops::resume(&world.host, &name("web"), file).expect("from the file");
+    assert_eq!(id(&world, "web"), vm);
+    keeper_gone(&world);
+    // Its disks went on, so nothing of the other state may be left.
+    world.kill("web");
+    let state = world.state("web");
+    assert!(
+        matches!(state, VmState::Crashed | VmState::Lost),
+        "old memory would meet a newer disk: {state:?}"
+    );
+    let plain = ResumeOptions::default();
+    ops::resume(&world.host, &name("web"), plain).expect_err("nothing to resume");
 }
 
 fn restored() {
