@@ -488,7 +488,9 @@ impl<'a> Driver<'a> {
             }
         }
         pending.write(self.host).map_err(say)?;
-        self.note_frozen().map_err(say)?;
+        if let Some((_, error)) = self.note_frozen().into_iter().next() {
+            return Err(say(error));
+        }
         if self.verdict.leave() == Leave::Kexec {
             self.carry = Carry::prepare(self.host, &self.survey, &self.verdict, self.say)?;
         }
@@ -521,30 +523,39 @@ impl<'a> Driver<'a> {
         Ok(())
     }
 
-    /// For a next kernel that does not have the store.
-    pub(crate) fn note_frozen(&self) -> Result<(), HostError> {
-        let kept = |v: &&VmVerdict| v.fate == Some(Fate::Keep);
-        for vm in self.verdict.vms.iter().filter(kept) {
-            ops::withdraw_stale(self.host, &vm.vm)?;
+    /// For a next kernel that does not have the store: what is written of each
+    /// VM, and what stays of it. Each for itself, for one of which something
+    /// cannot be written must not leave the others unnoted. Gives those.
+    pub(crate) fn note_frozen(&self) -> Vec<(VmName, HostError)> {
+        let mut failed = Vec::new();
+        for vm in &self.verdict.vms {
+            let stale = match vm.fate {
+                Some(Fate::Keep) => ops::withdraw_stale(self.host, &vm.vm),
+                _ => Ok(()),
+            };
+            let errors = [stale.err(), self.note_one(vm).err()];
+            failed.extend(errors.into_iter().flatten().map(|e| (vm.vm.clone(), e)));
         }
+        failed
+    }
+
+    fn note_one(&self, vm: &VmVerdict) -> Result<(), HostError> {
         let Some(store) = &self.survey.store else {
             return Ok(());
         };
-        for vm in &self.verdict.vms {
-            let row = self.survey.rows.get(&vm.vm);
-            let keep = vm.fate == Some(Fate::Keep);
-            let life = row.map(|r| r.life);
-            let own = row.and_then(|r| r.segment);
-            let segment = store.segments.iter().find(|s| Some(s.id.0) == own);
-            let Some(segment) = segment else {
-                continue;
-            };
-            // What is frozen without a note was frozen under another state
-            // directory, which alone knows whether it may go on.
-            let known = notes::unnoted(&self.host.layout, segment)?.is_none();
-            if keep || life == Some(Life::Held) || (life == Some(Life::Frozen) && known) {
-                notes::note(self.host, store, segment)?;
-            }
+        let row = self.survey.rows.get(&vm.vm);
+        let keep = vm.fate == Some(Fate::Keep);
+        let life = row.map(|r| r.life);
+        let own = row.and_then(|r| r.segment);
+        let segment = store.segments.iter().find(|s| Some(s.id.0) == own);
+        let Some(segment) = segment else {
+            return Ok(());
+        };
+        // What is frozen without a note was frozen under another state
+        // directory, which alone knows whether it may go on.
+        let known = notes::unnoted(&self.host.layout, segment)?.is_none();
+        if keep || life == Some(Life::Held) || (life == Some(Life::Frozen) && known) {
+            notes::note(self.host, store, segment)?;
         }
         Ok(())
     }

@@ -16,6 +16,7 @@
 
 mod order;
 
+use std::collections::BTreeMap;
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -286,6 +287,8 @@ struct Event<'a> {
     going: Going,
     /// See [`Ground::carried`].
     carried: bool,
+    /// VMs that must not be frozen, each with the reason.
+    not_frozen: BTreeMap<VmName, String>,
 }
 
 impl<'a> Event<'a> {
@@ -329,6 +332,7 @@ impl<'a> Event<'a> {
             machine: Stopping::new(chains),
             going,
             carried: ground.carried,
+            not_frozen: BTreeMap::new(),
         }
     }
 
@@ -397,7 +401,7 @@ impl<'a> Event<'a> {
         for vm in &vms {
             failed.extend(self.note_pending(vm).err());
         }
-        failed.extend(self.driver.note_frozen().err().map(|e| with_cause(&e)));
+        failed.extend(self.note_frozen());
         failed.extend(self.driver.hold_store().err());
         failed.extend(self.carry().err());
         (self.driver.say)("flushing disks");
@@ -407,6 +411,22 @@ impl<'a> Event<'a> {
             return Ok(());
         }
         Err(failed.join("; "))
+    }
+
+    /// Notes what is about to be frozen; gives what failed. A VM of which a word
+    /// stands that must not be replaced is kept in another way: the next kernel
+    /// would take that word for one about the state frozen now. One that merely
+    /// cannot be noted is frozen all the same, and resumed by an order.
+    fn note_frozen(&mut self) -> Vec<String> {
+        let mut failed = Vec::new();
+        for (vm, error) in self.driver.note_frozen() {
+            let why = with_cause(&error);
+            failed.push(why.clone());
+            if matches!(error, HostError::Refused { .. }) {
+                self.not_frozen.insert(vm, why);
+            }
+        }
+        failed
     }
 
     /// Has the memory of VMs that Linux is to carry preserved while they run, and
@@ -490,6 +510,7 @@ impl<'a> Event<'a> {
         let row = self.driver.survey.rows.get(&vm);
         let files = row.is_some_and(|row| memory_of(row) == Memory::Files);
         let carried = self.driver.carry.as_ref().and_then(|carry| carry.vm(&vm));
+        let not_frozen = self.not_frozen.get(&vm).cloned();
         let died = {
             let vm = vm.clone();
             move |why: &str| Answer {
@@ -499,6 +520,9 @@ impl<'a> Event<'a> {
         };
         answering::in_thread(sender, died, move || {
             let (result, note) = match (fate, carried) {
+                (Fate::Keep, _) if not_frozen.is_some() => {
+                    (Err(not_frozen.unwrap_or_default()), None)
+                }
                 (Fate::Keep, Some(carried)) => job.keep_carried(&carried, again),
                 (Fate::Keep, None) if files => (Err("nobody carries its memory".to_owned()), None),
                 _ => job.keep(fate, again),

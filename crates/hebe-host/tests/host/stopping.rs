@@ -57,6 +57,10 @@ pub const CASES: &[crate::Case] = &[
     ("a_vmm_that_does_not_answer_costs_the_others_nothing", stuck),
     ("a_thread_that_panics_is_a_way_that_failed", panics),
     ("a_vm_at_which_looking_panics_is_listed", unseen),
+    (
+        "a_word_that_a_vm_was_given_up_is_not_taken_for_one_about_its_next_freeze",
+        word_stands,
+    ),
 ];
 
 fn silent(_: &str) {}
@@ -403,4 +407,35 @@ fn unseen() {
     let detail = row.detail.as_deref().expect("why");
     assert!(detail.contains("ended early"), "{detail}");
     assert_eq!(world.state("web"), VmState::Stopped, "the next look");
+}
+
+/// The same life was given up in another store, and restored from a file here:
+/// frozen under that word, it would be given up, too. The VM behind it in the
+/// alphabet is noted all the same.
+fn word_stands() {
+    let world = World::new();
+    world.define("a", "autostart = true");
+    let vm = ops::start(&world.host, &name("a")).expect("starts").id;
+    world.start(&["b"]);
+    let note = world.host.layout.state.join(format!("frozen/a.{vm}.json"));
+    ops::suspend(&world.host, &name("a")).expect("suspends");
+    let text = fs::read_to_string(&note).expect("a note");
+    ops::resume(&world.host, &name("a"), ops::ResumeOptions::default()).expect("resumes");
+    let store = world.host.store.view().expect("view").expect("store");
+    let elsewhere = hebe_types::VmId([9; 16]).to_string();
+    let text = text
+        .replace(&hebe_types::VmId(store.uuid).to_string(), &elsewhere)
+        .replace("\"given_up\": false", "\"given_up\": true");
+    fs::write(&note, &text).expect("write");
+    stage(&world.host, &world.options(RebootMethod::Warm), &silent).expect("staged");
+    let stopped = stop(&world, Going::Kexec);
+    let expected = [Some(Fate::Save), Some(Fate::Keep)];
+    assert_eq!(fates(&stopped), expected, "{stopped:?}");
+    assert!(stopped.vms[0].sentence.contains("given up"), "{stopped:?}");
+    leave(&world);
+    let all = resume_all(&world.host, stamp_now(), true).expect("not busy");
+    assert_eq!(all.vms[&name("a")], Resumed::Restored, "not booted anew");
+    assert_eq!(all.vms[&name("b")], Resumed::Resumed);
+    assert_eq!(world.instance("a").expect("instance").vm, vm);
+    assert_eq!(fs::read_to_string(&note).ok(), Some(text), "it stands");
 }
