@@ -443,6 +443,9 @@ fn free(host: &Host, lock: VmLock, name: &VmName) -> Result<(), HostError> {
     let view = host.store.view()?;
     let segment = view.as_ref().and_then(|v| v.segment_of(name));
     let frozen = segment.is_some_and(|s| matches!(s.exec, ExecView::Frozen { .. }));
+    if !frozen {
+        withdraw_outlived(host, name, segment)?;
+    }
     if let Some(segment) = segment.filter(|_| !frozen) {
         free_segment(host, segment)?;
     }
@@ -454,6 +457,27 @@ fn free(host: &Host, lock: VmLock, name: &VmName) -> Result<(), HostError> {
     luo::forget_ended(host, name);
     let dir = host.layout.vm_dir(name);
     lock.remove_dir().map_err(HostError::file("remove", &dir))
+}
+
+/// Removes the file of a restore after which the VM ran, where whoever restored
+/// it did not come to that. It goes before the segment and the record of the
+/// end, which alone prove that its disks went on: without them it would be
+/// offered as one that may be restored again.
+fn withdraw_outlived(
+    host: &Host,
+    name: &VmName,
+    segment: Option<&SegmentView>,
+) -> Result<(), HostError> {
+    let paths = SavedPaths::new(&host.layout, name);
+    if paths.fact() != Some(SavedFact::Restoring) {
+        return Ok(());
+    }
+    let in_segment = |s: &SegmentView| matches!(s.exec, ExecView::Running { .. } | ExecView::Ended);
+    let on_record = || ExitRecord::read(&host.layout.vm_dir(name)).and_then(|record| record.ran);
+    if segment.is_some_and(in_segment) || on_record() == Some(true) {
+        return paths.withdraw();
+    }
+    Ok(())
 }
 
 /// Suspends a VM on memory: freeze, then the VMM ends.

@@ -60,6 +60,10 @@ pub const CASES: &[crate::Case] = &[
     ),
     ("a_vmm_that_says_it_is_another_vms_is_not_believed", liar),
     ("an_order_to_kill_reaches_the_vmm_alone", other_process),
+    (
+        "a_vm_that_is_stopped_leaves_no_file_of_its_restore",
+        stopped_after_restore,
+    ),
 ];
 
 fn force() -> StopOptions {
@@ -576,4 +580,26 @@ fn changed_disk() {
     };
     ops::resume(&world.host, &name("web"), accept).expect("as ordered");
     assert_eq!(world.state("web"), VmState::Running);
+}
+
+/// Whoever restored it was killed before the file was removed, and what proves
+/// that it is stale goes with the stop: the segment, or the record of the end.
+fn stopped_after_restore() {
+    for world in [World::new(), World::without_store()] {
+        world.start(&["web"]);
+        let instance = world.instance("web").expect("instance");
+        let paths = SavedPaths::new(&world.host.layout, &name("web"));
+        let info = hebe_host::saved::SavedInfo {
+            vm: instance.vm,
+            memory: instance.memory,
+            in_store: instance.segment.is_some(),
+            in_files: false,
+        };
+        paths.prepare(&info).expect("prepare");
+        fs::write(&paths.restoring, "web").expect("left");
+        ops::stop(&world.host, &name("web"), force()).expect("stops");
+        assert_eq!(paths.fact(), None, "its memory is older than the disks");
+        assert_eq!(world.state("web"), VmState::Stopped);
+        ops::start(&world.host, &name("web")).expect("with no more words");
+    }
 }
