@@ -223,18 +223,33 @@ pub(crate) fn forget_here(host: &Host, name: &VmName, vm: VmId) {
 }
 
 /// Forgets what the store that is here shows to be over: whose segment is gone,
-/// or holds no state any more.
+/// or holds no state any more. Only for one who holds the lock of all VMs: one
+/// that another order is about to freeze is noted and holds no state yet.
 pub fn settle(layout: &Layout, store: &StoreView) {
     for note in all(layout) {
-        let own = store.segments.iter().find(|s| s.vm == Some(note.vm));
-        let kept = own
-            .is_some_and(|s| matches!(s.exec, ExecView::Frozen { .. } | ExecView::Damaged { .. }));
-        // A damaged record names no VM that could be compared.
-        let unknown = store.segments.iter().any(|s| s.vm.is_none());
-        if note.store == id_of(store) && !kept && !unknown {
+        if note.store == id_of(store) && is_over(store, note.vm) {
             forget(layout, &note.name, note.vm);
         }
     }
+}
+
+/// [`settle`], of the one VM that was to be frozen in `segment`: it refused.
+pub(crate) fn settle_one(host: &Host, store: &StoreView, segment: &SegmentView) {
+    if let (Some(name), Some(vm)) = (&segment.name, segment.vm)
+        && is_over(store, vm)
+    {
+        forget_here(host, name, vm);
+    }
+}
+
+/// Whether a store holds no state of that life of a VM, for certain.
+fn is_over(store: &StoreView, vm: VmId) -> bool {
+    let own = store.segments.iter().find(|s| s.vm == Some(vm));
+    let kept =
+        own.is_some_and(|s| matches!(s.exec, ExecView::Frozen { .. } | ExecView::Damaged { .. }));
+    // A damaged record names no VM that could be compared.
+    let unknown = store.segments.iter().any(|s| s.vm.is_none());
+    !kept && !unknown
 }
 
 /// Forgets everything in a store that was made anew.

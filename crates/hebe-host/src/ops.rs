@@ -516,7 +516,7 @@ pub fn suspend(host: &Host, name: &VmName) -> Result<FreezeReport, HostError> {
         // It may refuse because another order froze the VM meanwhile.
         let now = vmm::is_refusal(&source).then(|| host.store.view());
         if let Some(Ok(Some(now))) = now {
-            notes::settle(&host.layout, &now);
+            notes::settle_one(host, &now, segment);
         }
         HostError::Vmm {
             name: name.clone(),

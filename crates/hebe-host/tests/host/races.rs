@@ -4,9 +4,11 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use hebe_host::listing::VmState;
+use hebe_host::resume_all::{Resumed, resume_all};
 use hebe_host::segments::drop_listed;
 use hebe_host::stores::{ExecView, NewSegment, SegmentView, StoreAccess, StoreTrouble, StoreView};
-use hebe_host::{Host, HostError, ops};
+use hebe_host::{Host, HostError, notes, ops, vmm};
+use hebe_sys::clock::stamp_now;
 use hebe_types::{ByteSize, SegmentId, VmId, VmName};
 
 use crate::world::{World, name};
@@ -19,6 +21,10 @@ pub const CASES: &[crate::Case] = &[
     (
         "a_segment_that_is_frozen_after_the_look_is_dropped_by_order_only",
         segment_frozen_after_the_look,
+    ),
+    (
+        "a_suspend_that_is_refused_leaves_the_notes_of_others",
+        note_of_another,
     ),
 ];
 
@@ -109,4 +115,27 @@ fn segment_frozen_after_the_look() {
     assert_eq!(world.segments(), 0);
     let again = drop_listed(&world.host, &view.segments[0], worthless);
     assert!(matches!(again, Err(HostError::Store(_))), "{again:?}");
+}
+
+/// Two orders to suspend at once: the one noted its VM and is about to freeze it,
+/// and the other one's VM refuses.
+fn note_of_another() {
+    let world = World::new();
+    world.start(&["db", "web"]);
+    world.tell("web", "refuse-freeze");
+    let view = world.host.store.view().expect("view").expect("store");
+    let db = view.segment_of(&name("db")).expect("segment");
+    notes::note(&world.host, &view, db).expect("noted");
+    ops::suspend(&world.host, &name("web")).expect_err("it refuses");
+    vmm::freeze(&world.host.layout.socket(&name("db")), vmm::FREEZE_WAIT).expect("freezes");
+    let noted = notes::all(&world.host.layout);
+    let noted: Vec<_> = noted.iter().map(|note| note.name.clone()).collect();
+    assert_eq!(noted, [name("db")], "and not its own");
+    world.next_boot();
+    let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
+    assert_eq!(
+        all.vms[&name("db")],
+        Resumed::Resumed,
+        "without a word more"
+    );
 }
