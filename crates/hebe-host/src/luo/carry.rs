@@ -96,8 +96,17 @@ impl Candidate {
         let _ = match self.kept {
             Some(segment) => asking::release(&host.layout.keeper_socket(), segment)
                 .map_err(|e| StoreTrouble::Keeper(e).into()),
-            None => vmm::quit(host, &self.name, Some(VmmState::Frozen)),
+            None if self.is_frozen(host) => vmm::quit(host, &self.name, None),
+            None => Ok(()),
         };
+    }
+
+    /// Asked here, and not by the order to end: a VMM whose memory ends with it
+    /// takes none that would have its VM stay frozen. Nobody else gives orders
+    /// meanwhile.
+    fn is_frozen(&self, host: &Host) -> bool {
+        let status = vmm::status(&host.layout.socket(&self.name), vmm::STATUS_WAIT);
+        status.is_ok_and(|s| s.id == self.vm && s.state == VmmState::Frozen)
     }
 
     /// The files that it lies in.

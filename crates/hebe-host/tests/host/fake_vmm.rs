@@ -236,6 +236,9 @@ impl Fake {
                     message: "in another state".into(),
                 }
             }
+            Request::Quit { expected: Some(_) } if self.is_last_holder() => {
+                failed("frozen in memory that ends with its VMM")
+            }
             Request::Quit { .. } => match self.state {
                 VmmState::Frozen => self.leave("frozen"),
                 VmmState::Saved => self.leave("saved"),
@@ -243,6 +246,12 @@ impl Fake {
             },
             _ => failed("not now"),
         }
+    }
+
+    /// As the real one has it: in files, not in a store.
+    fn is_last_holder(&self) -> bool {
+        let in_files = |segment: &Segment| !segment.files().is_empty();
+        self.state == VmmState::Frozen && self.segment.as_ref().is_some_and(in_files)
     }
 
     fn leave(&self, reason: &str) -> ! {
