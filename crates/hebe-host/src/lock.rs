@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 
+/// The file that is locked.
+const LOCK: &str = "lock";
 /// How long one who takes a lock waits for those who only look at it.
 const LOOKERS_WAIT: Duration = Duration::from_millis(200);
 
@@ -46,11 +48,16 @@ impl VmLock {
     fn take_as(dir: &Path, kind: Kind, wait: Duration) -> io::Result<Option<Self>> {
         let began = Instant::now();
         loop {
-            fs::DirBuilder::new()
+            let made = fs::DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
-                .create(dir)?;
-            let path = dir.join("lock");
+                .create(dir);
+            match made {
+                // It was there, and the holder before removed it that instant.
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists && !is_no_dir(dir) => continue,
+                other => other?,
+            }
+            let path = dir.join(LOCK);
             let opened = OpenOptions::new()
                 .read(true)
                 .write(true)
@@ -79,7 +86,7 @@ impl VmLock {
     /// Whether somebody holds the lock of the VM whose directory is `dir`.
     /// Does not create anything.
     pub fn is_held(dir: &Path) -> bool {
-        let Ok(file) = File::open(dir.join("lock")) else {
+        let Ok(file) = File::open(dir.join(LOCK)) else {
             return false;
         };
         // A shared lock, dropped at once with `file`: two lookers never see
@@ -92,10 +99,36 @@ impl VmLock {
         self.file.as_fd().try_clone_to_owned()
     }
 
-    /// Removes the VM's directory and lets the lock go.
+    /// Removes the VM's directory and lets the lock go. The name of the lock goes
+    /// last: once it is gone the next one may hold the VM, and nothing that it
+    /// puts there is ours to remove.
     pub fn remove_dir(self) -> io::Result<()> {
-        fs::remove_dir_all(&self.dir)
+        let gone = |removed: io::Result<()>| match removed {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        };
+        for entry in fs::read_dir(&self.dir)? {
+            let entry = entry?;
+            if entry.file_name() == LOCK {
+                continue;
+            }
+            let path = entry.path();
+            gone(match entry.file_type()?.is_dir() {
+                true => fs::remove_dir_all(path),
+                false => fs::remove_file(path),
+            })?;
+        }
+        gone(fs::remove_file(self.dir.join(LOCK)))?;
+        match gone(fs::remove_dir(&self.dir)) {
+            Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+            other => other,
+        }
     }
+}
+
+/// Something else has the directory's name.
+fn is_no_dir(dir: &Path) -> bool {
+    fs::metadata(dir).is_ok_and(|found| !found.is_dir())
 }
 
 /// Alone, or together with others of this kind.
@@ -154,6 +187,39 @@ mod tests {
         end.join().expect("join");
         assert!(VmLock::take_shared(&dir).expect("io").is_none());
         drop(lock);
+    }
+
+    /// One who removes the directory takes nothing of the next one's along.
+    #[test]
+    fn what_a_holder_puts_there_stays_as_long_as_it_holds_the_lock() {
+        const FILES: [&str; 4] = ["config.toml", "exit.json", "instance.json", "log"];
+        let root = tempfile::tempdir().expect("dir");
+        let dir = root.path().join("vms/web");
+        let turns = |own: u8| {
+            let mut left = 500;
+            while left > 0 {
+                let Some(lock) = VmLock::take(&dir).expect("io") else {
+                    thread::yield_now();
+                    continue;
+                };
+                for file in FILES {
+                    fs::write(dir.join(file), [own]).expect("write");
+                }
+                thread::yield_now();
+                for file in FILES {
+                    let found = fs::read(dir.join(file)).ok();
+                    assert_eq!(found, Some(vec![own]), "{file}, {left} turns left");
+                }
+                lock.remove_dir().expect("remove");
+                left -= 1;
+            }
+        };
+        thread::scope(|scope| {
+            for own in 1..=4 {
+                scope.spawn(move || turns(own));
+            }
+        });
+        assert!(!dir.exists());
     }
 
     #[test]
