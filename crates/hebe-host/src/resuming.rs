@@ -126,6 +126,8 @@ fn certainly_not_run(host: &Host, name: &VmName, error: &HostError) -> bool {
     match error {
         HostError::Vmm { source, .. } => vmm::is_refusal(source),
         HostError::Launch(LaunchError::Unanswered { .. }) => false,
+        // What its holder does with it nobody knows: it may run any moment.
+        HostError::Busy(_) => false,
         _ if never_ran(host, name, error) => true,
         _ => {
             let view = host.store.view().ok().flatten();
@@ -278,6 +280,24 @@ mod tests {
         assert!(two.is_err_and(|why| why.contains("--from")));
         let file = source(Life::Saved, Some(SavedFact::Complete), plain);
         assert_eq!(file, Ok(ResumeFrom::File));
+    }
+
+    /// Its file must not count again: who holds it may be letting it run.
+    #[test]
+    fn a_vm_that_another_order_holds_may_run() {
+        let root = tempfile::tempdir().expect("dir");
+        let host = Host {
+            layout: crate::host::Layout::below(root.path()),
+            ..Host::here()
+        };
+        let name: VmName = "web".parse().expect("name");
+        let busy = HostError::Busy(name.clone());
+        assert!(!certainly_not_run(&host, &name, &busy));
+        let missing = HostError::Store(crate::stores::StoreTrouble::None);
+        assert!(
+            certainly_not_run(&host, &name, &missing),
+            "no VMM was started"
+        );
     }
 
     #[test]
