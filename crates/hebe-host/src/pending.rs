@@ -9,7 +9,7 @@
 //! Each entry is read for itself, and what cannot be read stays as it is: a VM
 //! of another release is neither booted nor forgotten, and costs no other.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
 
@@ -123,6 +123,29 @@ pub(crate) fn unreadable(layout: &Layout, error: &HostError) -> String {
     )
 }
 
+/// Orders for several VMs run at once, and each rewrites the whole list.
+fn lock_list(layout: &Layout) -> Result<File, HostError> {
+    let dir = &layout.state;
+    let locked = File::open(dir).and_then(|dir| {
+        flock(&dir, FlockOperation::LockExclusive)?;
+        Ok(dir)
+    });
+    locked.map_err(HostError::file("lock", dir))
+}
+
+/// Puts a VM on the list while others may be taken from it.
+///
+/// # Errors
+/// The file cannot be read or written.
+pub(crate) fn add(host: &Host, config: VmConfig) -> Result<(), HostError> {
+    let dir = &host.layout.state;
+    fs::create_dir_all(dir).map_err(HostError::file("create", dir))?;
+    let _locked = lock_list(&host.layout)?;
+    let mut pending = Pending::read(&host.layout)?;
+    pending.put(config);
+    pending.write(host)
+}
+
 /// Takes a VM from the list because its owner decided about it. Nothing is
 /// written where it is not on it.
 ///
@@ -133,13 +156,7 @@ pub(crate) fn settle(host: &Host, name: &VmName) -> Result<(), HostError> {
     if !path.exists() {
         return Ok(());
     }
-    // Orders for several VMs run at once, and each rewrites the whole list.
-    let dir = &host.layout.state;
-    let locked = File::open(dir).and_then(|dir| {
-        flock(&dir, FlockOperation::LockExclusive)?;
-        Ok(dir)
-    });
-    let _locked = locked.map_err(HostError::file("lock", dir))?;
+    let _locked = lock_list(&host.layout)?;
     // A list that cannot be read boots nobody.
     let Ok(mut pending) = Pending::read(&host.layout) else {
         return Ok(());
@@ -152,8 +169,6 @@ pub(crate) fn settle(host: &Host, name: &VmName) -> Result<(), HostError> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     fn host(root: &std::path::Path) -> Host {
@@ -200,7 +215,8 @@ mod tests {
         assert!(!path.exists(), "an empty list is no file");
     }
 
-    /// Orders for several VMs at once: none brings back what another took.
+    /// Orders for several VMs at once: none brings back what another took, or
+    /// takes what another put there.
     #[test]
     fn several_vms_are_taken_at_once() {
         let root = tempfile::tempdir().expect("dir");
@@ -214,9 +230,14 @@ mod tests {
             for name in &names {
                 let host = &host;
                 scope.spawn(move || settle(host, &config(name).name).expect("settled"));
+                let new = config(&format!("new-{name}"));
+                scope.spawn(move || add(host, new).expect("added"));
             }
         });
         let left = Pending::read(&host.layout).expect("read");
-        assert_eq!(left.vms, [config("left")]);
+        let left: std::collections::BTreeSet<String> =
+            left.vms.iter().map(|c| c.name.to_string()).collect();
+        let new = names.iter().map(|name| format!("new-{name}"));
+        assert_eq!(left, new.chain(["left".to_owned()]).collect());
     }
 }

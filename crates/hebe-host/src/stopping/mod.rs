@@ -35,7 +35,7 @@ use crate::job::Note;
 use crate::listing::{Survey, VmRow, with_cause};
 use crate::lock::VmLock;
 use crate::luo;
-use crate::pending::Pending;
+use crate::pending;
 use crate::preflight::{Level, RebootOptions, Verdict, preflight};
 use crate::reboot::{Driver, fate_words};
 use crate::saved::SavedPaths;
@@ -490,10 +490,8 @@ impl<'a> Event<'a> {
         let Some(Ok(config)) = self.driver.survey.definitions.get(vm) else {
             return Ok(());
         };
-        let read = Pending::read(&host.layout);
-        let mut pending = read.map_err(|e| with_cause(&e))?;
-        pending.put(config.clone());
-        pending.write(host).map_err(|e| with_cause(&e))
+        // Others may be taken from it: those whose guests end by themselves.
+        pending::add(host, config.clone()).map_err(|e| with_cause(&e))
     }
 
     fn suspend(&mut self, vm: VmName, fate: Fate, sender: &Sender<Answer>) {
