@@ -239,6 +239,23 @@ mod tests {
         assert!(why.is_err_and(|why| why.contains("not moved")));
     }
 
+    /// A VM that is saved in a directory that is not mounted looks like one that is
+    /// stopped.
+    #[test]
+    fn nothing_starts_or_suspends_vms_without_the_state_directory() {
+        for unit in [
+            include_str!("../../../../packaging/hebe-freeze.service"),
+            include_str!("../../../../packaging/hebe-resume.service"),
+            include_str!("../../../../packaging/hebed.service"),
+        ] {
+            let mut lines = unit.lines();
+            assert!(
+                lines.any(|line| line == "RequiresMountsFor=/var/lib/hebe"),
+                "{unit}"
+            );
+        }
+    }
+
     #[test]
     fn a_scope_has_a_name_that_systemd_takes() {
         let scope = scope_name("vm-web-1", 42);
