@@ -135,7 +135,12 @@ pub(crate) fn connect(host: &Host, order: &Launch) -> Result<Vec<(usize, OwnedFd
                 .vm_dir(&order.name)
                 .join(format!("passt{index}.log"));
             let started = passt::start(net, &log).map_err(LaunchError::from);
-            given.extend(bear(host, boots, started, &order.name)?.map(|end| (index, end)));
+            if let Some(passt) = bear(host, boots, started, &order.name)? {
+                // It is needed as long as its VMM, whoever started that. Where it
+                // cannot be moved, nor can the VMM, and that is said.
+                let _ = host.system.adopt_passt(&order.name, passt.pid);
+                given.push((index, passt.end));
+            }
         }
     }
     Ok(given)

@@ -148,6 +148,14 @@ pub trait System: Send + Sync {
     fn adopt(&self, _vm: &VmName, _pid: u32, _limits: &Limits) -> Result<(), String> {
         Ok(())
     }
+    /// Moves the process that carries a network of this VM's own, and ends with the
+    /// VM, to where it is left alone as long and limited.
+    ///
+    /// # Errors
+    /// It stays where it is, or without limits; why.
+    fn adopt_passt(&self, _vm: &VmName, _pid: u32) -> Result<(), String> {
+        Ok(())
+    }
     /// Where VMMs are limited, and whether they can be.
     ///
     /// # Errors
@@ -336,6 +344,13 @@ impl System for Machine {
             return systemd::adopt(vm, pid, limits);
         }
         Groups::here()?.confine(vm, pid, limits)
+    }
+
+    fn adopt_passt(&self, vm: &VmName, pid: u32) -> Result<(), String> {
+        if systemd::booted() {
+            return systemd::adopt_passt(vm, pid);
+        }
+        Groups::here()?.confine(vm, pid, &Limits::of_passt())
     }
 
     fn can_limit(&self) -> Result<String, String> {

@@ -7,7 +7,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use std::{env, fs};
 
@@ -18,6 +18,14 @@ use hebe_types::{Forward, MacAddr, NetConfig, USER_ADDRESS, USER_GATEWAY};
 const READY_WAIT: Duration = Duration::from_secs(20);
 /// Longest frame on its socket, in bytes.
 const FRAME_MAX: usize = 65536;
+/// The gateway's Ethernet address. passt would take that of an interface of the
+/// host's, which need not be the same after a reboot; locally administered.
+const GATEWAY_MAC: &str = "52:55:0a:00:02:02";
+/// Where the host has no route yet: a VM may be resumed before its host's network
+/// is up. passt (as of 2023; from the end of 2024 on it makes do by itself) takes
+/// its addresses from an interface, ends without one that leads somewhere, and
+/// needs it for nothing else when it is told them.
+const WITHOUT_ROUTE: [&str; 3] = ["--ipv4-only", "--interface", "lo"];
 
 /// Why there is none.
 #[derive(Debug, thiserror::Error)]
@@ -42,34 +50,67 @@ pub fn program() -> Option<PathBuf> {
     dirs.map(|dir| dir.join("passt")).find(|p| p.is_file())
 }
 
-/// Starts one for this NIC, and waits until it answers; gives the VMM's end. Its
-/// words go to `log`.
-pub fn start(net: &NetConfig, log: &Path) -> Result<OwnedFd, PasstError> {
+/// One that serves.
+#[derive(Debug)]
+pub struct Passt {
+    /// The VMM's end. When it is closed, passt ends.
+    pub end: OwnedFd,
+    /// Its process.
+    pub pid: u32,
+}
+
+/// Starts one for this NIC, and waits until it answers. Its words go to `log`.
+///
+/// # Errors
+/// It is not installed, or does not serve.
+pub fn start(net: &NetConfig, log: &Path) -> Result<Passt, PasstError> {
+    let (error, ended) = match attempt(net, log, &[]) {
+        Ok(passt) => return Ok(passt),
+        Err(failed) => failed,
+    };
+    match ended {
+        true => attempt(net, log, &WITHOUT_ROUTE).map_err(|_| error),
+        false => Err(error),
+    }
+}
+
+/// Tries to start it. With the error goes whether it ended by itself.
+fn attempt(net: &NetConfig, log: &Path, more: &[&str]) -> Result<Passt, (PasstError, bool)> {
+    let (ours, mut child) = spawn(net, log, more).map_err(|error| (error, false))?;
+    let mac = net.mac.unwrap_or(MacAddr([0x52, 0x54, 0, 0, 0, 1]));
+    let error = match greet(&ours, mac) {
+        Ok(()) => {
+            let (end, pid) = (ours.into(), child.id());
+            return Ok(Passt { end, pid });
+        }
+        Err(error) => error,
+    };
+    // Nobody else closes its end.
+    let ended = matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+    );
+    let _ = child.kill();
+    let how = match child.wait() {
+        Ok(status) => format!("{error} ({status})"),
+        Err(_) => error.to_string(),
+    };
+    let said = fs::read_to_string(log).unwrap_or_default();
+    // What it says about a log daemon that is not there is no reason.
+    let mut lines = said.lines().filter(|line| !line.contains("syslog"));
+    let last = lines.rfind(|line| !line.trim().is_empty());
+    let words = last.map_or(how, |l| l.trim().chars().take(200).collect());
+    Err((PasstError::Ended(words), ended))
+}
+
+fn spawn(net: &NetConfig, log: &Path, more: &[&str]) -> Result<(UnixStream, Child), PasstError> {
     let program = program().ok_or(PasstError::Absent)?;
     let (ours, theirs) = UnixStream::pair()?;
     let mut command = Command::new(program);
-    command.args(arguments(net, theirs.as_raw_fd()));
+    command.args(arguments(net, theirs.as_raw_fd())).args(more);
     command.stdin(Stdio::null()).stdout(Stdio::null());
     command.stderr(fs::File::create(log)?);
-    let mut child = spawn_detached(command, vec![theirs.into()])?;
-    let mac = net.mac.unwrap_or(MacAddr([0x52, 0x54, 0, 0, 0, 1]));
-    let ended = |how: String| {
-        let said = fs::read_to_string(log).unwrap_or_default();
-        // What it says about a log daemon that is not there is no reason.
-        let mut lines = said.lines().filter(|line| !line.contains("syslog"));
-        let last = lines.rfind(|line| !line.trim().is_empty());
-        PasstError::Ended(last.map_or(how, |l| l.trim().chars().take(200).collect()))
-    };
-    match greet(&ours, mac) {
-        Ok(()) => Ok(ours.into()),
-        Err(error) => {
-            let _ = child.kill();
-            let status = child.wait();
-            Err(ended(
-                status.map_or(error.to_string(), |s| format!("{error} ({s})")),
-            ))
-        }
-    }
+    Ok((ours, spawn_detached(command, vec![theirs.into()])?))
 }
 
 /// Asks for the gateway's Ethernet address, as a guest does first of all.
@@ -106,6 +147,7 @@ fn arguments(net: &NetConfig, fd: i32) -> Vec<String> {
     say("--address", USER_ADDRESS.to_string());
     say("--netmask", "24".to_owned());
     say("--gateway", USER_GATEWAY.to_string());
+    say("--mac-addr", GATEWAY_MAC.to_owned());
     // Frames of ordinary size: the guest's driver negotiates nothing more here.
     say("--mtu", "1500".to_owned());
     for forward in &net.forward {
@@ -123,6 +165,8 @@ fn port(forward: &Forward) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use hebe_types::Network;
 
     use super::*;
@@ -133,19 +177,71 @@ mod tests {
         let dir = tempfile::tempdir().expect("dir");
         let log = dir.path().join("log");
         let net = NetConfig::made(Network::User);
-        let ours = match start(&net, &log) {
-            Err(PasstError::Absent) => {
-                return writeln!(io::stderr(), "skipped: passt is not installed").expect("stderr");
-            }
+        let passt = match start(&net, &log) {
+            Err(PasstError::Absent) => return skipped("passt is not installed"),
             started => started.expect("it answers"),
         };
         // Once more, on the VMM's side of things.
-        greet(&UnixStream::from(ours), MacAddr([2, 0, 0, 0, 0, 1])).expect("an answer");
+        let ours = UnixStream::from(passt.end);
+        greet(&ours, MacAddr([2, 0, 0, 0, 0, 1])).expect("an answer");
+        assert!(!has_ended(passt.pid));
+        drop(ours);
+        let end = Instant::now() + READY_WAIT;
+        while !has_ended(passt.pid) {
+            assert!(Instant::now() < end, "it goes on without its VMM");
+            std::thread::sleep(Duration::from_millis(5));
+        }
         let mut refused = net;
         refused.forward = vec!["1:1".parse().expect("forward"); 2];
         refused.forward[1].address = Some([192, 0, 2, 77].into());
         let error = start(&refused, &log).expect_err("an address of nobody");
         assert!(matches!(error, PasstError::Ended(_)), "{error}");
+    }
+
+    /// Straight to stderr: what did not run must not look like what did.
+    fn skipped(why: &str) {
+        writeln!(io::stderr(), "skipped: {why}").expect("stderr");
+    }
+
+    /// It stays this process's child until somebody waits for it: a zombie then.
+    fn has_ended(pid: u32) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let state = stat.rsplit(')').next().unwrap_or_default().trim_start();
+        !matches!(state.chars().next(), Some('R' | 'S' | 'D'))
+    }
+
+    /// A VM is resumed before its host's network is up.
+    #[test]
+    fn it_answers_on_a_host_without_a_route() {
+        let apart = Command::new("unshare").args(["--net", "true"]).output();
+        if !apart.is_ok_and(|output| output.status.success()) {
+            return skipped("no network of its own can be made here");
+        }
+        if program().is_none() {
+            return skipped("passt is not installed");
+        }
+        // This test once more, where there is no network at all.
+        let test = "passt::tests::in_a_host_without_a_route";
+        let this = env::current_exe().expect("this program");
+        let mut again = Command::new("unshare");
+        again.arg("--net").arg(this).args(["--exact", test]);
+        let again = again.arg("--ignored").arg("--nocapture").output();
+        let again = again.expect("unshare");
+        let said = String::from_utf8_lossy(&again.stdout).into_owned()
+            + &String::from_utf8_lossy(&again.stderr);
+        assert!(again.status.success(), "{said}");
+        assert!(said.contains("1 passed"), "{said}");
+    }
+
+    #[test]
+    #[ignore = "started by it_answers_on_a_host_without_a_route, in a network of its own"]
+    fn in_a_host_without_a_route() {
+        let routes = fs::read_to_string("/proc/net/route").unwrap_or_default();
+        assert!(routes.lines().count() < 2, "{routes}");
+        let dir = tempfile::tempdir().expect("dir");
+        let net = NetConfig::made(Network::User);
+        let passt = start(&net, &dir.path().join("log")).expect("it answers");
+        drop(passt);
     }
 
     #[test]
@@ -159,6 +255,7 @@ mod tests {
             "--fd 7",
             "--address 10.0.2.15",
             "--gateway 10.0.2.2",
+            "--mac-addr 52:55:0a:00:02:02",
             "-t 127.0.0.1/8080:80",
             "-u 53:5353",
         ] {

@@ -1,7 +1,8 @@
 //! What an operator has: Debian with systemd as the host and the package
 //! installed, and in a VM a Debian that `hebe image build` makes, with an
-//! address that Hebe's network gives it, a web server and a real-time clock.
-//! Then `systemctl kexec` puts another kernel under it.
+//! address that Hebe's network gives it, a web server and a real-time clock; and
+//! a second NIC in a network of its own, which passt carries. Then `systemctl
+//! kexec` puts another kernel under it.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -29,6 +30,13 @@ const GUEST: Duration = Duration::from_secs(600);
 const AGAIN: Duration = Duration::from_secs(120);
 /// How long one answer may take.
 const ANSWER: Duration = Duration::from_secs(20);
+/// How long passt may outlive its VMM.
+const PASST_GONE: Duration = Duration::from_secs(30);
+/// The port of the host that passt takes.
+const OWN_PORT: u16 = 8090;
+/// The guest's NIC in the network of its own, and its address there.
+const OWN_MAC: &str = "52:54:00:00:00:77";
+const OWN_ADDRESS: &str = "10.0.2.15";
 /// Longest answer, in bytes.
 const ANSWER_MAX: u64 = 64 << 10;
 
@@ -36,6 +44,13 @@ const ANSWER_MAX: u64 = 64 << 10;
 const BOOT_ID: &str = "[Unit]\nDescription=Tell which boot this is\nBefore=nginx.service\n\n[Service]\nType=oneshot\nExecStart=/bin/cp /proc/sys/kernel/random/boot_id /var/www/html/boot_id\n\n[Install]\nWantedBy=multi-user.target\n";
 /// A connection outlasts whatever is done to the VM meanwhile.
 const NGINX: &str = "keepalive_timeout 1d;\nsend_timeout 1d;\n";
+/// The lab's own network has the same addresses: what comes from that NIC's goes
+/// back there, and nothing else.
+fn own_network() -> String {
+    format!(
+        "[Match]\nMACAddress={OWN_MAC}\n\n[Network]\nDHCP=ipv4\nLinkLocalAddressing=no\nIPv6AcceptRA=no\n\n[DHCPv4]\nRouteTable=77\nUseDNS=no\n\n[RoutingPolicyRule]\nFrom={OWN_ADDRESS}\nTable=77\n"
+    )
+}
 /// Whoever connects is told what the system sees at that moment.
 const SIGHT: &str =
     "[Socket]\nListenStream=8080\nAccept=yes\n\n[Install]\nWantedBy=sockets.target\n";
@@ -62,6 +77,11 @@ path = "{disk}"
 [[net]]
 network = "nat"
 forward = ["80:80", "8080:8080"]
+
+[[net]]
+network = "user"
+mac = "{OWN_MAC}"
+forward = ["127.0.0.1:{OWN_PORT}:8080"]
 "#
     )
 }
@@ -95,6 +115,7 @@ fn image(scene: &Scene) -> Result<Order> {
         files: vec![
             FileIn::text("/etc/systemd/system/boot-id.service", BOOT_ID),
             FileIn::text("/etc/nginx/conf.d/lab.conf", NGINX),
+            FileIn::text("/etc/systemd/network/20-own.network", &own_network()),
             FileIn::text("/etc/systemd/system/sight.socket", SIGHT),
             FileIn::text("/etc/systemd/system/sight@.service", SIGHT_OF_ONE),
             FileIn {
@@ -137,6 +158,7 @@ pub fn run(scene: &Scene) -> Result<()> {
     let address = in_sight_of_the_host(&lab)?;
     let first = Sight::of(&lab, ports.slow).with_context(|| last_words(&lab))?;
     first.check(&address)?;
+    in_its_own_network(&lab).with_context(|| last_words(&lab))?;
     let listed = listed(&lab).context("before the reboot")?;
     let mut session = Session::open(port)?;
     ensure!(session.get()? == before, "two answers of one guest differ");
@@ -168,6 +190,9 @@ pub fn run(scene: &Scene) -> Result<()> {
     );
     let second = Sight::of(&lab, ports.slow)?;
     second.check(&address).context("after the reboot")?;
+    in_its_own_network(&lab)
+        .context("after the reboot")
+        .with_context(|| last_words(&lab))?;
     ensure!(
         first.rtc_s < second.rtc_s,
         "its clock shows {}, and showed {}",
@@ -177,6 +202,7 @@ pub fn run(scene: &Scene) -> Result<()> {
     package::is_not_removed(&lab)?;
     self::listed(&lab).context("after a removal that was refused")?;
     lab.machine.check()?;
+    passt_ends(&lab)?;
     lab.machine.power_off()
 }
 
@@ -296,16 +322,73 @@ fn in_sight_of_the_host(lab: &Lab) -> Result<String> {
     Ok(address.to_owned())
 }
 
-/// The one VM, which runs, as `hebe list` tells it; less what is of one boot.
-fn listed(lab: &Lab) -> Result<Value> {
+/// A new connection through passt reaches the guest, which has its address there by
+/// DHCP; and passt is nobody, and where nothing takes it from its VM.
+fn in_its_own_network(lab: &Lab) -> Result<()> {
+    let ask = format!(
+        "exec 3<>/dev/tcp/127.0.0.1/{OWN_PORT}; printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3"
+    );
+    let words = ["timeout", "60", "bash", "-c", ask.as_str()];
+    let told = lab.machine.exec_ok(&words);
+    let told = told.context("no answer through passt")?;
+    let inet = format!("inet {OWN_ADDRESS}/24 ");
+    // Nothing but DHCP gives it to that NIC; passt's leases have no end.
+    ensure!(told.contains(&inet), "no {OWN_ADDRESS} in: {told}");
+    let passts = passts(lab)?;
+    let [pid] = passts.as_slice() else {
+        bail!("passt runs as {passts:?}");
+    };
+    let read = |file: &str| {
+        lab.machine
+            .exec_ok(&["cat", &format!("/proc/{pid}/{file}")])
+    };
+    let group = read("cgroup")?;
+    ensure!(
+        group.contains(&format!("/hebe.slice/hebe-passt-{NAME}-{pid}.scope")),
+        "passt is in {group}"
+    );
+    let status = read("status")?;
+    let uid = status.lines().find(|line| line.starts_with("Uid:"));
+    let uid = uid.and_then(|line| line.split_whitespace().nth(1));
+    ensure!(uid.is_some_and(|uid| uid != "0"), "passt's user: {uid:?}");
+    Ok(())
+}
+
+/// The processes of passt, which may run as `passt.avx2`.
+fn passts(lab: &Lab) -> Result<Vec<String>> {
+    let script = "grep -l '^passt' /proc/[0-9]*/comm 2>/dev/null; true";
+    let told = lab.machine.exec_ok(&["sh", "-c", script])?;
+    let pid = |line: &str| Some(line.split('/').nth(2)?.to_owned());
+    Ok(told.lines().filter_map(pid).collect())
+}
+
+/// passt ends with its VMM.
+fn passt_ends(lab: &Lab) -> Result<()> {
+    let stop = ["hebe", "stop", NAME, "--force", "--timeout", "0"];
+    lab.machine.exec_ok(&stop)?;
+    let end = Instant::now() + PASST_GONE;
+    while !passts(lab)?.is_empty() {
+        ensure!(Instant::now() < end, "passt outlives its VMM");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    Ok(())
+}
+
+fn only_row(lab: &Lab) -> Result<Value> {
     let mut list = super::json(lab, &["hebe", "list", "--json"])?;
     let rows = match list.get_mut("vms") {
         Some(rows) => rows.take(),
         None => list,
     };
-    let [row] = rows.as_array().map_or(&[][..], Vec::as_slice) else {
-        bail!("not one VM is listed: {rows}");
-    };
+    match rows.as_array().map_or(&[][..], Vec::as_slice) {
+        [row] => Ok(row.clone()),
+        _ => bail!("not one VM is listed: {rows}"),
+    }
+}
+
+/// The one VM, which runs, as `hebe list` tells it; less what is of one boot.
+fn listed(lab: &Lab) -> Result<Value> {
+    let row = only_row(lab)?;
     ensure!(
         row["name"] == NAME && row["state"] == "running",
         "it does not run: {row}"
@@ -334,9 +417,10 @@ fn last_words(lab: &Lab) -> String {
         "--no-pager",
     ]);
     format!(
-        "the guest's console:\n{}\nits VMM:\n{}\nthe host:\n{}{}",
+        "the guest's console:\n{}\nits VMM:\n{}\nits passt:\n{}\nthe host:\n{}{}",
         read(&format!("/run/hebe/vms/{NAME}/console.log")),
         read(&format!("/run/hebe/vms/{NAME}/log")),
+        read(&format!("/run/hebe/vms/{NAME}/passt1.log")),
         read("/data/kexec.log"),
         journal.map(|o| o.all_text()).unwrap_or_default()
     )

@@ -21,9 +21,9 @@ const ENABLED: [&str; 4] = [
     "hebed.service",
 ];
 
-/// A host for it, with what it recommends.
+/// A host for it, with what it recommends, and suggests for networks.
 pub fn system() -> System {
-    System::debian12().with(&["nftables"])
+    System::debian12().with(&["nftables", "passt"])
 }
 
 /// Installs the package, which from then on is all of the product that the

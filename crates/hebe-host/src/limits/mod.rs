@@ -43,6 +43,12 @@ pub const TASKS_MOST: u64 = VCPUS_MAX as u64 + DEVICES_MAX as u64 + 4 + 32 + 4 +
 pub const TASKS_MAX: u64 = 256;
 const _: () = assert!(TASKS_MAX >= 3 * TASKS_MOST);
 
+/// What a passt may take: it has some 31 MiB and a socket for each connection of its
+/// guest, whose buffers are charged to it, and one thread.
+const PASST_HIGH: ByteSize = ByteSize::mib(512);
+const PASST_MAX: ByteSize = ByteSize::gib(1);
+const PASST_TASKS: u64 = 32;
+
 /// Room for what is not guest RAM.
 const ROOM: ByteSize = ByteSize::gib(1);
 
@@ -85,6 +91,20 @@ impl MemoryLimits {
 }
 
 impl Limits {
+    /// Of the process that carries a VM's own network.
+    pub(crate) fn of_passt() -> Self {
+        Self {
+            memory: Some(MemoryLimits {
+                high: PASST_HIGH,
+                max: PASST_MAX,
+            }),
+            tasks: PASST_TASKS,
+            cpu_weight: None,
+            cpu_limit: None,
+            io_weight: None,
+        }
+    }
+
     /// Of the VMM that `order` starts.
     pub(crate) fn of(host: &Host, order: &Launch) -> Self {
         // As booted, for what it has; as defined now, for what it gets.

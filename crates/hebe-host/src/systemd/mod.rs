@@ -106,11 +106,24 @@ const MOVE_WAIT: Duration = Duration::from_secs(2);
 /// # Errors
 /// It stays where it is, or is there without its limits; why.
 pub(crate) fn adopt(vm: &VmName, pid: u32, limits: &Limits) -> Result<(), String> {
-    let (name, title) = (format!("vm-{vm}"), format!("Hebe: VM {vm}"));
-    let limited = adopt_as(&name, &title, pid, Some(limits));
+    adopt_limited(&format!("vm-{vm}"), &format!("Hebe: VM {vm}"), pid, limits)
+}
+
+/// The same with the passt of a VM's network: a unit or a session that ends takes it
+/// from the VM otherwise.
+///
+/// # Errors
+/// As of [`adopt`].
+pub(crate) fn adopt_passt(vm: &VmName, pid: u32) -> Result<(), String> {
+    let title = format!("Hebe: network of VM {vm}");
+    adopt_limited(&format!("passt-{vm}"), &title, pid, &Limits::of_passt())
+}
+
+fn adopt_limited(name: &str, title: &str, pid: u32, limits: &Limits) -> Result<(), String> {
+    let limited = adopt_as(name, title, pid, Some(limits));
     if limited.is_err() {
         // Its place matters more: in it the VM outlives who started it.
-        let _ = adopt_as(&name, &title, pid, None);
+        let _ = adopt_as(name, title, pid, None);
     }
     limited
 }
