@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::files;
 use crate::host::{Cage, Host};
-use crate::limits::{GroupView, Limits};
+use crate::limits::{GroupView, Limits, killed};
 use crate::lock::VmLock;
 use crate::network;
 use crate::saved::LifeFile;
@@ -291,6 +291,7 @@ pub fn launch(
     let nets = network::connect(host, order)?;
     let mut confined = Confined::of(host).map_err(directory_error(&dir))?;
     let child = spawn(host, lock, order, &dir, nets, &mut confined)?;
+    killed::note(&dir, child.id());
     // While it starts, and before it makes its VM: threads that the kernel starts
     // for a VM may stay where it was made (`kvm-nx-lpage-recovery`, as of Linux 6.1),
     // and a unit of systemd with one of them in it does not end before the VM does.
@@ -299,7 +300,7 @@ pub fn launch(
     let limits = Limits::of(host, order);
     let adopted = host.system.adopt(&order.name, child.id(), &limits);
     confined.tell(host, child.id(), adopted);
-    wait_until_up(&host.layout.socket(&order.name), &dir, order, child, wait)
+    wait_until_up(host, &dir, order, child, wait)
 }
 
 fn directory_error(path: &Path) -> impl FnOnce(io::Error) -> LaunchError {
@@ -319,6 +320,7 @@ fn prepare_dir(host: &Host, dir: &Path, order: &Launch) -> Result<(), LaunchErro
             _ => {}
         }
     }
+    killed::forget(dir).map_err(directory_error(dir))?;
     let segment = match &order.memory {
         Memory::Segment { id, .. } => Some(*id),
         Memory::Files { .. } | Memory::Memfd => None,
@@ -486,12 +488,13 @@ fn limited(host: &Host, pid: u32, patience: Duration) -> Result<GroupView, Strin
 }
 
 fn wait_until_up(
-    socket: &Path,
+    host: &Host,
     dir: &Path,
     order: &Launch,
     mut child: Child,
     wait: Duration,
 ) -> Result<VmStatus, LaunchError> {
+    let socket = &host.layout.socket(&order.name);
     let began = Instant::now();
     let mut pause = Duration::from_millis(1);
     loop {
@@ -505,9 +508,14 @@ fn wait_until_up(
             }
         }
         if let Ok(Some(status)) = child.try_wait() {
+            // A VMM that is killed says nothing.
+            let killed = status.code().is_none();
+            let why = killed.then(|| host.system.out_of_memory(child.id()));
             return Err(LaunchError::Ended {
                 name: order.name.clone(),
-                reason: last_words(dir, Some(status)),
+                reason: why
+                    .flatten()
+                    .map_or_else(|| last_words(dir, Some(status)), |w| w.words().to_owned()),
             });
         }
         if left.is_zero() && order.origin.is_state() {

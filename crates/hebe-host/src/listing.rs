@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
+use std::path::Path;
 use std::thread;
 
 use hebe_api::{VmStatus, VmmState};
@@ -17,6 +18,7 @@ use crate::definitions::{self, DefinitionError};
 use crate::files;
 use crate::host::{Host, HostError};
 use crate::launch::{ExitRecord, Instance, killed_by_cage, last_words};
+use crate::limits::killed;
 use crate::lock::VmLock;
 use crate::luo;
 use crate::notes::{self, FrozenNote};
@@ -366,6 +368,7 @@ fn at_rest(
         (true, Some(_)) => (VmState::Crashed, Life::Crashed, Some(last_words(dir, None))),
         (true, None) => {
             let text = killed_by_cage(&files::tail(&dir.join("log"), 1))
+                .or_else(|| out_of_memory(host, dir))
                 .unwrap_or_else(|| "its VMM or the host stopped while it ran".into());
             (VmState::Crashed, Life::Crashed, Some(text))
         }
@@ -374,6 +377,12 @@ fn at_rest(
             _ => (VmState::Stopped, Life::Absent, None),
         },
     }
+}
+
+/// What the kernel says of the VMM that this VM had last.
+fn out_of_memory(host: &Host, dir: &Path) -> Option<String> {
+    let why = host.system.out_of_memory(killed::noted(dir)?)?;
+    Some(why.words().to_owned())
 }
 
 /// A state that must not be continued any more, or of which that cannot be told.

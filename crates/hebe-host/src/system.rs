@@ -21,7 +21,7 @@ pub use hebe_sys::kexec::Leave;
 
 use crate::host::Host;
 use crate::limits::groups::Groups;
-use crate::limits::{self, GroupView, Limits};
+use crate::limits::{self, GroupView, Limits, OutOfMemory};
 use crate::systemd;
 
 /// Why the machine did not do what was asked.
@@ -169,6 +169,11 @@ pub trait System: Send + Sync {
     /// It cannot be told, and why.
     fn limits_of(&self, _pid: u32) -> Result<GroupView, String> {
         Err("there are no control groups".into())
+    }
+    /// Whether the kernel ended this process for want of memory; `None` also where
+    /// that cannot be told.
+    fn out_of_memory(&self, _pid: u32) -> Option<OutOfMemory> {
+        None
     }
     /// The VMM of this VM has ended, and needs its place no more.
     fn let_go(&self, _vm: &VmName) {}
@@ -363,6 +368,10 @@ impl System for Machine {
 
     fn limits_of(&self, pid: u32) -> Result<GroupView, String> {
         limits::look(pid)
+    }
+
+    fn out_of_memory(&self, pid: u32) -> Option<OutOfMemory> {
+        limits::killed::look(pid)
     }
 
     fn let_go(&self, vm: &VmName) {

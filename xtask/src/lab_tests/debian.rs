@@ -202,7 +202,8 @@ pub fn run(scene: &Scene) -> Result<()> {
     package::is_not_removed(&lab)?;
     self::listed(&lab).context("after a removal that was refused")?;
     lab.machine.check()?;
-    passt_ends(&lab)?;
+    // Last, for its kernel says so in words that a check takes for trouble.
+    out_of_memory(&lab)?;
     lab.machine.power_off()
 }
 
@@ -362,10 +363,26 @@ fn passts(lab: &Lab) -> Result<Vec<String>> {
     Ok(told.lines().filter_map(pid).collect())
 }
 
-/// passt ends with its VMM.
-fn passt_ends(lab: &Lab) -> Result<()> {
-    let stop = ["hebe", "stop", NAME, "--force", "--timeout", "0"];
-    lab.machine.exec_ok(&stop)?;
+/// A VMM that meets its limit of memory is ended by the kernel, its passt ends with
+/// it, and the reason is told.
+fn out_of_memory(lab: &Lab) -> Result<()> {
+    let file = format!("/sys/fs/cgroup/hebe.slice/hebe-vm-{NAME}-*.scope/memory.max");
+    let script = format!("for file in {file}; do echo 0 > $file; done");
+    lab.machine.exec_ok(&["sh", "-ec", &script])?;
+    let end = Instant::now() + PASST_GONE;
+    let row = loop {
+        let row = only_row(lab)?;
+        if row["state"] == "crashed" {
+            break row;
+        }
+        ensure!(Instant::now() < end, "it has no memory, and runs: {row}");
+        std::thread::sleep(Duration::from_millis(200));
+    };
+    let detail = row["detail"].as_str().unwrap_or_default();
+    ensure!(
+        detail.contains("its control group allows"),
+        "no reason: {row}"
+    );
     let end = Instant::now() + PASST_GONE;
     while !passts(lab)?.is_empty() {
         ensure!(Instant::now() < end, "passt outlives its VMM");

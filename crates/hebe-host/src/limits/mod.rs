@@ -20,6 +20,7 @@
 //!   definition says otherwise. It is read anew for each VMM.
 
 pub(crate) mod groups;
+pub(crate) mod killed;
 
 use std::fmt;
 use std::fs::{self, File};
@@ -34,6 +35,8 @@ use crate::definitions;
 use crate::host::Host;
 use crate::launch::{Launch, Memory, Origin};
 use crate::network::life;
+
+pub use killed::OutOfMemory;
 
 /// Threads of a VMM at most: its vCPUs, one for each disk and NIC and for four other
 /// devices, 32 control connections, four that serve all, and two that KVM has it

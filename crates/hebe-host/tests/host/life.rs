@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use hebe_flow::resume::SavedFact;
 use hebe_host::definitions;
+use hebe_host::limits::OutOfMemory;
 use hebe_host::listing::{self, VmState};
 use hebe_host::ops::{self, ResumeFrom, ResumeOptions, StopOptions};
 use hebe_host::resume_all::{Resumed, resume_all};
@@ -19,6 +20,10 @@ pub const CASES: &[crate::Case] = &[
     ("a_vm_that_fails_to_start_leaves_nothing", fails_to_start),
     ("refused_orders_name_a_way_out", refused_orders),
     ("a_killed_vmm_is_a_crash_and_start_boots_anew", killed),
+    (
+        "a_vmm_that_the_kernel_ended_for_want_of_memory_has_that_reason",
+        out_of_memory,
+    ),
     ("a_resume_that_fails_leaves_the_vm_frozen", resume_fails),
     (
         "a_vmm_that_died_after_its_commit_left_a_frozen_vm",
@@ -217,6 +222,36 @@ fn killed() {
     ops::start(&world.host, &name("web")).expect("boots anew");
     assert_eq!(world.state("web"), VmState::Running);
     assert_eq!(world.segments(), 1);
+}
+
+fn out_of_memory() {
+    let world = World::new();
+    world.start(&["db", "web"]);
+    let row = |vm: &str| listing::survey(&world.host).rows[&name(vm)].clone();
+    let detail = |vm: &str| row(vm).detail.unwrap_or_default();
+    let [db, web] = ["db", "web"].map(|vm| row(vm).pid.expect("up"));
+    let mut ended = world.machine.out_of_memory.lock().expect("lock");
+    ended.extend([(db, OutOfMemory::Host), (web, OutOfMemory::Group)]);
+    drop(ended);
+    assert_eq!(detail("web"), "", "it runs, whatever the kernel said");
+    world.kill("db");
+    world.kill("web");
+    assert_eq!(world.state("web"), VmState::Crashed);
+    assert!(
+        detail("web").contains("its control group"),
+        "{}",
+        detail("web")
+    );
+    assert!(
+        detail("db").contains("host was out of memory"),
+        "{}",
+        detail("db")
+    );
+    // The next VMM is another process.
+    ops::start(&world.host, &name("web")).expect("boots anew");
+    world.kill("web");
+    assert_eq!(world.state("web"), VmState::Crashed);
+    assert!(!detail("web").contains("memory"), "{}", detail("web"));
 }
 
 fn resume_fails() {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use hebe_flow::stopping::Going;
 use hebe_host::launch::Instance;
+use hebe_host::limits::OutOfMemory;
 use hebe_host::listing::{self, VmState};
 use hebe_host::lock::VmLock;
 use hebe_host::luo::keeper::{self, Place};
@@ -58,6 +59,8 @@ pub struct FakeMachine {
     pub manager: Mutex<Option<FakeManager>>,
     /// Which call panics, and the how manieth of those that VMs' own threads make.
     pub panics: Mutex<Option<(&'static str, usize)>>,
+    /// Processes that its kernel ended for want of memory.
+    pub out_of_memory: Mutex<Vec<(u32, OutOfMemory)>>,
     /// Given back when the machine leaves, as a kernel does with all locks.
     pub store: Mutex<Option<Arc<DeviceStore>>>,
 }
@@ -211,6 +214,11 @@ impl System for FakeMachine {
     }
     fn since_boot_ns(&self) -> u64 {
         1_000_000
+    }
+    fn out_of_memory(&self, pid: u32) -> Option<OutOfMemory> {
+        let ended = self.out_of_memory.lock().expect("lock");
+        let found = ended.iter().find(|(of, _)| *of == pid);
+        found.map(|(_, why)| *why)
     }
     fn set_realtime_ns(&self, realtime_ns: u64) -> io::Result<()> {
         *self.realtime_set.lock().expect("lock") = Some(realtime_ns);
@@ -407,6 +415,7 @@ impl World {
             at_sync: Mutex::new(None),
             at_services: Mutex::new(None),
             panics: Mutex::new(None),
+            out_of_memory: Mutex::new(Vec::new()),
         });
         let mut layout = Layout::below(root.path());
         layout.vmm = std::env::current_exe().expect("exe");
