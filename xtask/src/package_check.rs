@@ -57,6 +57,13 @@ fn judge(out: &Path) -> Result<()> {
     ensure!(text("group")?.starts_with("hebe:"), "there is no group");
 
     grub(&text("before.cfg")?, 0)?;
+    let refused = text("refused")?;
+    let told = refused.lines().last().unwrap_or_default();
+    ensure!(
+        told.contains(WORDS) && told.contains("anew"),
+        "words that do not arrive: {refused}"
+    );
+    grub(&text("refused.cfg")?, 0)?;
     let setup = json("setup.json")?;
     ensure!(
         setup["changed"] == true && setup["words"][0] == WORDS,

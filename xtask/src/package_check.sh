@@ -42,6 +42,13 @@ cat /initrd/conf/modules /initrd/main/conf/modules >/out/modules 2>/dev/null || 
 systemctl is-enabled hebe-freeze.service hebe-resume.service hebed.socket hebed.service >/out/enabled
 getent group hebe >/out/group
 
+# Somebody's own file takes no notice of what others say.
+echo 'GRUB_CMDLINE_LINUX="mine"' >/etc/default/grub.d/zz.cfg
+if hebe host setup --size 4GiB --yes 2>/out/refused; then exit 1; fi
+cp /boot/grub/grub.cfg /out/refused.cfg
+test ! -e /etc/default/grub.d/hebe.cfg
+rm /etc/default/grub.d/zz.cfg
+
 hebe host setup --size 4GiB --yes --json >/out/setup.json
 cp /boot/grub/grub.cfg /out/with.cfg
 grub-script-check /boot/grub/grub.cfg

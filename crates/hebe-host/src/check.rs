@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use hebe_net::passt;
 use hebe_store::StoreError;
 use hebe_sys::kexec;
-use hebe_types::{Network, VmName};
+use hebe_sys::luo::LuoError;
+use hebe_types::{Network, StoreKind, VmName};
 
 use crate::checks;
 use crate::cmdline;
@@ -16,8 +17,10 @@ use crate::definitions;
 use crate::host::Host;
 use crate::launch::Instance;
 use crate::listing::with_cause;
+use crate::luo::check as luo_check;
 use crate::network::life;
 use crate::preflight::{Check, Level};
+use crate::setup;
 use crate::stores::{StoreAccess, StoreTrouble};
 use crate::systemd;
 
@@ -32,12 +35,16 @@ pub fn host_check(host: &Host) -> Vec<Check> {
         check_kvm(Path::new("/dev/kvm")),
         check_kexec(kexec::is_loaded(), kexec::is_disabled()),
         check_lockdown(&read("/sys/kernel/security/lockdown")),
-        check_reservation(&host.system.cmdline()),
+        check_reservation(&host.system.cmdline(), &setup::pending(Path::new("/"))),
         check_dax(Path::new("/sys/bus/dax/devices")),
         check_store(&*host.store),
         check_tun(Path::new("/dev/net/tun")),
         check_vmm(&host.layout.vmm),
     ];
+    let luo = is_luo_wanted(host).then(|| host.system.live_update());
+    if let Some(offered) = luo {
+        for_live_update(&mut checks, offered, &host.system.release());
+    }
     checks.push(checks::host_config(host));
     if systemd::booted() {
         checks.push(check_armed(host.system.armed()));
@@ -155,18 +162,64 @@ fn check_lockdown(lockdown: &str) -> Check {
     }
 }
 
-fn check_reservation(running: &str) -> Check {
+/// `pending`: what the boot loader tells the kernel at the next start.
+fn check_reservation(running: &str, pending: &[String]) -> Check {
     let found = cmdline::reservations(running);
+    if found.is_empty() && !pending.is_empty() {
+        return Check::bad(
+            "reservation",
+            Level::Warn,
+            format!(
+                "memory is reserved for VMs from the next start by the boot loader on: {}",
+                pending.join(" ")
+            ),
+            "reboot once, with `systemctl reboot`",
+        );
+    }
     if found.is_empty() {
         return Check::bad(
             "reservation",
             Level::Warn,
             "no memory is reserved for VMs on the kernel command line",
-            "add memmap=SIZE!START (such as memmap=16G!16G, in RAM that /proc/iomem shows as System RAM), run update-grub, and reboot once",
+            "`hebe host setup`, and reboot once; where there is no GRUB of Debian's kind, add memmap=SIZE!START yourself (such as memmap=16G!16G, in RAM that /proc/iomem shows as System RAM)",
         );
     }
     let texts: Vec<String> = found.iter().map(cmdline::written).collect();
     Check::ok("reservation", format!("reserved: {}", texts.join(" ")))
+}
+
+/// Somebody counts on it: the boot loader tells the kernel, or a VM is to be in
+/// such a store.
+fn is_luo_wanted(host: &Host) -> bool {
+    let told = |word: &&str| word.starts_with("kho=") || word.starts_with("liveupdate=");
+    let line = host.system.cmdline();
+    let mut defined = definitions::all(&host.layout).into_values().flatten();
+    cmdline::words(&line).iter().any(told) || defined.any(|vm| vm.store == StoreKind::Luo)
+}
+
+/// Where Linux carries memory, what a reserved range lacks is no fault.
+fn for_live_update(checks: &mut Vec<Check>, offered: Result<(), LuoError>, release: &str) {
+    let id = "live-update";
+    let Err(error) = offered else {
+        let of_range = ["reservation", "dax", "store"];
+        checks.retain(|c| c.level != Level::Warn || !of_range.contains(&c.id.as_str()));
+        checks.push(Check::ok(
+            id,
+            "the running kernel can carry memory into the next one",
+        ));
+        return;
+    };
+    let is_old = luo_check::version(release).is_some_and(|version| version < luo_check::FIRST);
+    let why = match is_old {
+        true => format!("this is Linux {release}, and live update came with 6.19"),
+        false => with_cause(&error),
+    };
+    checks.push(Check::bad(
+        id,
+        Level::Warn,
+        format!("VMs in store luo would end with this kernel: {why}"),
+        "boot Linux 6.19 or newer, built with CONFIG_LIVEUPDATE=y, with the words kho=on liveupdate=on; or reserve memory: `hebe host setup --store devdax`, and reboot once",
+    ));
 }
 
 fn check_dax(bus: &Path) -> Check {
@@ -431,7 +484,8 @@ mod tests {
             check_kexec(None, None),
             check_kexec(Some(false), Some(true)),
             check_lockdown("none [integrity] confidentiality\n"),
-            check_reservation("quiet"),
+            check_reservation("quiet", &[]),
+            check_reservation("quiet", &["memmap=1G!5G".to_owned()]),
             check_dax(Path::new("/no/such/bus")),
             check_tun(Path::new("/no/such/tun")),
             check_vmm(Path::new("/no/such/vmm")),
@@ -447,13 +501,47 @@ mod tests {
             check_kexec(Some(false), Some(false)),
             check_lockdown("[none] integrity\n"),
             check_lockdown(""),
-            check_reservation("memmap=256M!4G"),
+            check_reservation("memmap=256M!4G", &[]),
             check_armed(Ok(())),
             check_limits(Ok("scopes".into())),
         ];
         for check in good {
             assert_eq!(check.level, Level::Ok, "{check:?}");
         }
+    }
+
+    #[test]
+    fn live_update_is_asked_for_where_somebody_counts_on_it() {
+        let range = || vec![check_root(true), check_reservation("quiet", &[])];
+        let mut checks = range();
+        for_live_update(&mut checks, Ok(()), "7.3.4");
+        let ids: Vec<&str> = checks.iter().map(|c| c.id.as_str()).collect();
+        assert_eq!(ids, ["root", "live-update"]);
+        let said = |release: &str, error| {
+            let mut checks = range();
+            for_live_update(&mut checks, Err(error), release);
+            assert_eq!(checks.len(), 3, "{checks:?}");
+            let check = checks.pop().expect("the last");
+            assert_eq!(check.level, Level::Warn);
+            assert!(check.remedy.is_some(), "{check:?}");
+            check.sentence
+        };
+        let old = said("6.1.0-50-cloud-amd64", LuoError::NotWorking);
+        assert!(old.contains("6.1.0-50") && old.contains("6.19"), "{old}");
+        let new = said("7.3.4", LuoError::NotEnabled("liveupdate=on"));
+        assert!(new.contains("booted without liveupdate=on"), "{new}");
+
+        let root = tempfile::tempdir().expect("dir");
+        let host = Host {
+            layout: crate::host::Layout::below(root.path()),
+            ..Host::here()
+        };
+        assert!(!is_luo_wanted(&host), "nobody does");
+        let dir = host.layout.config.join("vms");
+        fs::create_dir_all(&dir).expect("mkdir");
+        let text = "name = \"web\"\nmemory = \"4MiB\"\nkernel = \"/k\"\nstore = \"luo\"\n";
+        fs::write(dir.join("web.toml"), text).expect("write");
+        assert!(is_luo_wanted(&host));
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub(crate) const CARRIER: &str = "live-update:carrier";
 /// What an operator can do where a balloon's work is undone.
 const GIVE_AGAIN: &str = "have that much memory, or use --method saved; fill_max in host.toml refuses more than a limit; afterwards `hebe balloon NAME --target SIZE` with all of its memory, and then with less, lets the guest give it back again";
 /// The first Linux that has it.
-const FIRST: (u32, u32) = (6, 19);
+pub(crate) const FIRST: (u32, u32) = (6, 19);
 
 /// All checks; none where no VM is to be carried.
 pub(crate) fn checks(
@@ -205,7 +205,7 @@ fn unknown(here: &str, release: &str, next: Option<Formats>) -> Check {
     )
 }
 
-fn version(release: &str) -> Option<(u32, u32)> {
+pub(crate) fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(['.', '-', '+']);
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
@@ -217,7 +217,7 @@ fn config_of(image: &Path) -> Option<String> {
 }
 
 /// The first option that is not built in.
-fn switched_off(config: &str) -> Option<&'static str> {
+pub(crate) fn switched_off(config: &str) -> Option<&'static str> {
     let on = |option: &&str| {
         let line = format!("{option}=y");
         !config.lines().any(|l| l == line)

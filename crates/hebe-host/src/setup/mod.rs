@@ -2,6 +2,7 @@
 //! it, and units enabled. First what would change, then, if somebody agrees,
 //! the change; done twice it changes nothing.
 
+mod grub;
 mod ranges;
 
 use std::fs;
@@ -14,13 +15,13 @@ use serde::Serialize;
 use crate::cmdline;
 use crate::files;
 
+pub use grub::{UPDATE, arrived};
 pub use ranges::{Range, choose, from_iomem, word};
 
-/// What GRUB's configuration is made from, besides `/etc/default/grub`.
-const GRUB_DIR: &str = "etc/default/grub.d";
-const GRUB_FILE: &str = "etc/default/grub.d/hebe.cfg";
 /// Read at every boot, by systemd-tmpfiles.
 const PAGES_FILE: &str = "etc/tmpfiles.d/hebe-pages.conf";
+/// What switches live update on.
+const LIVE_UPDATE: [&str; 2] = ["kho=on", "liveupdate=on"];
 /// Those that a host with VMs needs.
 const UNITS: [&str; 4] = [
     "hebe-freeze.service",
@@ -34,8 +35,9 @@ const UNITS: [&str; 4] = [
 pub struct SetupOptions {
     /// How much to reserve; half of RAM where nobody says.
     pub size: Option<ByteSize>,
-    /// For store `luo`: nothing is reserved, and Linux carries memory over.
-    pub luo: bool,
+    /// For store `luo`: nothing is reserved, and Linux carries memory over. Where
+    /// nobody says, what was written before decides.
+    pub luo: Option<bool>,
     /// Take everything back.
     pub undo: bool,
 }
@@ -77,6 +79,9 @@ pub struct Setup {
     pub changes: Vec<Change>,
     /// Commands that follow, in order.
     pub commands: Vec<Vec<String>>,
+    /// Words that reserve memory now, and will not any more: whoever is frozen there
+    /// is lost.
+    pub given_up: Vec<String>,
     /// What else there is to say.
     pub notes: Vec<String>,
 }
@@ -132,26 +137,32 @@ pub enum SetupError {
 /// See [`SetupError`].
 pub fn plan(root: &Path, options: &SetupOptions) -> Result<Setup, SetupError> {
     let mut setup = Setup::default();
+    let ours = read(root, grub::FILE)?.unwrap_or_default();
+    let luo = !options.undo && is_luo(options, &ours);
     if !options.undo {
-        setup.words = words(root, options, &mut setup.notes)?;
+        setup.words = words(root, options, luo, &ours, &mut setup.notes)?;
     }
-    let has_grub = root.join("etc/default/grub").exists() || root.join(GRUB_DIR).is_dir();
-    if !has_grub && !setup.words.is_empty() {
+    if !grub::is_here(root) && !setup.words.is_empty() {
         let words = setup.words.join(" ");
         return Err(SetupError::NoGrub { words });
     }
-    let grub = (!setup.words.is_empty()).then(|| grub_text(&setup.words));
-    let changed = change(root, GRUB_FILE, grub, &mut setup.changes)?;
+    let text = (!setup.words.is_empty()).then(|| grub::text(&setup.words));
+    let changed = change(root, grub::FILE, text, &mut setup.changes)?;
     if changed {
-        setup.commands.push(vec!["update-grub".into()]);
+        setup.commands.push(vec![grub::UPDATE.into()]);
         setup
             .notes
             .push("it counts from the next boot on: reboot once".into());
     }
-    let pages = (options.luo && !options.undo).then(|| {
+    setup.given_up = grub::written(&ours, "memmap=");
+    setup.given_up.retain(|word| !setup.words.contains(word));
+    if luo {
+        setup.notes.extend(notes_on_luo(root, &setup.given_up));
+    }
+    let pages = luo.then(|| {
         "# Guest memory in pages of 2 MiB: less to hand over to the next kernel.\nw /sys/kernel/mm/transparent_hugepage/shmem_enabled - - - - advise\n".to_owned()
     });
-    if change(root, PAGES_FILE, pages, &mut setup.changes)? && options.luo && !options.undo {
+    if change(root, PAGES_FILE, pages, &mut setup.changes)? && luo {
         let create = [
             "systemd-tmpfiles",
             "--create",
@@ -165,18 +176,43 @@ pub fn plan(root: &Path, options: &SetupOptions) -> Result<Setup, SetupError> {
     Ok(setup)
 }
 
-/// What the kernel is to be told.
+/// Linux is to carry memory over: by order, or because that was ordered before.
+fn is_luo(options: &SetupOptions, ours: &str) -> bool {
+    let before = || options.size.is_none() && !grub::written(ours, LIVE_UPDATE[1]).is_empty();
+    options.luo.unwrap_or_else(before)
+}
+
+/// What an operator has to know who chooses it.
+fn notes_on_luo(root: &Path, given_up: &[String]) -> Vec<String> {
+    let left = (!given_up.is_empty()).then(|| {
+        format!(
+            "{} is reserved no longer, and the store there is gone: VMs in it come back from files",
+            given_up.join(" ")
+        )
+    });
+    left.into_iter().chain(grub::cannot_carry(root)).collect()
+}
+
+/// The ranges that the boot loader reserves at the next start, by what this command
+/// wrote.
+pub fn pending(root: &Path) -> Vec<String> {
+    let ours = read(root, grub::FILE).ok().flatten();
+    grub::written(&ours.unwrap_or_default(), "memmap=")
+}
+
+/// What the kernel is to be told; `ours` is what it is told now.
 fn words(
     root: &Path,
     options: &SetupOptions,
+    luo: bool,
+    ours: &str,
     notes: &mut Vec<String>,
 ) -> Result<Vec<String>, SetupError> {
-    if options.luo {
-        return Ok(vec!["kho=on".into(), "liveupdate=on".into()]);
+    if luo {
+        return Ok(LIVE_UPDATE.map(str::to_owned).to_vec());
     }
     let running = read(root, "proc/cmdline")?.unwrap_or_default();
     let now = cmdline::reservations(&running);
-    let ours = read(root, GRUB_FILE)?.unwrap_or_default();
     let is_ours = now.iter().all(|r| ours.contains(&cmdline::written(r)));
     if !now.is_empty() && !is_ours {
         let words: Vec<String> = now.iter().map(cmdline::written).collect();
@@ -192,14 +228,9 @@ fn words(
         return Ok(Vec::new());
     }
     // What was written once is kept: the store lies there.
-    if options.size.is_none() && !ours.is_empty() {
-        let kept = ours
-            .split(['"', ' ', '\n'])
-            .filter(|w| w.starts_with("memmap="));
-        let kept: Vec<String> = kept.map(str::to_owned).collect();
-        if !kept.is_empty() {
-            return Ok(kept);
-        }
+    let kept = grub::written(ours, "memmap=");
+    if options.size.is_none() && !kept.is_empty() {
+        return Ok(kept);
     }
     let range = choose(&memory(root)?, options.size).map_err(SetupError::Memory)?;
     notes.push(format!(
@@ -237,14 +268,6 @@ fn memory(root: &Path) -> Result<Vec<Range>, SetupError> {
         ram = from_iomem(&read(root, "proc/iomem")?.unwrap_or_default());
     }
     Ok(ram)
-}
-
-/// A file that a shell reads, without interpreting the exclamation mark.
-fn grub_text(words: &[String]) -> String {
-    format!(
-        "# Written by `hebe host setup`, which changes it again; `hebe host setup --undo` removes it.\nGRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX {}\"\n",
-        words.join(" ")
-    )
 }
 
 fn enable(root: &Path, setup: &mut Setup) {
@@ -320,7 +343,8 @@ fn change(
 /// Does it. `run` runs a command.
 ///
 /// # Errors
-/// What failed; the files are as they were, so that it can be done again.
+/// What failed; the files are as they were, GRUB's configuration with them, so that
+/// it can be done again.
 pub fn apply(
     root: &Path,
     setup: &Setup,
@@ -339,6 +363,12 @@ pub fn apply(
         for change in &setup.changes {
             let _ = write(root, &change.path, change.before.as_deref());
         }
+        // What it made of the files that are no more must not be booted.
+        let made = setup
+            .commands
+            .iter()
+            .find(|words| words[..] == [grub::UPDATE]);
+        let _ = made.map(|words| run(words));
     })
 }
 

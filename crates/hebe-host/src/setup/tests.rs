@@ -53,7 +53,7 @@ fn done(root: &Path, setup: &Setup) -> Vec<String> {
     for unit in UNITS {
         let _ = std::os::unix::fs::symlink("/x", wants.join(unit));
     }
-    let cfg = fs::read_to_string(root.join(GRUB_FILE)).unwrap_or_default();
+    let cfg = fs::read_to_string(root.join(grub::FILE)).unwrap_or_default();
     let words = cfg
         .split(['"', ' ', '\n'])
         .filter(|w| w.starts_with("memmap="));
@@ -81,7 +81,7 @@ fn a_host_is_made_ready_once() {
         "{diff}"
     );
     assert!(
-        !root.path().join(GRUB_FILE).exists(),
+        !root.path().join(grub::FILE).exists(),
         "a plan changes nothing"
     );
     let ran = done(root.path(), &setup);
@@ -107,7 +107,7 @@ fn a_host_is_made_ready_once() {
     let setup = plan(root.path(), &undo).expect("a plan");
     assert!(setup.changes[0].diff().contains("+++ /dev/null"));
     assert_eq!(done(root.path(), &setup), ["update-grub"]);
-    assert!(!root.path().join(GRUB_FILE).exists());
+    assert!(!root.path().join(grub::FILE).exists());
     assert!(plan(root.path(), &undo).expect("a plan").is_done());
 }
 
@@ -119,7 +119,7 @@ fn a_shell_reads_the_words_as_they_are() {
     done(root.path(), &setup);
     let script = format!(
         "GRUB_CMDLINE_LINUX=quiet; . {}; printf %s \"$GRUB_CMDLINE_LINUX\"",
-        root.path().join(GRUB_FILE).display()
+        root.path().join(grub::FILE).display()
     );
     let output = std::process::Command::new("sh")
         .args(["-c", &script])
@@ -166,7 +166,7 @@ fn what_somebody_else_reserved_stays() {
 fn for_live_update_nothing_is_reserved() {
     let root = debian();
     let luo = SetupOptions {
-        luo: true,
+        luo: Some(true),
         ..SetupOptions::default()
     };
     let setup = plan(root.path(), &luo).expect("a plan");
@@ -174,7 +174,92 @@ fn for_live_update_nothing_is_reserved() {
     assert_eq!(setup.changes.len(), 2);
     let ran = done(root.path(), &setup);
     assert!(ran[1].starts_with("systemd-tmpfiles"), "{ran:?}");
-    assert!(plan(root.path(), &luo).expect("a plan").is_done());
+    for again in [luo, SetupOptions::default()] {
+        let setup = plan(root.path(), &again).expect("a plan");
+        assert!(setup.is_done(), "what was chosen stays chosen: {setup:?}");
+    }
+    let devdax = SetupOptions {
+        luo: Some(false),
+        ..SetupOptions::default()
+    };
+    for back in [devdax, size(1024)] {
+        let setup = plan(root.path(), &back).expect("a plan");
+        assert!(setup.words[0].starts_with("memmap="), "{setup:?}");
+    }
+}
+
+#[test]
+fn who_gives_the_range_up_is_told_what_that_means() {
+    let root = debian();
+    let config = |release: &str, text: &str| {
+        let path = root.path().join("boot");
+        fs::create_dir_all(&path).expect("mkdir");
+        fs::write(path.join(format!("config-{release}")), text).expect("write");
+    };
+    config("6.1.0-50-amd64", "CONFIG_KEXEC=y\n");
+    let first = plan(root.path(), &size(4096)).expect("a plan");
+    assert!(first.given_up.is_empty(), "{first:?}");
+    done(root.path(), &first);
+    let luo = SetupOptions {
+        luo: Some(true),
+        ..SetupOptions::default()
+    };
+    let setup = plan(root.path(), &luo).expect("a plan");
+    assert_eq!(setup.given_up, ["memmap=4G!13G"]);
+    let said = setup.notes.join("\n");
+    for word in [
+        "memmap=4G!13G",
+        "files",
+        "Linux 6.1.0-50-amd64",
+        "CONFIG_KEXEC_HANDOVER",
+    ] {
+        assert!(said.contains(word), "no {word} in: {said}");
+    }
+    let undo = SetupOptions {
+        undo: true,
+        ..SetupOptions::default()
+    };
+    for change in [undo, size(8192)] {
+        let setup = plan(root.path(), &change).expect("a plan");
+        assert_eq!(setup.given_up, ["memmap=4G!13G"], "{change:?}");
+    }
+    let options = "CONFIG_KEXEC_HANDOVER=y\nCONFIG_LIVEUPDATE=y\nCONFIG_LIVEUPDATE_MEMFD=y\n";
+    config("7.3.0", options);
+    let setup = plan(root.path(), &luo).expect("a plan");
+    assert!(!setup.notes.join("\n").contains("CONFIG"), "{setup:?}");
+}
+
+/// As `update-grub` makes it, with what another system's entry looks like.
+fn grub_cfg(root: &Path, default: &str, recovery: &str) {
+    let path = root.join("boot/grub");
+    fs::create_dir_all(&path).expect("mkdir");
+    let text = format!(
+        "### BEGIN /etc/grub.d/10_linux ###\n\tlinux\t/boot/vmlinuz root=/dev/sda1 ro {default}\n\tlinux /boot/vmlinuz single {recovery}\n### END /etc/grub.d/10_linux ###\n### BEGIN /etc/grub.d/30_os-prober ###\n\tlinux /other\n"
+    );
+    fs::write(path.join("grub.cfg"), text).expect("write");
+}
+
+#[test]
+fn words_that_grub_did_not_take_over_are_said() {
+    let root = debian();
+    let words = ["memmap=1G!16G".to_owned()];
+    let said = |words: &[String]| arrived(root.path(), words).expect_err("it is said");
+    assert!(said(&words).contains("cannot be read"));
+    grub_cfg(root.path(), "quiet", "");
+    let text = said(&words);
+    assert!(
+        text.contains("memmap=1G!16G") && text.contains("anew"),
+        "{text}"
+    );
+    grub_cfg(root.path(), "memmap=1G!16G quiet", "");
+    assert!(said(&words).contains("anew"), "not in every entry");
+    grub_cfg(root.path(), "memmap=11G!16G quiet", "memmap=11G!16G");
+    said(&words);
+    grub_cfg(root.path(), "memmap=1G!16G quiet", "memmap=1G!16G");
+    assert_eq!(arrived(root.path(), &words), Ok(()));
+    assert_eq!(arrived(root.path(), &[]), Ok(()));
+    fs::write(root.path().join("boot/grub/grub.cfg"), "").expect("write");
+    assert!(said(&words).contains("no entry"));
 }
 
 #[test]
@@ -194,7 +279,15 @@ fn hosts_that_cannot_be_made_ready_are_told_the_words() {
 fn a_command_that_fails_is_said() {
     let root = debian();
     let setup = plan(root.path(), &size(1024)).expect("a plan");
-    let failed = apply(root.path(), &setup, &|_| Err("update-grub failed".into()));
+    let ran = RefCell::new(Vec::new());
+    let failed = apply(root.path(), &setup, &|command| {
+        let there = root.path().join(grub::FILE).exists();
+        ran.borrow_mut().push((command.join(" "), there));
+        Err("update-grub failed".into())
+    });
+    // GRUB's configuration is made anew of what is there again.
+    let update = |there| (grub::UPDATE.to_owned(), there);
+    assert_eq!(ran.into_inner(), [update(true), update(false)]);
     assert!(
         failed
             .expect_err("failed")

@@ -58,7 +58,7 @@ impl Cli {
                 Some(("reboot", why))
             }
             Command::Host(HostCommand::Setup(args))
-                if args.size.is_some() && args.store == SetupStore::Luo =>
+                if args.size.is_some() && args.store == Some(SetupStore::Luo) =>
             {
                 Some(("host", "--store luo reserves nothing: leave --size out"))
             }

@@ -21,9 +21,9 @@ pub struct SetupArgs {
     /// How much memory to reserve for VMs, at the top of the machine's [default: half].
     #[arg(long)]
     pub size: Option<ByteSize>,
-    /// What carries VMs over a reboot.
-    #[arg(long, value_enum, default_value_t = SetupStore::Devdax)]
-    pub store: SetupStore,
+    /// What carries VMs over a reboot [default: what was chosen before, else devdax].
+    #[arg(long, value_enum)]
+    pub store: Option<SetupStore>,
     /// Take back what this command wrote.
     #[arg(long, conflicts_with_all = ["size", "store"])]
     pub undo: bool,

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use hebe_host::Host;
 use hebe_host::listing::with_cause;
-use hebe_host::setup::{Setup, SetupError, SetupOptions, apply, plan};
+use hebe_host::setup::{Setup, SetupError, SetupOptions, UPDATE, apply, arrived, plan};
 use hebe_host::stores::ExecView;
 use serde::Serialize;
 
@@ -30,13 +30,13 @@ struct Answer<'a> {
 pub fn setup(host: &Host, args: &SetupArgs, out: &Output) -> Outcome {
     let options = SetupOptions {
         size: args.size,
-        luo: args.store == SetupStore::Luo,
+        luo: args.store.map(|store| store == SetupStore::Luo),
         undo: args.undo,
     };
-    if args.undo && !args.dry_run {
+    let setup = plan(&args.root, &options)?;
+    if !setup.given_up.is_empty() && !args.dry_run {
         nothing_frozen(host)?;
     }
-    let setup = plan(&args.root, &options)?;
     let told = |changed: bool| {
         let answer = Answer {
             changed,
@@ -54,7 +54,9 @@ pub fn setup(host: &Host, args: &SetupArgs, out: &Output) -> Outcome {
         out.progress("nothing was changed");
         return Ok(Exit::CheckFailed);
     }
-    apply(&args.root, &setup, &|command| run(&args.root, command))?;
+    apply(&args.root, &setup, &|command| {
+        run(&args.root, command, &setup.words)
+    })?;
     told(true);
     out.progress("done");
     Ok(Exit::Done)
@@ -108,7 +110,7 @@ fn agreed() -> Result<bool, Failure> {
 }
 
 /// In another root file system nothing is run: its own boot does it.
-fn run(root: &Path, command: &[String]) -> Result<(), String> {
+fn run(root: &Path, command: &[String], told: &[String]) -> Result<(), String> {
     if root != Path::new("/") {
         return Ok(());
     }
@@ -123,10 +125,11 @@ fn run(root: &Path, command: &[String]) -> Result<(), String> {
         .stdout(io::stderr())
         .status()
         .map_err(|e| format!("`{words}` cannot be started: {e}"))?;
-    if status.success() {
-        return Ok(());
+    match status.success() {
+        true if program == UPDATE => arrived(root, told),
+        true => Ok(()),
+        false => Err(format!(
+            "`{words}` failed ({status}); the files are as they were"
+        )),
     }
-    Err(format!(
-        "`{words}` failed ({status}); the files are as they were"
-    ))
 }
