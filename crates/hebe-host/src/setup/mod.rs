@@ -156,8 +156,14 @@ pub fn plan(root: &Path, options: &SetupOptions) -> Result<Setup, SetupError> {
     }
     setup.given_up = grub::written(&ours, "memmap=");
     setup.given_up.retain(|word| !setup.words.contains(word));
+    if !setup.given_up.is_empty() && !setup.words.iter().any(|w| w.starts_with("memmap=")) {
+        setup.notes.push(format!(
+            "{} is reserved no longer from then on, and the store there is gone: VMs in it come back from files",
+            setup.given_up.join(" ")
+        ));
+    }
     if luo {
-        setup.notes.extend(notes_on_luo(root, &setup.given_up));
+        setup.notes.extend(grub::cannot_carry(root));
     }
     let pages = luo.then(|| {
         "# Guest memory in pages of 2 MiB: less to hand over to the next kernel.\nw /sys/kernel/mm/transparent_hugepage/shmem_enabled - - - - advise\n".to_owned()
@@ -180,17 +186,6 @@ pub fn plan(root: &Path, options: &SetupOptions) -> Result<Setup, SetupError> {
 fn is_luo(options: &SetupOptions, ours: &str) -> bool {
     let before = || options.size.is_none() && !grub::written(ours, LIVE_UPDATE[1]).is_empty();
     options.luo.unwrap_or_else(before)
-}
-
-/// What an operator has to know who chooses it.
-fn notes_on_luo(root: &Path, given_up: &[String]) -> Vec<String> {
-    let left = (!given_up.is_empty()).then(|| {
-        format!(
-            "{} is reserved no longer, and the store there is gone: VMs in it come back from files",
-            given_up.join(" ")
-        )
-    });
-    left.into_iter().chain(grub::cannot_carry(root)).collect()
 }
 
 /// The ranges that the boot loader reserves at the next start, by what this command

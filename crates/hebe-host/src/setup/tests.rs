@@ -219,9 +219,10 @@ fn who_gives_the_range_up_is_told_what_that_means() {
         undo: true,
         ..SetupOptions::default()
     };
-    for change in [undo, size(8192)] {
+    for (change, word) in [(undo, "no longer"), (size(8192), "moves")] {
         let setup = plan(root.path(), &change).expect("a plan");
         assert_eq!(setup.given_up, ["memmap=4G!13G"], "{change:?}");
+        assert!(setup.notes.iter().any(|n| n.contains(word)), "{setup:?}");
     }
     let options = "CONFIG_KEXEC_HANDOVER=y\nCONFIG_LIVEUPDATE=y\nCONFIG_LIVEUPDATE_MEMFD=y\n";
     config("7.3.0", options);
