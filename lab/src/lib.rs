@@ -20,6 +20,7 @@ pub mod disk;
 pub mod emulator;
 pub mod initramfs;
 pub mod kernel;
+pub mod loader;
 pub mod machine;
 pub mod modules;
 pub mod peer;

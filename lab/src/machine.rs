@@ -85,6 +85,51 @@ pub struct GuestPorts {
     pub agent: u16,
 }
 
+/// What a reset starts.
+#[derive(Clone, Debug)]
+pub enum Start {
+    /// A kernel that the emulator itself puts into memory.
+    Kernel {
+        /// Its image.
+        image: PathBuf,
+        /// Its initramfs.
+        initrd: PathBuf,
+        /// Its command line.
+        cmdline: String,
+    },
+    /// What the firmware finds on the first disk.
+    Firmware,
+}
+
+impl Start {
+    fn arguments(&self, command: &mut Command) {
+        match self {
+            Self::Kernel {
+                image,
+                initrd,
+                cmdline,
+            } => {
+                command.arg("-kernel").arg(image);
+                command.arg("-initrd").arg(initrd);
+                command.args(["-append", cmdline]);
+            }
+            Self::Firmware => {
+                command.args(["-boot", "order=c"]);
+            }
+        }
+    }
+}
+
+/// A machine's first disk.
+#[derive(Clone, Debug)]
+pub struct SystemDisk {
+    /// Raw image.
+    pub image: PathBuf,
+    /// The image keeps what the machine writes. Otherwise it is never written to:
+    /// what the machine writes is kept as long as QEMU runs, over resets and kexec.
+    pub kept: bool,
+}
+
 /// How to build the machine.
 #[derive(Clone, Debug)]
 pub struct MachineConfig {
@@ -92,15 +137,10 @@ pub struct MachineConfig {
     pub memory_mib: u64,
     /// Processors.
     pub cpus: u8,
-    /// Kernel image that a reset starts.
-    pub kernel: PathBuf,
-    /// Its initramfs.
-    pub initrd: PathBuf,
-    /// Its command line.
-    pub cmdline: String,
-    /// Raw image of the first disk, never written to: what the machine writes
-    /// to the disk is kept as long as QEMU runs, over resets and kexec.
-    pub system: Option<PathBuf>,
+    /// What a reset starts.
+    pub start: Start,
+    /// The first disk.
+    pub system: Option<SystemDisk>,
     /// Raw image of the next disk.
     pub disk: Option<PathBuf>,
     /// How many guests the forwarded ports are for.
@@ -175,11 +215,6 @@ impl Machine {
                 "-m",
                 &format!("{}M", config.memory_mib),
             ])
-            .arg("-kernel")
-            .arg(&config.kernel)
-            .arg("-initrd")
-            .arg(&config.initrd)
-            .args(["-append", &config.cmdline])
             .args(["-serial", &format!("file:{}", serial.path().display())])
             .args([
                 "-qmp",
@@ -194,12 +229,17 @@ impl Machine {
                 ),
             ])
             .args(["-device", "virtio-rng-pci"]);
+        config.start.arguments(&mut command);
         let resets = config.dir.join("resets.log");
         if accelerator == Accelerator::Tcg {
             command.args(["-d", "cpu_reset", "-D"]).arg(&resets);
         }
         if let Some(system) = &config.system {
-            let drive = format!("if=virtio,format=raw,snapshot=on,file={}", system.display());
+            let snapshot = if system.kept { "off" } else { "on" };
+            let drive = format!(
+                "if=virtio,format=raw,snapshot={snapshot},file={}",
+                system.image.display()
+            );
             // The overlay grows with what is written: not in memory.
             command.args(["-drive", &drive]).env("TMPDIR", &config.dir);
         }
@@ -314,9 +354,21 @@ impl Machine {
     }
 
     /// Powers the host off and waits for QEMU's end.
-    pub fn power_off(mut self) -> Result<()> {
+    pub fn power_off(self) -> Result<()> {
         self.agent.power_off()?;
-        let end = std::time::Instant::now() + Duration::from_secs(30);
+        self.wait_for_end(Duration::from_secs(30))
+    }
+
+    /// Has systemd take the host down, with all its file systems in order, and
+    /// waits for QEMU's end.
+    pub fn shut_down_by_systemd(self) -> Result<()> {
+        self.agent
+            .spawn(&["systemctl", "poweroff"], "/data/poweroff.log")?;
+        self.wait_for_end(Duration::from_secs(300))
+    }
+
+    fn wait_for_end(mut self, limit: Duration) -> Result<()> {
+        let end = std::time::Instant::now() + limit;
         while self.ended.as_ref().is_some_and(|e| !e.is_finished()) {
             if std::time::Instant::now() > end {
                 bail!("the lab host did not power off");

@@ -16,7 +16,9 @@ use lab_guest::status::GuestStatus;
 use crate::agent::Agent;
 use crate::assets::{Assets, Kernel, KernelName};
 use crate::binaries::{Binaries, HEBE, HEBE_VMM, Program, workspace_root};
-use crate::machine::{EmulatorFailure, GuestPorts, Machine, MachineConfig, host_cmdline};
+use crate::machine::{
+    EmulatorFailure, GuestPorts, Machine, MachineConfig, Start, SystemDisk, host_cmdline,
+};
 use crate::progress::Progress;
 use crate::smaps::Share;
 use crate::system::{self, System};
@@ -44,7 +46,8 @@ pub struct LabOptions {
     /// The kernel that a reset starts.
     pub host: KernelName,
     /// A Debian root disk with systemd as PID 1, instead of `lab-init` in the
-    /// initramfs.
+    /// initramfs. One with a boot loader has its own kernel, and its own words on
+    /// the command line: `host`, `others`, `reserve_mib` and `append` are not used.
     pub system: Option<System>,
     /// Kernels that the host can be rebooted into, besides `host`.
     pub others: Vec<KernelName>,
@@ -130,6 +133,11 @@ impl LabOptions {
         let system = self.system.as_ref().map(|_| system::CMDLINE);
         let words = system.into_iter().chain([self.append.as_str()]);
         words.collect::<Vec<_>>().join(" ").trim().to_owned()
+    }
+
+    /// By firmware and boot loader; no kernel of the lab's is for it.
+    fn starts_by_itself(&self) -> bool {
+        self.system.as_ref().is_some_and(|system| system.has_loader)
     }
 
     fn boot_limit(&self) -> Duration {
@@ -304,23 +312,36 @@ pub struct Lab {
 impl Lab {
     /// Builds everything and boots the host.
     pub fn boot(assets: &Assets, options: LabOptions, progress: &dyn Progress) -> Result<Self> {
+        let system = options.system.as_ref();
+        let image = system.map(|s| s.image(assets, progress)).transpose()?;
+        let disk = image.map(|image| SystemDisk { image, kept: false });
+        Self::boot_on(assets, options, disk, progress)
+    }
+
+    /// The same, with this first disk.
+    pub(crate) fn boot_on(
+        assets: &Assets,
+        options: LabOptions,
+        system: Option<SystemDisk>,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
         let qemu = assets.machine_qemu(progress)?;
         let binaries = Binaries::build(&options.product, &options.guest_programs, progress)?;
         let folder = Folder::create(options.keep_files)?;
-        let host = assets.kernel(options.host, progress)?;
         let tools = match options.tools {
             true => assets.busybox(progress)?,
             false => None,
         };
         progress.step("making the lab host's initramfs and disk");
         let initrd = folder.path.join("initrd.img");
-        fs::write(
-            &initrd,
-            initramfs::host(&host, &binaries, tools.as_deref(), progress)?,
-        )
-        .context("cannot write the host's initramfs")?;
-        let system = options.system.as_ref();
-        let system = system.map(|s| s.image(assets, progress)).transpose()?;
+        let start = first_start(
+            assets,
+            &options,
+            &binaries,
+            tools.as_deref(),
+            initrd,
+            progress,
+        )?;
         let image = folder.path.join("disk.img");
         let tree = folder.path.join("tree");
         fill_tree(
@@ -342,16 +363,10 @@ impl Lab {
         }
         disk::make_ext4(&image, options.disk_mib, Some(&tree), progress)?;
         fs::remove_dir_all(&tree).context("cannot remove the disk's source folder")?;
-        let mut append = options.append();
-        if options.store_init && options.product.contains(&HEBE) {
-            append.push_str(" lab.store=init");
-        }
         let config = MachineConfig {
             memory_mib: options.memory_mib,
             cpus: options.cpus,
-            kernel: host.image,
-            initrd,
-            cmdline: host_cmdline(options.reserve_mib, append.trim()),
+            start,
             system,
             disk: Some(image),
             guests: options.guests,
@@ -363,7 +378,10 @@ impl Lab {
             parallel: options.parallel,
             dir: folder.path.clone(),
         };
-        progress.step(&format!("booting the lab host on {}", options.host));
+        progress.step(&match options.starts_by_itself() {
+            true => "starting the lab host by its firmware".to_owned(),
+            false => format!("booting the lab host on {}", options.host),
+        });
         let start = Instant::now();
         let mut machine = Machine::start(&qemu, &config)?;
         let boot = machine.wait_for_boot(None, options.boot_limit())?;
@@ -615,6 +633,32 @@ pub fn host_files(kernel: KernelName) -> (String, String) {
     (format!("{folder}/vmlinuz"), format!("{folder}/initrd.img"))
 }
 
+/// What a reset starts; its initramfs is written to `initrd`.
+fn first_start(
+    assets: &Assets,
+    options: &LabOptions,
+    binaries: &Binaries,
+    tools: Option<&Path>,
+    initrd: PathBuf,
+    progress: &dyn Progress,
+) -> Result<Start> {
+    if options.starts_by_itself() {
+        return Ok(Start::Firmware);
+    }
+    let host = assets.kernel(options.host, progress)?;
+    fs::write(&initrd, initramfs::host(&host, binaries, tools, progress)?)
+        .context("cannot write the host's initramfs")?;
+    let mut append = options.append();
+    if options.store_init && options.product.contains(&HEBE) {
+        append.push_str(" lab.store=init");
+    }
+    Ok(Start::Kernel {
+        image: host.image,
+        initrd,
+        cmdline: host_cmdline(options.reserve_mib, append.trim()),
+    })
+}
+
 fn fill_tree(
     tree: &Path,
     assets: &Assets,
@@ -628,7 +672,8 @@ fn fill_tree(
         disk::place(&kernel.image, &dir.join("vmlinuz"))?;
         fs::write(dir.join("initrd.img"), initrd).context("cannot write an initramfs")
     };
-    for name in std::iter::once(&options.host).chain(&options.others) {
+    let hosts = std::iter::once(&options.host).chain(&options.others);
+    for name in hosts.filter(|_| !options.starts_by_itself()) {
         let kernel = assets.kernel(*name, progress)?;
         put(
             format!("boot/{name}"),

@@ -4,7 +4,8 @@
 //! `hebe image build`; it is made once and kept in the cache, and a machine
 //! writes to a throw-away layer above it. It holds no kernel: the lab's kernels
 //! boot it, each with the lab's initramfs, whose `lab-init` loads modules,
-//! mounts the root and gives PID 1 to systemd. The lab's other disk is at
+//! mounts the root and gives PID 1 to systemd ([`crate::loader`] has hosts that
+//! start by themselves). The lab's other disk is at
 //! `/data` as ever, with the programs in `/data/bin` and the kernels' modules in
 //! `/data/modules`, so that neither needs another root.
 
@@ -20,6 +21,7 @@ use crate::apt::{self, Tool};
 use crate::assets::{Assets, Kernel};
 use crate::binaries::Binaries;
 use crate::disk;
+use crate::loader;
 use crate::progress::Progress;
 
 /// What `lab-init` and systemd are told by the kernel's command line.
@@ -27,6 +29,17 @@ pub const CMDLINE: &str =
     "lab.role=system systemd.show_status=error systemd.log_target=journal rd.udev.log_level=3";
 /// Bytes of the root disk; it takes what is in it.
 const SIZE: u64 = 4 << 30;
+/// What a host has besides that starts by itself: Debian's kernel, what makes its
+/// initramfs, and GRUB for a PC's firmware.
+const TO_START: [&str; 5] = [
+    "linux-image-cloud-amd64",
+    "initramfs-tools",
+    "zstd",
+    "e2fsprogs",
+    "grub-pc",
+];
+/// Where udev and modprobe look for modules.
+const MODULES: &str = "/usr/lib/modules";
 /// What makes images: other code, other images.
 const CODE: [&str; 3] = [
     include_str!("../../crates/hebe-image/src/build/mod.rs"),
@@ -41,6 +54,8 @@ pub struct System {
     pub suite: String,
     /// Packages besides systemd and what goes with it.
     pub packages: Vec<String>,
+    /// It starts by its own boot loader, kernel and initramfs ([`crate::loader`]).
+    pub has_loader: bool,
 }
 
 impl System {
@@ -55,7 +70,15 @@ impl System {
         Self {
             suite,
             packages: Vec::new(),
+            has_loader: false,
         }
+    }
+
+    /// The same, started as a real machine is: by its firmware, GRUB, and its own
+    /// kernel and initramfs ([`crate::loader`]).
+    pub fn with_boot_loader(mut self) -> Self {
+        self.has_loader = true;
+        self
     }
 
     /// The same with more packages; each set is another image in the cache.
@@ -67,7 +90,24 @@ impl System {
 
     /// Its image, made at first use.
     pub fn image(&self, assets: &Assets, progress: &dyn Progress) -> Result<PathBuf> {
-        cached_image(assets, "system", &self.order(assets)?, progress)
+        let order = self.order(assets)?;
+        match self.has_loader {
+            true => loader::cached_image(assets, &self.starting(order), progress),
+            false => cached_image(assets, "system", &order, progress),
+        }
+    }
+
+    /// The order for a host that starts by itself: its kernel's modules are its
+    /// own, and its init mounts the lab's disk.
+    fn starting(&self, mut order: Order) -> Order {
+        let more = TO_START.iter().map(|p| (*p).to_owned());
+        order.packages.extend(more);
+        order.links.retain(|(at, _)| at != MODULES);
+        // The one that the builder writes names the root.
+        order.files.retain(|file| file.to != "/etc/fstab");
+        order.files.extend(loader::files());
+        order.units.push("data.mount".to_owned());
+        order
     }
 
     fn order(&self, assets: &Assets) -> Result<Order> {
@@ -105,7 +145,7 @@ impl System {
             ]
             .into_iter()
             .map(mask)
-            .chain([("/usr/lib/modules".to_owned(), "/data/modules".to_owned())])
+            .chain([(MODULES.to_owned(), "/data/modules".to_owned())])
             .collect(),
             units: vec![
                 "systemd-networkd.service".to_owned(),
@@ -132,24 +172,32 @@ pub fn cached_image(
 ) -> Result<PathBuf> {
     let name = format!("{label}-{}-{:08x}", order.suite, fingerprint(order));
     let file = |dir: &Path| dir.join("disk.img");
-    let fill = |dir: &Path| {
-        let tool = |program, package| Tool { program, package };
-        let tools = [
-            tool("mmdebstrap", "mmdebstrap"),
-            tool("mke2fs", "e2fsprogs"),
-        ];
-        apt::ensure_tools(&tools, progress)?;
-        let say = |text: &str| progress.step(&format!("{label} image: {text}"));
-        let stop = AtomicBool::new(false);
-        let watch = Watch {
-            say: &say,
-            stop: &stop,
-        };
-        let built = build::build(order, &file(dir), false, watch);
-        built.map(drop).with_context(|| format!("no {label} image"))
-    };
+    let fill = |dir: &Path| make_image(label, order, &file(dir), progress);
     let dir = assets.filled(&name, progress, |dir| file(dir).is_file(), fill)?;
     Ok(file(&dir))
+}
+
+/// Makes an image, which is not there yet.
+pub(crate) fn make_image(
+    label: &str,
+    order: &Order,
+    image: &Path,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let tool = |program, package| Tool { program, package };
+    let tools = [
+        tool("mmdebstrap", "mmdebstrap"),
+        tool("mke2fs", "e2fsprogs"),
+    ];
+    apt::ensure_tools(&tools, progress)?;
+    let say = |text: &str| progress.step(&format!("{label} image: {text}"));
+    let stop = AtomicBool::new(false);
+    let watch = Watch {
+        say: &say,
+        stop: &stop,
+    };
+    let built = build::build(order, image, false, watch);
+    built.map(drop).with_context(|| format!("no {label} image"))
 }
 
 impl FromStr for System {
@@ -169,7 +217,7 @@ impl FromStr for System {
 }
 
 /// One number for all that is in an image.
-fn fingerprint(order: &Order) -> u32 {
+pub(crate) fn fingerprint(order: &Order) -> u32 {
     number_of(&(CODE.concat() + &format!("{order:?}")))
 }
 

@@ -30,6 +30,10 @@ pub struct LabArgs {
     /// More packages for that root disk.
     #[arg(long, value_delimiter = ',', requires = "system")]
     packages: Vec<String>,
+    /// It starts by its firmware, GRUB, and a kernel and an initramfs of its own;
+    /// --host, --others, --reserve and --append say nothing then.
+    #[arg(long, requires = "system")]
+    boot_loader: bool,
     /// Files to put into the host, below /data/files.
     #[arg(long, value_name = "FILES", value_delimiter = ',')]
     files: Vec<PathBuf>,
@@ -90,6 +94,7 @@ pub fn run(assets: &Assets, args: &LabArgs, progress: &Spinner) -> Result<ExitCo
         host: args.host,
         system: args.system.clone().map(|mut system| {
             system.packages.extend(args.packages.iter().cloned());
+            system.has_loader = args.boot_loader;
             system
         }),
         others: args.others.clone(),
