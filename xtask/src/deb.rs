@@ -21,9 +21,10 @@ use serde_json::Value;
 const PROGRAMS: [&str; 3] = ["hebe", "hebe-vmm", "hebed"];
 /// The target, named so that proc macros are built without its flags.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-const UNITS: [&str; 6] = [
+const UNITS: [&str; 7] = [
     "hebe.slice",
     "hebe-freeze.service",
+    "hebe-modules.service",
     "hebe-resume.service",
     "hebe-fleet-release.service",
     "hebed.service",

@@ -5,7 +5,9 @@
 //!    the end of the VMM exactly one process owns the VM;
 //! 2. what a former VMM left in the directory (socket, exit record) goes before
 //!    the new one starts, so that nothing old is taken for an answer;
-//! 3. the networks that Hebe makes for it are there before it runs;
+//! 3. the networks that Hebe makes for it are there before it runs; of one that is
+//!    resumed with others, the bridge, which passes nothing on before its rules are
+//!    in ([`hebe_net::Expected`]);
 //! 4. the locked descriptor passes to the VMM; this process lets go of its own
 //!    only after the VMM answers, so that there is no instant without an owner;
 //! 5. the device descriptor is given to the one child it is meant for, and is
@@ -187,6 +189,8 @@ pub struct Launch {
     pub origin: Origin,
     /// Take disks that changed since the state in `origin` was made.
     pub accept_changed_disk: bool,
+    /// Its part of the network `hebe0` is being made with that of others.
+    pub is_expected: bool,
 }
 
 impl Launch {
@@ -208,6 +212,7 @@ impl Launch {
             },
             origin: Origin::Frozen,
             accept_changed_disk: false,
+            is_expected: false,
         })
     }
 }

@@ -1,20 +1,23 @@
 //! VMs in networks that Hebe makes: addresses before a boot, the network before
-//! a VMM starts.
+//! a VMM starts, or beside that where many are resumed.
 //!
 //! What a VM's NICs are is read from its definition as it was booted (the file of
 //! its life, [`crate::saved::LifeFile`]), which the host wrote and no VMM can
 //! change. A VM that goes on is never kept from it by its network: what could
 //! not be had is said.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::thread;
 
 use hebe_net::passt::{self, PasstError};
 use hebe_net::{Care, NetworkError, Place, Port, serve};
 use hebe_sys::proc;
-use hebe_types::{NetConfig, Network, VmConfig, VmId, VmName};
+use hebe_types::{NetConfig, Network, Stamp, VmConfig, VmId, VmName};
 use serde::Serialize;
 
 use crate::definitions;
@@ -91,21 +94,71 @@ fn ports(name: &VmName, vm: VmId, nets: &[NetConfig]) -> Vec<Port> {
     nets.iter().enumerate().filter_map(port).collect()
 }
 
-/// Has the network ready for VMs that are about to be resumed, so that none waits
-/// for the others' part of it.
-pub(crate) fn expect<'a>(host: &Host, vms: impl Iterator<Item = (&'a VmName, VmId)>) {
-    let all: Vec<Port> = vms
-        .flat_map(|(name, vm)| ports(name, vm, &life_nets(&host.layout, name, vm)))
-        .collect();
-    if all.is_empty() {
-        return;
+/// The network of VMs that are about to be resumed all at once, made beside that:
+/// none of them waits for it, and it passes nothing on before its rules are in
+/// ([`hebe_net::Expected`]).
+pub(crate) struct Beside<'a> {
+    host: &'a Host,
+    place: Option<Place>,
+    ports: Vec<Port>,
+}
+
+impl<'a> Beside<'a> {
+    /// For these VMs.
+    pub(crate) fn of(host: &'a Host, vms: impl Iterator<Item = (&'a VmName, VmId)>) -> Self {
+        let ports: Vec<Port> = vms
+            .flat_map(|(name, vm)| ports(name, vm, &life_nets(&host.layout, name, vm)))
+            .collect();
+        let wanted = (!ports.is_empty()).then(|| place(&host.layout).ok());
+        Self {
+            host,
+            place: wanted.flatten(),
+            ports,
+        }
     }
-    // What fails here is said when each VM comes.
-    let _ = place(&host.layout).and_then(|place| {
-        let said = place.expect(&all, &|| host.system.start_net_helper(host))?;
-        said.iter().for_each(|words| place.remark(words));
-        Ok(())
-    });
+
+    /// Notes the VMs, has their bridge there, and does `work`, given those that
+    /// need do nothing for their network, while that is made. The instant from
+    /// which on it passes frames on, where there is one.
+    pub(crate) fn make_while<T>(
+        &self,
+        work: impl FnOnce(&BTreeSet<VmName>) -> T,
+    ) -> (T, Option<Stamp>) {
+        // What fails here is said when each VM comes.
+        let expected = self.place.as_ref().map(|place| place.expect(&self.ports));
+        let (Some(place), Some(Ok(Some(expected)))) = (&self.place, expected) else {
+            return (work(&BTreeSet::new()), None);
+        };
+        let vms = expected.vms().clone();
+        let passes = OnceLock::new();
+        let make = || {
+            let note = || {
+                let _ = passes.set(self.host.system.stamp());
+            };
+            let start = || self.host.system.start_net_helper(self.host);
+            let said = expected.finish(note, &start);
+            said.iter().for_each(|words| place.remark(words));
+        };
+        let make = Mutex::new(Some(make));
+        let make_once = || {
+            let make = make.lock().unwrap_or_else(PoisonError::into_inner).take();
+            make.into_iter().for_each(|make| make());
+        };
+        let done = thread::scope(|scope| {
+            let thread = thread::Builder::new().spawn_scoped(scope, make_once);
+            if thread.is_err() {
+                // None can be had: one after the other then.
+                make_once();
+            }
+            let done = work(&vms);
+            // One that panicked costs the network, and no VM.
+            let _ = thread.map(thread::ScopedJoinHandle::join);
+            done
+        });
+        // Who did not come is expected no more; forgotten in a while all the same.
+        let _ = place.over();
+        (done, passes.into_inner())
+    }
 }
 
 /// Has the networks of a VM ready, whose lock the caller holds. Gives the ends
@@ -114,7 +167,7 @@ pub(crate) fn connect(host: &Host, order: &Launch) -> Result<Vec<(usize, OwnedFd
     let nets = nets_of(host, order);
     let boots = matches!(order.origin, Origin::Boot(_));
     let ports = ports(&order.name, order.vm, &nets);
-    if !ports.is_empty() {
+    if !ports.is_empty() && !order.is_expected {
         let care = if boots {
             Care::Whole
         } else {

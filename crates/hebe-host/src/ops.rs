@@ -214,6 +214,7 @@ fn boot_new(
         memory,
         origin: Origin::Boot(Box::new(config.clone())),
         accept_changed_disk: false,
+        is_expected: false,
     };
     launch(host, lock, &order, LAUNCH_WAIT).map_err(|error| {
         if let Memory::Segment { id, .. } = order.memory {

@@ -20,7 +20,7 @@ use crate::listing::with_cause;
 use crate::lock::VmLock;
 use crate::luo;
 use crate::luo::arrivals::Arrivals;
-use crate::network;
+use crate::network::Beside;
 use crate::notes;
 use crate::ops;
 use crate::pending::{self, Pending};
@@ -102,6 +102,8 @@ struct Work<'a> {
     host: &'a Host,
     store: Option<&'a StoreView>,
     configs: BTreeMap<VmName, VmConfig>,
+    /// Those whose network is being made.
+    expected: &'a BTreeSet<VmName>,
 }
 
 /// Resumes, restores and boots every VM that is due. `started` is the instant
@@ -121,18 +123,17 @@ pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<Resume
     let pending = Pending::read(&host.layout);
     let due = pending.as_ref().map_or(&[][..], |p| &p.vms);
     let (facts, configs) = facts(host, store.as_ref(), due, autostart);
-    let work = Work {
-        host,
-        store: store.as_ref(),
-        configs,
-    };
     let decisions = plan(&facts);
-    network::expect(host, to_resume(&decisions, store.as_ref()));
-    // Thawing in a living VMM is as quick as resuming.
-    let fast = |d: &Decision| matches!(d, Decision::Resume { .. } | Decision::Already);
-    let mut vms = work.all_at_once(&decisions, fast);
-    let slow = work.all_at_once(&decisions, |d| !fast(d));
-    vms.extend(slow);
+    let network = Beside::of(host, to_resume(&decisions, store.as_ref()));
+    let (vms, network_ready) = network.make_while(|expected| {
+        let work = Work {
+            host,
+            store: store.as_ref(),
+            configs,
+            expected,
+        };
+        work.carry_out_all(&decisions)
+    });
     let pending_trouble = match pending {
         Ok(pending) => settle_pending(host, pending, &vms),
         Err(error) => Some(pending::unreadable(&host.layout, &error)),
@@ -146,6 +147,9 @@ pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<Resume
     let device = store.as_ref().is_some_and(|s| !s.kept_only);
     if let Some(timeline) = &mut timeline {
         note_new_kernel(host, timeline, started, found, store.is_some());
+        if let Some(at) = network_ready {
+            timeline.note(at, Side::After, None, EventKind::NetworkReady);
+        }
         note_arrivals(host, timeline);
         note_vms(timeline, &vms);
         let place = if device {
@@ -276,6 +280,15 @@ type Done = (Resumed, Option<(Stamp, VmStatus)>);
 type Results = BTreeMap<VmName, Done>;
 
 impl Work<'_> {
+    /// First those that wait for nothing but this.
+    fn carry_out_all(&self, decisions: &BTreeMap<VmName, Decision>) -> Results {
+        // Thawing in a living VMM is as quick as resuming.
+        let fast = |d: &Decision| matches!(d, Decision::Resume { .. } | Decision::Already);
+        let mut vms = self.all_at_once(decisions, fast);
+        vms.extend(self.all_at_once(decisions, |d| !fast(d)));
+        vms
+    }
+
     fn all_at_once(
         &self,
         decisions: &BTreeMap<VmName, Decision>,
@@ -307,7 +320,8 @@ impl Work<'_> {
     fn carry_out(&self, name: &VmName, decision: &Decision) -> Done {
         let outcome = match decision {
             Decision::Already => self.already(name),
-            Decision::Resume { .. } => ops::continue_frozen(self.host, name, self.store)
+            Decision::Resume { .. } => self
+                .resume(name)
                 .map(|status| self.up(Resumed::Resumed, status))
                 .or_else(|error| self.did_not_arrive(name).ok_or(error)),
             Decision::Restore { .. } => saving::restore(self.host, name, false)
@@ -372,6 +386,11 @@ impl Work<'_> {
             resuming::resume_one(self.host, name, ops::ResumeOptions::default())?;
         }
         Ok((Resumed::Already, None))
+    }
+
+    fn resume(&self, name: &VmName) -> Result<VmStatus, HostError> {
+        let is_expected = self.expected.contains(name);
+        resuming::continue_expected(self.host, name, self.store, is_expected)
     }
 
     fn boot(&self, name: &VmName) -> Result<Done, HostError> {

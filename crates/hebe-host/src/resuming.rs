@@ -105,7 +105,11 @@ fn from_memory(
     let name = &row.name;
     if !held {
         let store = survey.store.as_ref();
-        let status = continue_with(host, name, store, accept_changed_disk)?;
+        let choice = Choice {
+            accept_changed_disk,
+            is_expected: false,
+        };
+        let status = continue_with(host, name, store, choice)?;
         notes::forget_here(host, name, status.id);
         return Ok(status);
     }
@@ -193,7 +197,29 @@ pub fn continue_frozen(
     name: &VmName,
     store: Option<&StoreView>,
 ) -> Result<VmStatus, HostError> {
-    continue_with(host, name, store, false)
+    continue_with(host, name, store, Choice::default())
+}
+
+/// [`continue_frozen`]; with `is_expected` its part of the network `hebe0` is being
+/// made already.
+pub(crate) fn continue_expected(
+    host: &Host,
+    name: &VmName,
+    store: Option<&StoreView>,
+    is_expected: bool,
+) -> Result<VmStatus, HostError> {
+    let choice = Choice {
+        is_expected,
+        ..Choice::default()
+    };
+    continue_with(host, name, store, choice)
+}
+
+/// How a frozen VM goes on.
+#[derive(Clone, Copy, Debug, Default)]
+struct Choice {
+    accept_changed_disk: bool,
+    is_expected: bool,
 }
 
 /// [`continue_frozen`]; whether with disks that changed is up to the operator.
@@ -201,7 +227,7 @@ fn continue_with(
     host: &Host,
     name: &VmName,
     store: Option<&StoreView>,
-    accept_changed_disk: bool,
+    choice: Choice,
 ) -> Result<VmStatus, HostError> {
     let segment = store.and_then(|s| s.segment_of(name));
     let refused = |why: String| HostError::Refused {
@@ -211,7 +237,8 @@ fn continue_with(
     let none = || refused("no segment holds a state of it: `hebe store list` shows them".into());
     let segment = segment.ok_or_else(none)?;
     let mut order = Launch::of_frozen(segment).ok_or_else(none)?;
-    order.accept_changed_disk = accept_changed_disk;
+    order.accept_changed_disk = choice.accept_changed_disk;
+    order.is_expected = choice.is_expected;
     if segment.carried {
         order.memory = luo::memory_of_kept(host, segment)?;
     }

@@ -110,6 +110,7 @@ fn prepare_restore(
         memory,
         origin: Origin::File(paths.restoring.clone()),
         accept_changed_disk: false,
+        is_expected: false,
     })
 }
 

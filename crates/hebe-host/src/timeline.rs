@@ -74,6 +74,8 @@ pub enum EventKind {
     UserSpace,
     /// The store was opened and read.
     StoreFound,
+    /// The network that Hebe makes has its rules, and passes frames on.
+    NetworkReady,
     /// VM: the keeper asks the kernel for its memory.
     Retrieving,
     /// VM: all of its memory is there.
@@ -118,6 +120,7 @@ impl EventKind {
             Self::KernelEntry => "new kernel entered",
             Self::UserSpace => "user space",
             Self::StoreFound => "store found",
+            Self::NetworkReady => "network ready",
             Self::Retrieving => "retrieving begun",
             Self::Arrived => "memory arrived",
             Self::VmmStarted => "VMM started",

@@ -27,6 +27,8 @@
 
 mod dhcp;
 mod dir;
+mod expected;
+mod hush;
 pub mod passt;
 mod proxy;
 mod range;
@@ -42,6 +44,7 @@ use hebe_types::{Forward, MacAddr, NAT_BRIDGE, VmName};
 use serde::{Deserialize, Serialize};
 
 pub use dhcp::{Offer, Reply, answer};
+pub use expected::Expected;
 pub use range::{Book, Range};
 pub use rules::program as nft_program;
 pub use up::{Care, Place};

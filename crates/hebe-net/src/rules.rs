@@ -9,10 +9,21 @@ use std::process::{Command, Stdio};
 use hebe_types::{Forward, NAT_BRIDGE};
 
 use crate::range::Range;
-use crate::{NetworkError, Port};
+use crate::{Care, NetworkError, Port, hush};
 
 /// The table's name, in each family.
 const TABLE: &str = "hebe";
+
+/// What the kernel needs for the rules.
+const MODULES: [&str; 7] = [
+    "nf_tables",
+    "nft_chain_nat",
+    "nft_nat",
+    "nft_masq",
+    "nft_ct",
+    "nft_fib_ipv4",
+    "nft_meta_bridge",
+];
 
 /// Takes both tables away.
 pub(crate) const NOTHING: [&str; 2] = [
@@ -108,21 +119,16 @@ pub(crate) fn check_name(tap: &str) -> Result<(), NetworkError> {
     Ok(())
 }
 
-/// Whether a program of the host would lose the port to the rules.
-pub(crate) fn try_port(forward: &Forward) -> Result<(), NetworkError> {
-    let place = (
-        forward.address.unwrap_or(std::net::Ipv4Addr::UNSPECIFIED),
-        forward.host,
-    );
-    let tried = if forward.udp {
-        std::net::UdpSocket::bind(place).map(drop)
-    } else {
-        std::net::TcpListener::bind(place).map(drop)
-    };
-    tried.map_err(|source| NetworkError::PortInUse {
-        forward: *forward,
-        source,
-    })
+/// Whether a program of the host would lose the port to the rules. For a VM that
+/// goes on the host need not have the port's address yet, early as it comes.
+pub(crate) fn try_port(forward: &Forward, care: Care) -> Result<(), NetworkError> {
+    let early = care == Care::WhatThereIs;
+    hush::bound(forward, early)
+        .map(drop)
+        .map_err(|error| NetworkError::PortInUse {
+            forward: *forward,
+            source: error.into(),
+        })
 }
 
 /// The program `nft`, if it is installed.
@@ -138,6 +144,20 @@ fn nft(arguments: &[&str]) -> Command {
     let mut command = Command::new(program().unwrap_or_else(|| "nft".into()));
     command.args(arguments);
     command
+}
+
+/// Loads what the rules need. For each module that it misses the kernel starts a
+/// program of its own and nft begins anew, which takes far longer.
+pub fn load_modules() {
+    // What cannot be loaded may be built in, or is told of by nft.
+    let _ = Command::new("modprobe")
+        .arg("-aq")
+        .args(MODULES)
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
 }
 
 /// Puts a script into effect, wholly or not at all.
@@ -165,6 +185,20 @@ pub(crate) fn apply(script: &str) -> Result<(), NetworkError> {
     Err(NetworkError::Rules(first.chars().take(200).collect()))
 }
 
+/// Puts translation into effect, and with it, if that can be had, who sends from
+/// which address; else why not. One program for both where both go: VMs that are
+/// resumed wait for it.
+pub(crate) fn apply_both(
+    translation: &str,
+    own_addresses: &str,
+) -> Result<Option<NetworkError>, NetworkError> {
+    if apply(&format!("{translation}{own_addresses}")).is_ok() {
+        return Ok(None);
+    }
+    apply(translation)?;
+    Ok(apply(own_addresses).err())
+}
+
 /// Whether the table of translation is there: others may flush all rules.
 pub(crate) fn are_there() -> bool {
     let mut command = nft(&["list", "table", "ip", TABLE]);
@@ -178,6 +212,13 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use super::*;
+
+    #[test]
+    fn the_unit_loads_what_the_rules_need() {
+        let unit = include_str!("../../../packaging/hebe-modules.service");
+        let order = format!("ExecStart=-/sbin/modprobe -aq {}\n", MODULES.join(" "));
+        assert!(unit.contains(&order), "{order}");
+    }
 
     #[test]
     fn what_is_forwarded_and_to_whom_stands_in_the_rules() {

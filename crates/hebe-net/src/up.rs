@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use hebe_sys::link;
 use hebe_sys::proc::since_boot_ns;
-use hebe_sys::tap::create_bridge;
+use hebe_sys::tap::{make_bridge, set_up};
 use hebe_types::{Forward, MacAddr, NAT_BRIDGE, NetConfig, Network, VmName};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -26,9 +26,6 @@ const BRIDGE_MAC: MacAddr = MacAddr([0x02, b'H', b'E', b'B', b'E', 1]);
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 /// How long an old helper may take to end.
 const HELPER_WAIT: Duration = Duration::from_secs(5);
-
-/// How long a VM is expected that is to be resumed.
-const EXPECTED: Duration = Duration::from_secs(120);
 
 const LOCK: &str = "lock";
 const HELPER_LOCK: &str = "helper";
@@ -55,7 +52,18 @@ pub enum Care {
     WhatThereIs,
 }
 
+/// NICs that are noted, with all others that are in the network.
+#[derive(Debug)]
+pub(crate) struct Admitted {
+    pub(crate) range: Range,
+    /// In the order in which each look finds them.
+    pub(crate) all: Vec<Port>,
+    /// What an operator should know.
+    pub(crate) remarks: Vec<String>,
+}
+
 /// The network's lock.
+#[derive(Debug)]
 pub(crate) struct Held(#[expect(dead_code, reason = "held, not used")] OwnedFd);
 
 impl Place {
@@ -144,17 +152,35 @@ impl Place {
         care: Care,
         start_helper: &dyn Fn() -> Result<(), String>,
     ) -> Result<Vec<String>, NetworkError> {
-        let Some(first) = ports.first() else {
+        if ports.is_empty() {
             return Ok(Vec::new());
-        };
+        }
         let _held = self.lock(true)?;
+        let mut admitted = self.admit(ports, care)?;
+        let made = self.make(admitted.range, &admitted.all, false, care);
+        let made = made.and_then(|said| {
+            admitted.remarks.extend(said);
+            self.have_helper(start_helper)
+        });
+        if let Err(error) = made {
+            if care == Care::WhatThereIs {
+                admitted.remarks.push(error.to_string());
+            } else {
+                self.give_up(ports);
+                return Err(error);
+            }
+        }
+        Ok(admitted.remarks)
+    }
+
+    /// Notes these NICs, under the network's lock, as far as they can be had.
+    pub(crate) fn admit(&self, ports: &[Port], care: Care) -> Result<Admitted, NetworkError> {
         let mut remarks = Vec::new();
         let mut others = self.settle()?;
         others.retain(|other| ports.iter().all(|port| port.tap != other.tap));
-        let range = match others.first() {
-            Some(other) => Range::of(other.address),
-            None => Range::of(first.address),
-        };
+        let first = others.first().or(ports.first());
+        let range = first.map(|port| Range::of(port.address));
+        let range = range.ok_or(NetworkError::NoRange)?;
         let former = self.recorded();
         let mut all = others;
         for port in ports {
@@ -173,47 +199,17 @@ impl Place {
         }
         // As the next look finds them: the same rules are the same text.
         all.sort_by(|a, b| a.tap.cmp(&b.tap));
-        if !self.is_up() && taken().iter().any(|block| range.meets(block)) {
+        if !self.has_bridge() && taken().iter().any(|block| range.meets(block)) {
             return Err(NetworkError::Collision(range));
         }
         for port in &all {
-            let record = format!("{}.json", port.tap);
-            let written = self.net.write_json(&record, port);
-            written.map_err(NetworkError::file("note a port of the network"))?;
+            self.note(port)?;
         }
-        let made = self.make(range, &all, false, care);
-        let made = made.and_then(|said| {
-            remarks.extend(said);
-            self.have_helper(start_helper)
-        });
-        if let Err(error) = made {
-            if care == Care::WhatThereIs {
-                remarks.push(error.to_string());
-            } else {
-                self.give_up(ports);
-                return Err(error);
-            }
-        }
-        Ok(remarks)
-    }
-
-    /// [`Place::plug`], for many VMs that are about to be resumed, all at once: the
-    /// rules are put in once, and each VM then finds its own there. Those that do
-    /// not come after all are forgotten in a while.
-    pub fn expect(
-        &self,
-        ports: &[Port],
-        start_helper: &dyn Fn() -> Result<(), String>,
-    ) -> Result<Vec<String>, NetworkError> {
-        let until = since_boot_ns() + EXPECTED.as_nanos() as u64;
-        let mut ports = ports.to_vec();
-        let first = ports.first().map(|port| Range::of(port.address));
-        // Others are told of by themselves.
-        ports.retain(|port| first.is_some_and(|range| range.holds(port.address)));
-        for port in &mut ports {
-            port.expected_until_ns = Some(until);
-        }
-        self.plug(&ports, Care::WhatThereIs, start_helper)
+        Ok(Admitted {
+            range,
+            all,
+            remarks,
+        })
     }
 
     /// Of a VM that does not boot, for want of a network: nothing is left.
@@ -226,9 +222,33 @@ impl Place {
         }
     }
 
-    /// Makes what is missing: bridge, its address, forwarding, rules. Does
-    /// nothing where all is there. With `anew` the rules are put in also where
-    /// they should be there.
+    /// Makes the bridge, with its address, where there is none or none that is
+    /// finished; whether it did. It is down and passes nothing on before
+    /// [`Place::make`] brings it up, when its rules are in.
+    pub(crate) fn make_bridge(&self, range: Range, ports: &[Port]) -> Result<bool, NetworkError> {
+        if link::is_up(NAT_BRIDGE) {
+            return Ok(false);
+        }
+        // Whoever brings it up puts them in first.
+        let _ = self.net.remove(RULES);
+        make_bridge(NAT_BRIDGE)?;
+        link::set_mac(NAT_BRIDGE, BRIDGE_MAC)?;
+        link::set_address(NAT_BRIDGE, range.gateway(), PREFIX)?;
+        // Guests get no IPv6 here, and have no way round the rules by it.
+        let off = format!("/proc/sys/net/ipv6/conf/{NAT_BRIDGE}/disable_ipv6");
+        let _ = fs::write(off, "1");
+        for port in ports {
+            // Those of a bridge that somebody removed.
+            if link::index(&port.tap).is_some() {
+                link::join(&port.tap, NAT_BRIDGE)?;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Makes what is missing: bridge, its address, rules, forwarding, and has the
+    /// bridge pass frames on. Does nothing where all is there. With `anew` the
+    /// rules are put in also where they should be there.
     pub(crate) fn make(
         &self,
         range: Range,
@@ -237,44 +257,47 @@ impl Place {
         care: Care,
     ) -> Result<Vec<String>, NetworkError> {
         let mut remarks = Vec::new();
-        let fresh = !self.is_up();
-        if fresh {
-            create_bridge(NAT_BRIDGE)?;
-            link::set_mac(NAT_BRIDGE, BRIDGE_MAC)?;
-            link::set_address(NAT_BRIDGE, range.gateway(), PREFIX)?;
-            // Guests get no IPv6 here, and have no way round the rules by it.
-            let off = format!("/proc/sys/net/ipv6/conf/{NAT_BRIDGE}/disable_ipv6");
-            let _ = fs::write(off, "1");
-        }
-        for port in ports {
-            // Those of a bridge that somebody removed.
-            if fresh && link::index(&port.tap).is_some() {
-                link::join(&port.tap, NAT_BRIDGE)?;
-            }
-        }
-        if crate::serve::resolvers().is_empty() && fresh {
+        let fresh = self.make_bridge(range, ports)?;
+        if fresh && crate::serve::resolvers().is_empty() {
             remarks.push("the host's resolvers of names are on the host itself, where guests do not reach them: guests of network = \"nat\" get none".to_owned());
         }
+        remarks.extend(self.put_rules_in(range, ports, anew, care)?);
+        // Also without rules: those who go on then reach the host.
+        set_up(NAT_BRIDGE)?;
+        Ok(remarks)
+    }
+
+    fn put_rules_in(
+        &self,
+        range: Range,
+        ports: &[Port],
+        anew: bool,
+        care: Care,
+    ) -> Result<Vec<String>, NetworkError> {
+        let mut remarks = Vec::new();
         let text = rules::translation(range, ports);
         let own = rules::own_addresses(ports);
         let wanted = format!("{text}{own}");
         let last = self.net.read(RULES).ok().flatten();
-        if !fresh && !anew && last.as_deref() == Some(wanted.as_bytes()) {
+        if !anew && last.as_deref() == Some(wanted.as_bytes()) {
             remarks.extend(allow_forwarding());
             return Ok(remarks);
         }
+        if last.is_none() {
+            rules::load_modules();
+        }
         // Not said before it is true.
         let _ = self.net.remove(RULES);
-        match rules::apply(&text) {
+        match rules::apply_both(&text, &own) {
             Err(error) if care == Care::WhatThereIs => remarks.push(error.to_string()),
             Err(error) => return Err(error),
-            Ok(()) => {
+            Ok(unheld) => {
                 // A guest may then pass for its neighbour, and goes on all the same.
-                if let Err(error) = rules::apply(&own) {
-                    remarks.push(format!(
-                        "guests are not held to their own addresses: {error}"
-                    ));
-                }
+                remarks.extend(
+                    unheld.map(|error| {
+                        format!("guests are not held to their own addresses: {error}")
+                    }),
+                );
                 let _ = self.net.write(RULES, wanted.as_bytes());
                 // Not before: a packet that goes out untranslated has the kernel
                 // leave its whole connection so.
@@ -289,7 +312,7 @@ impl Place {
         self.net.read(RULES).is_ok_and(|rules| rules.is_some())
     }
 
-    fn is_up(&self) -> bool {
+    fn has_bridge(&self) -> bool {
         link::index(NAT_BRIDGE).is_some()
     }
 
@@ -371,7 +394,11 @@ impl Place {
         Ok(true)
     }
 
-    fn have_helper(&self, start: &dyn Fn() -> Result<(), String>) -> Result<(), NetworkError> {
+    /// Starts the helper where none serves; one of an initramfs is replaced.
+    pub(crate) fn have_helper(
+        &self,
+        start: &dyn Fn() -> Result<(), String>,
+    ) -> Result<(), NetworkError> {
         if self.net.is_locked(HELPER_LOCK) {
             if !self.has_stale_helper() {
                 return Ok(());
@@ -379,6 +406,22 @@ impl Place {
             self.end_helper();
         }
         start().map_err(NetworkError::Helper)
+    }
+
+    /// From now on a VM is in use by its lock or its tap alone.
+    pub(crate) fn none_is_expected(&self) -> Result<(), NetworkError> {
+        for mut port in self.recorded() {
+            if port.expected_until_ns.take().is_some() {
+                self.note(&port)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn note(&self, port: &Port) -> Result<(), NetworkError> {
+        let record = format!("{}.json", port.tap);
+        let written = self.net.write_json(&record, port);
+        written.map_err(NetworkError::file("note a port of the network"))
     }
 
     /// A helper that began in an initramfs serves, but finds no program.
@@ -463,7 +506,7 @@ fn check_forwards(
             own.is_some_and(|own| own.forward.iter().any(|f: &Forward| f.collides(&forward)));
         let refused = match taken {
             None if mine => None,
-            None => rules::try_port(&forward).err(),
+            None => rules::try_port(&forward, care).err(),
             some => some,
         };
         match refused {

@@ -223,7 +223,7 @@ fn vms_that_are_expected_find_their_rules_there() {
         .collect();
     // As in early user space: nobody holds them yet.
     ["a", "b", "c"].iter().for_each(|vm| world.release(vm));
-    world.expect(&ports).expect("expected");
+    world.expect(&ports, || ()).expect("expected");
     let rules = world.rules();
     for port in ["1001", "1002", "1003"] {
         assert!(rules.contains(&format!("dport {port}")), "{rules}");
@@ -235,6 +235,120 @@ fn vms_that_are_expected_find_their_rules_there() {
         rules,
         "nothing is taken away from those that come"
     );
+    world.over();
+    let gone = || (!world.rules().contains("dport 1001")).then_some(());
+    assert!(eventually(gone).is_some(), "{}", world.rules());
+    assert!(world.rules().contains("dport 1002"), "{}", world.rules());
+}
+
+/// Guests that run before their rules are in: no frame of theirs gets anywhere, and
+/// none to them, whoever forwards already. Then all is as ever.
+#[test]
+fn a_guest_that_runs_before_its_rules_are_in_can_do_nothing_that_they_forbid() {
+    let Some(world) = World::new("early") else {
+        return;
+    };
+    let (web, db) = (world.port("web", &["8080:80"]), world.port("db", &[]));
+    // Some hosts forward from the first instant on.
+    let forwards = "/proc/sys/net/ipv4/ip_forward";
+    let on = world.host.within(|| std::fs::write(forwards, "1"));
+    on.expect("forwarding");
+    let outside = world.outside.serve(9000, WORD);
+    let host = world.host.serve(7000, WORD);
+    let (gateway, beyond) = (
+        (Ipv4Addr::new(10, 86, 0, 1), 7000),
+        (world.outside_address, 9000),
+    );
+    let forwarded = (Ipv4Addr::new(192, 0, 2, 1), 8080);
+    world
+        .outside
+        .run(&["ip", "route", "add", "10.86.0.0/24", "via", "192.0.2.1"]);
+    let mut guests = None;
+    let meanwhile = || {
+        let (first, second) = (world.guest(&web), world.guest(&db));
+        // The second passes for the first.
+        for guest in [&first, &second] {
+            let own = format!("{}/24", web.address);
+            for words in [
+                &["addr", "add", &own, "dev", "eth0"][..],
+                &["route", "add", "default", "via", "10.86.0.1"],
+            ] {
+                guest.space.run(&[&["ip"], words].concat());
+            }
+        }
+        assert!(!world.rules().contains("hebe"), "{}", world.rules());
+        let served = first.space.serve(80, WORD);
+        for guest in [&first, &second] {
+            assert_eq!(guest.space.ask(gateway, b""), None, "the host");
+            assert_eq!(guest.space.ask(beyond, b""), None, "the world");
+        }
+        for space in [&world.host, &world.outside, &second.space] {
+            assert_eq!(space.ask((web.address, 80), b""), None, "unasked");
+        }
+        // Nobody answers in a guest's place; where no guest is, the host does.
+        assert!(!world.outside.is_refused(forwarded));
+        assert!(world.outside.is_refused((forwarded.0, 8081)));
+        let heard = world.host.run(&["ip", "neigh", "show", "dev", "hebe0"]);
+        assert!(!heard.contains("lladdr 52:54"), "{heard}");
+        guests = Some((first, second, served));
+    };
+    world
+        .expect(&[web.clone(), db.clone()], meanwhile)
+        .expect("made");
+    let (first, second, _served) = guests.expect("two guests");
+    for (from, at) in [
+        (&first.space, gateway),
+        (&first.space, beyond),
+        (&world.outside, forwarded),
+    ] {
+        let got = eventually(|| from.ask(at, b""));
+        assert_eq!(got.as_deref(), Some(WORD), "{at:?}");
+    }
+    assert_eq!(second.space.ask(gateway, b""), None, "still another's");
+    assert_eq!(world.outside.ask((web.address, 80), b""), None, "unasked");
+    drop((outside, host));
+}
+
+/// A host has its addresses later than that.
+#[test]
+fn a_port_at_an_address_that_comes_later_leads_to_a_vm_that_goes_on() {
+    let Some(world) = World::new("late") else {
+        return;
+    };
+    let at = Ipv4Addr::new(192, 0, 2, 9);
+    let port = world.port("web", &["tcp:192.0.2.9:8080:80"]);
+    // Of a boot it is said.
+    let refused = world.plug(&port, Care::Whole).expect_err("no such address");
+    assert!(
+        matches!(refused, NetworkError::PortInUse { .. }),
+        "{refused}"
+    );
+    let said = world.expect(std::slice::from_ref(&port), || ());
+    let said = said.expect("made").concat();
+    assert!(!said.contains("8080"), "{said}");
+    let guest = world.guest(&port);
+    guest.dhcp(&world);
+    let _served = guest.space.serve(80, WORD);
+    world
+        .host
+        .run(&["ip", "addr", "add", "192.0.2.9/24", "dev", "up0"]);
+    let got = eventually(|| world.outside.ask((at, 8080), b""));
+    assert_eq!(got.as_deref(), Some(WORD));
+}
+
+/// Whoever comes next finishes what a process did not that was killed meanwhile.
+#[test]
+fn a_network_whose_maker_is_killed_is_finished_by_the_next() {
+    let Some(world) = World::new("half") else {
+        return;
+    };
+    let port = world.port("web", &["8080:80"]);
+    world.half_expect(std::slice::from_ref(&port));
+    assert!(!world.rules().contains("hebe"), "{}", world.rules());
+    let guest = world.guest(&port);
+    assert!(world.tend().expect("finished"));
+    assert!(world.rules().contains("dport 8080"), "{}", world.rules());
+    assert_eq!(guest.dhcp(&world)[0], port.address.to_string());
 }
 
 #[test]

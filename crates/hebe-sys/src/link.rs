@@ -22,6 +22,18 @@ pub fn index(name: &str) -> Option<u32> {
     u32::try_from(unsafe { request.ifr_ifru.ifru_ifindex }).ok()
 }
 
+/// Whether there is an interface of this name that was brought up.
+pub fn is_up(name: &str) -> bool {
+    let look = || {
+        let mut request = request(name).ok()?;
+        let socket = socket(name).ok()?;
+        ioctl(socket.as_fd(), libc::SIOCGIFFLAGS, &mut request).ok()?;
+        // SAFETY: SIOCGIFFLAGS has just written this field of the union.
+        Some(c_int::from(unsafe { request.ifr_ifru.ifru_flags }) & libc::IFF_UP != 0)
+    };
+    look().unwrap_or(false)
+}
+
 /// Gives the interface an address and the prefix that it reaches, in place of
 /// the first that it had.
 pub fn set_address(name: &str, address: Ipv4Addr, prefix: u8) -> Result<(), TapError> {
@@ -119,6 +131,39 @@ pub fn bind_to_device(socket: impl AsFd, name: &str) -> io::Result<()> {
     Ok(())
 }
 
+/// Has the kernel drop whatever comes for this socket, as if it never came
+/// (socket(7), `SO_ATTACH_FILTER`): to one that listens for TCP, also what belongs to
+/// connections that nobody knows, which would be reset otherwise.
+pub fn drop_all(socket: impl AsFd) -> rustix::io::Result<()> {
+    // `BPF_RET | BPF_K`, of nothing: a program of classic BPF that keeps 0 bytes.
+    let mut keep_nothing = [libc::sock_filter {
+        code: 0x06,
+        jt: 0,
+        jf: 0,
+        k: 0,
+    }];
+    let program = libc::sock_fprog {
+        len: keep_nothing.len() as libc::c_ushort,
+        filter: keep_nothing.as_mut_ptr(),
+    };
+    // SAFETY: the kernel reads the program and its one instruction, both of which
+    // outlive the call, and copies them.
+    let rc = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            std::ptr::from_ref(&program).cast(),
+            size_of_val(&program) as libc::socklen_t,
+        )
+    };
+    if rc < 0 {
+        let error = io::Error::last_os_error();
+        return Err(rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::INVAL));
+    }
+    Ok(())
+}
+
 fn failed(what: &'static str, name: &str, source: io::Error) -> TapError {
     if source.raw_os_error() == Some(libc::EPERM) {
         return TapError::Permission(name.to_owned());
@@ -135,6 +180,7 @@ mod tests {
     fn an_interface_is_found_by_its_name() {
         assert!(index("lo").is_some());
         assert!(index("hb-none").is_none());
+        assert!(!is_up("hb-none"));
         assert!(index("sixteen-bytes-xx").is_none());
         assert!(remove_bridge("hb-none").is_ok());
         let refused = join("hb-none", "hb-none").expect_err("no such port");

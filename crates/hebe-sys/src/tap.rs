@@ -201,28 +201,36 @@ pub fn set_offloads(tap: BorrowedFd<'_>, offloads: Offloads) -> io::Result<()> {
     Ok(())
 }
 
-/// Creates a bridge and brings it up; nothing to do if it is there and up.
+/// Creates a bridge and brings it up. One that is there stays as it is, also down:
+/// who has it so brings it up.
 pub fn create_bridge(name: &str) -> Result<(), TapError> {
-    let request = request(name)?;
-    if !Path::new(&format!("/sys/class/net/{name}/bridge")).exists() {
-        let socket = socket(name)?;
-        let mut bytes = request.ifr_name;
-        match ioctl(socket.as_fd(), SIOCBRADDBR, &mut bytes) {
-            Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
-                return Err(TapError::Permission(name.to_owned()));
-            }
-            // Another VMM was faster.
-            Err(e) if e.raw_os_error() != Some(libc::EEXIST) => {
-                return Err(TapError::Other {
-                    what: "create bridge",
-                    name: name.to_owned(),
-                    source: e,
-                });
-            }
-            _ => {}
-        }
+    if make_bridge(name)? {
+        set_up(name)?;
     }
-    set_up(name)
+    Ok(())
+}
+
+/// Creates a bridge, which is down and passes nothing on; whether there was none.
+pub fn make_bridge(name: &str) -> Result<bool, TapError> {
+    let request = request(name)?;
+    if Path::new(&format!("/sys/class/net/{name}/bridge")).exists() {
+        return Ok(false);
+    }
+    let socket = socket(name)?;
+    let mut bytes = request.ifr_name;
+    match ioctl(socket.as_fd(), SIOCBRADDBR, &mut bytes) {
+        Ok(()) => Ok(true),
+        // Another process was faster.
+        Err(e) if e.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+        Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
+            Err(TapError::Permission(name.to_owned()))
+        }
+        Err(source) => Err(TapError::Other {
+            what: "create bridge",
+            name: name.to_owned(),
+            source,
+        }),
+    }
 }
 
 /// Brings an interface up.

@@ -165,6 +165,7 @@ pub fn run(scene: &Scene) -> Result<()> {
 
     kexec(&mut lab, scene)?;
     tell_start(&lab)?;
+    tell_pause(&lab)?;
     let listed_after = self::listed(&lab)
         .context("after the reboot")
         .with_context(|| last_words(&lab))?;
@@ -242,6 +243,29 @@ fn tell_start(lab: &Lab) -> Result<()> {
         of(&[], "UserspaceTimestampMonotonic")?,
         of(&unit, "ExecMainStartTimestampMonotonic")?,
         of(&unit, "ExecMainExitTimestampMonotonic")?,
+    );
+    Ok(())
+}
+
+/// What the VM stood still for, by the report of the reboot, for docs/benchmarks.md
+/// ("The pause of a host with systemd").
+fn tell_pause(lab: &Lab) -> Result<()> {
+    let report = super::json(lab, &["hebe", "reboot", "--report", "--json"])?;
+    let rows = report["rows"].as_array().map_or(&[][..], Vec::as_slice);
+    let at = |kind: &str| {
+        let row = rows.iter().find(|row| row["kind"] == kind);
+        let ms = row.and_then(|row| row["at_ms"].as_f64());
+        ms.with_context(|| format!("no {kind} in {report}"))
+    };
+    let entry = at("kernel-entry")?;
+    let since = |kind: &str| -> Result<f64> { Ok((at(kind)? - entry) / 1e3) };
+    println!(
+        "    stood still {:.1} s before it; then the store found at {:.1} s, its VMM at {:.1} s, its vCPUs at {:.1} s, the network ready at {:.1} s (emulated)",
+        -since("vcpus-stopped")?,
+        since("store-found")?,
+        since("vmm-started")?,
+        since("running")?,
+        since("network-ready")?,
     );
     Ok(())
 }

@@ -136,6 +136,7 @@ pub(crate) fn continue_here(
         memory: Memory::of_files(own)?,
         origin: Origin::Frozen,
         accept_changed_disk: false,
+        is_expected: false,
     };
     Ok(launch(host, &lock, &order, LAUNCH_WAIT)?)
 }

@@ -6,10 +6,12 @@ use std::fs;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hebe_host::ops::{self, StopOptions};
+use hebe_host::report::complete_report;
 use hebe_host::resume_all::{Resumed, resume_all};
+use hebe_host::timeline::{EventKind, Side};
 use hebe_host::{HostError, network};
 use hebe_sys::clock::stamp_now;
 use hebe_sys::link;
@@ -25,6 +27,10 @@ pub const CASES: &[Case] = &[
         the_network_is_there_before_a_vm_and_in_the_next_kernel_again,
     ),
     (
+        "no_vm_that_is_resumed_waits_for_its_network",
+        no_vm_that_is_resumed_waits_for_its_network,
+    ),
+    (
         "a_network_that_cannot_be_had_refuses_a_boot_and_no_resume",
         a_network_that_cannot_be_had_refuses_a_boot_and_no_resume,
     ),
@@ -35,6 +41,9 @@ pub const CASES: &[Case] = &[
 ];
 
 const NAT: &str = "[[net]]\nnetwork = \"nat\"\nforward = [\"8080:80\"]";
+
+/// How long anything may take.
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// A network namespace; gone when dropped.
 struct Space(String);
@@ -120,7 +129,7 @@ fn the_network_is_there_before_a_vm_and_in_the_next_kernel_again() {
         assert_eq!(bridges.count(), 2, "{events:?}");
         // Another boot of it has another Ethernet address, and the same address.
         let now = StopOptions {
-            timeout: std::time::Duration::ZERO,
+            timeout: Duration::ZERO,
             force: true,
         };
         ops::stop(&world.host, &name("web"), now).expect("stopped");
@@ -128,6 +137,64 @@ fn the_network_is_there_before_a_vm_and_in_the_next_kernel_again() {
         assert_eq!(address(&world).0, first.0);
         assert_eq!(address(&world).2, first.2);
     });
+}
+
+/// What makes the network here does not end before every VM of it runs, nor before
+/// that of a VM which has none: whoever waited for it would wait in vain.
+fn no_vm_that_is_resumed_waits_for_its_network() {
+    let (Some(old), Some(new)) = (Space::new("before"), Space::new("beside")) else {
+        return;
+    };
+    let world = World::new();
+    let vms = ["db", "web", "none"];
+    world.define("db", "[[net]]\nnetwork = \"nat\"");
+    world.define("web", NAT);
+    world.define("none", "");
+    vms.iter().for_each(|vm| world.tell(vm, "say-bridge"));
+    old.within(|| {
+        for vm in vms {
+            ops::start(&world.host, &name(vm)).expect("starts");
+        }
+        world.reboot(RebootMethod::Warm);
+    });
+    world.forget_events();
+    let sockets = vms.map(|vm| world.dir(vm).join("vmm.sock"));
+    let (say, said) = std::sync::mpsc::channel();
+    let until_they_run = move || {
+        let until = Instant::now() + LIMIT;
+        while !sockets.iter().all(|s| s.exists()) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let up: Vec<bool> = sockets.iter().map(|s| s.exists()).collect();
+        say.send(up).expect("heard");
+    };
+    *world.machine.at_net_helper.lock().expect("lock") = Some(Box::new(until_they_run));
+    new.within(|| {
+        let all = resume_all(&world.host, stamp_now(), false).expect("resumed");
+        let resumed = all.vms.values().all(|vm| *vm == Resumed::Resumed);
+        assert!(resumed, "{all:?}");
+        // The bridge alone is there before.
+        let events = world.events();
+        for vm in ["db", "web"] {
+            assert!(events.contains(&format!("{vm} bridge")), "{events:?}");
+        }
+        let helpers = events.iter().filter(|e| *e == "host net helper");
+        assert_eq!(helpers.count(), 1, "{events:?}");
+        assert!(link::is_up(NAT_BRIDGE));
+        let report = complete_report(&world.host).expect("io").expect("a report");
+        let ready = report.at(Side::After, None, EventKind::NetworkReady);
+        assert!(ready.is_some(), "{report:?}");
+        // Nobody is expected any more.
+        let noted = fs::read_dir(world.host.layout.run.join("net")).expect("net");
+        let noted = noted.map(|entry| entry.expect("entry").path());
+        let noted = noted.filter(|path| path.extension().is_some_and(|e| e == "json"));
+        let texts: Vec<_> = noted
+            .map(|p| fs::read_to_string(p).expect("json"))
+            .collect();
+        assert_eq!(texts.len(), 2, "{texts:?}");
+        assert!(!texts.concat().contains("expected"), "{texts:?}");
+    });
+    assert_eq!(said.try_recv().expect("the helper was started"), [true; 3]);
 }
 
 fn a_network_that_cannot_be_had_refuses_a_boot_and_no_resume() {
@@ -192,7 +259,7 @@ fn a_helper_that_is_gone_is_started_as_long_as_a_vm_needs_it() {
         assert!(network::tend(&world.host).expect("started"));
         assert_eq!(started(), first + 1);
         let now = StopOptions {
-            timeout: std::time::Duration::ZERO,
+            timeout: Duration::ZERO,
             force: true,
         };
         ops::stop(&world.host, &name("web"), now).expect("stopped");

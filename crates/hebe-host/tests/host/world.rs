@@ -53,6 +53,8 @@ pub struct FakeMachine {
     pub at_sync: Mutex<Option<Box<dyn FnOnce() + Send>>>,
     /// The same, the next time that services are stopped.
     pub at_services: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    /// The same, the next time that the network's helper is started.
+    pub at_net_helper: Mutex<Option<Box<dyn FnOnce() + Send>>>,
     /// Its Live Update Orchestrator, where it has one.
     pub luo: Mutex<Option<FakeKernel>>,
     /// A PID 1 with a file descriptor store, where it is one.
@@ -254,6 +256,8 @@ impl System for FakeMachine {
     }
     fn start_net_helper(&self, _: &Host) -> Result<(), String> {
         self.event("net helper");
+        let between = self.at_net_helper.lock().expect("lock").take();
+        between.into_iter().for_each(|between| between());
         Ok(())
     }
     fn start_keeper(&self, host: &Host) -> Result<usize, String> {
@@ -413,6 +417,7 @@ impl World {
             manager: Mutex::new(None),
             store: Mutex::new(None),
             at_sync: Mutex::new(None),
+            at_net_helper: Mutex::new(None),
             at_services: Mutex::new(None),
             panics: Mutex::new(None),
             out_of_memory: Mutex::new(Vec::new()),

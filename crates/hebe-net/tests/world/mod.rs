@@ -100,6 +100,13 @@ impl Space {
         })
     }
 
+    /// Whether somebody says that nobody is there.
+    pub fn is_refused(&self, at: (Ipv4Addr, u16)) -> bool {
+        let at = SocketAddr::from(at);
+        let tried = self.within(|| TcpStream::connect_timeout(&at, TRY));
+        tried.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    }
+
     pub fn ask_udp(&self, at: (Ipv4Addr, u16)) -> Option<String> {
         self.within(|| {
             let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
@@ -333,10 +340,32 @@ impl World {
             .within(|| place.plug(std::slice::from_ref(port), care, &|| self.start_helper()))
     }
 
-    pub fn expect(&self, ports: &[Port]) -> Result<Vec<String>, NetworkError> {
+    /// As where many VMs are resumed: what they do `meanwhile` is done before their
+    /// rules are in.
+    pub fn expect(
+        &self,
+        ports: &[Port],
+        meanwhile: impl FnOnce(),
+    ) -> Result<Vec<String>, NetworkError> {
         let place = self.place();
-        self.host
-            .within(|| place.expect(ports, &|| self.start_helper()))
+        let expected = self.host.within(|| place.expect(ports))?;
+        meanwhile();
+        let expected = expected.expect("there are ports");
+        assert!(ports.iter().all(|port| expected.vms().contains(&port.vm)));
+        let start = || self.start_helper();
+        Ok(self.host.within(|| expected.finish(|| (), &start)))
+    }
+
+    /// As where whoever makes the network is killed before the rules are in.
+    pub fn half_expect(&self, ports: &[Port]) {
+        let place = self.place();
+        let expected = self.host.within(|| place.expect(ports));
+        drop(expected.expect("noted"));
+    }
+
+    /// As when all of them are there.
+    pub fn over(&self) {
+        self.place().over().expect("written");
     }
 
     /// As who looks after it does.
