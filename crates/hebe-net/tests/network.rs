@@ -387,6 +387,113 @@ fn a_guest_cannot_pass_for_its_neighbour() {
     assert_eq!(first.space.ask(gateway, b"").as_deref(), Some(WORD));
 }
 
+/// An ARP request by `mac`, which says that it is `sender`.
+fn arp(mac: [u8; 6], hardware: u16, sender: Ipv4Addr) -> Vec<u8> {
+    let [high, low] = hardware.to_be_bytes();
+    let head = [&[0x08, 0x06, high, low, 8, 0, 6, 4, 0, 1][..], &mac];
+    let rest = [&sender.octets()[..], &[0; 6], &[10, 86, 0, 99]];
+    [head.concat(), rest.concat()].concat()
+}
+
+/// The checksum of a header of IPv4.
+fn sum_of(header: &[u8]) -> [u8; 2] {
+    let words = header.as_chunks::<2>().0.iter();
+    let sum: u32 = words.map(|pair| u32::from(u16::from_be_bytes(*pair))).sum();
+    (!((sum & 0xffff) + (sum >> 16)) as u16).to_be_bytes()
+}
+
+/// What a frame of the test ends with.
+const MARK_LEN: u8 = 43;
+
+/// IPv4 with UDP in it, to everybody, without its data.
+fn udp(sender: Ipv4Addr, from: u16) -> Vec<u8> {
+    let mut packet = [
+        &[0x45, 0, 0, 28 + MARK_LEN, 0, 0, 0, 0, 64, 17, 0, 0],
+        &sender.octets()[..],
+    ]
+    .concat();
+    packet.extend([255; 4]);
+    let sum = sum_of(&packet);
+    packet[10..12].copy_from_slice(&sum);
+    packet.extend(from.to_be_bytes());
+    packet.extend([0, 68, 0, 8 + MARK_LEN, 0, 0]);
+    [&[0x08, 0x00][..], &packet].concat()
+}
+
+/// What a guest writes as it likes: frames that are something else to rules that
+/// look for what is wrong, and the same to whoever gets them.
+#[test]
+fn a_guest_cannot_pass_for_others_by_frames_of_another_make() {
+    let Some(world) = World::new("frames") else {
+        return;
+    };
+    let (web, db) = (world.port("web", &[]), world.port("db", &[]));
+    world.plug(&web, Care::Whole).expect("plugged");
+    world.plug(&db, Care::Whole).expect("plugged");
+    let (Some(evil), Some(victim)) = (world.nic(&web), world.nic(&db)) else {
+        return;
+    };
+    let gateway = Ipv4Addr::new(10, 86, 0, 1);
+    let (mac, own) = (web.mac.0, web.address);
+    let tagged = |tag: [u8; 4], frame: Vec<u8>| [&tag[..], &frame].concat();
+    let zero = [0x81, 0, 0, 0];
+    let cases = [
+        ("its own ARP", arp(mac, 1, own), true),
+        ("a probe", arp(mac, 1, Ipv4Addr::UNSPECIFIED), true),
+        ("its own packet", udp(own, 68), true),
+        (
+            "its VMM's RARP",
+            [&[0x80, 0x35][..], &[0; 28]].concat(),
+            true,
+        ),
+        ("the gateway's ARP", arp(mac, 1, gateway), false),
+        ("the gateway's ARP as IEEE 802", arp(mac, 6, gateway), false),
+        (
+            "the gateway's ARP in VLAN 0",
+            tagged(zero, arp(mac, 1, gateway)),
+            false,
+        ),
+        ("a packet of the gateway", udp(gateway, 68), false),
+        (
+            "a packet of the gateway in VLAN 0",
+            tagged(zero, udp(gateway, 68)),
+            false,
+        ),
+        (
+            "its own packet in VLAN 5",
+            tagged([0x81, 0, 0, 5], udp(own, 68)),
+            false,
+        ),
+        (
+            "two tags",
+            tagged([0x88, 0xa8, 0, 0], tagged(zero, arp(mac, 1, gateway))),
+            false,
+        ),
+        (
+            "IPv6, as of a router",
+            [&[0x86, 0xdd, 0x60][..], &[0; 47]].concat(),
+            false,
+        ),
+        ("a server of addresses", udp(own, 67), false),
+    ];
+    let mut wrong = Vec::new();
+    for (number, (what, rest, passes)) in (0..).zip(cases) {
+        let marked =
+            |kind: u8| [&[0xeb, kind, number][..], &[0x5a; MARK_LEN as usize - 3]].concat();
+        let frame = [&[255; 6], &mac[..], &rest, &marked(0)].concat();
+        let last = [&[255; 6], &mac[..], &arp(mac, 1, own), &marked(1)].concat();
+        evil.send(&frame);
+        evil.send(&last);
+        let come = victim.come(&marked(1));
+        let has_mark =
+            |frame: &Vec<u8>| frame.windows(MARK_LEN.into()).any(|part| part == marked(0));
+        if come.iter().any(has_mark) != passes {
+            wrong.push(what);
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:?}");
+}
+
 #[test]
 fn a_range_or_a_port_of_somebody_else_is_left_to_them() {
     let Some(world) = World::new("mine") else {

@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hebe_net::{Care, NetworkError, Place, Port, serve};
+use hebe_sys::tap::Tap;
 use hebe_types::{NetConfig, Network, VmId, VmName};
 use rustix::fs::{FlockOperation, flock};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -237,6 +238,36 @@ impl Drop for Guest {
     }
 }
 
+/// A NIC that frames are written to and read from as a guest likes.
+pub struct Nic(Tap);
+
+impl Nic {
+    /// Behind a virtio-net header.
+    pub fn send(&self, frame: &[u8]) {
+        assert!(self.try_send(frame));
+    }
+
+    pub fn try_send(&self, frame: &[u8]) -> bool {
+        let whole = [&[0; 12], frame].concat();
+        rustix::io::write(&self.0, &whole).is_ok()
+    }
+
+    /// The frames that come, up to one that holds `last`.
+    pub fn come(&self, last: &[u8]) -> Vec<Vec<u8>> {
+        let mut frames = Vec::new();
+        let holds = |frame: &Vec<u8>| frame.windows(last.len()).any(|part| part == last);
+        let come = eventually(|| {
+            let mut room = vec![0; 4096];
+            while let Ok(len) = rustix::io::read(&self.0, &mut room) {
+                frames.push(room[12..len].to_vec());
+            }
+            frames.iter().any(holds).then_some(())
+        });
+        come.expect("the last frame");
+        frames
+    }
+}
+
 pub struct World {
     pub host: Space,
     pub outside: Space,
@@ -434,6 +465,17 @@ impl World {
             tap: tap.clone(),
             host: h.clone(),
         }
+    }
+
+    /// The guest's NIC as a VMM has it, plugged in; `None` where there are no taps.
+    pub fn nic(&self, port: &Port) -> Option<Nic> {
+        let tap = self.host.within(|| Tap::open(&port.tap));
+        let tap = tap.map_err(|why| skipped(&why.to_string())).ok()?;
+        self.host.within(|| {
+            tap.join_bridge("hebe0").expect("joined");
+            tap.set_up().expect("up");
+        });
+        Some(Nic(tap))
     }
 
     pub fn rules(&self) -> String {
