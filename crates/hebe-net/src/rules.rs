@@ -15,7 +15,7 @@ use crate::{Care, NetworkError, Port, hush};
 const TABLE: &str = "hebe";
 
 /// What the kernel needs for the rules.
-const MODULES: [&str; 7] = [
+const MODULES: [&str; 8] = [
     "nf_tables",
     "nft_chain_nat",
     "nft_nat",
@@ -23,6 +23,7 @@ const MODULES: [&str; 7] = [
     "nft_ct",
     "nft_fib_ipv4",
     "nft_meta_bridge",
+    "nft_limit",
 ];
 
 /// Takes both tables away.
@@ -119,6 +120,27 @@ table bridge {TABLE} {{
     )
 }
 
+/// How often a guest may ask for its address: the one helper answers all of them,
+/// and who asks without end would have the others wait. An addition to
+/// [`own_addresses`] that not every kernel may take: it needs `nft_limit`.
+pub(crate) fn own_questions(ports: &[Port]) -> String {
+    let mut rules = String::new();
+    for Port { tap, .. } in ports {
+        let _ = writeln!(
+            rules,
+            "    iifname \"{tap}\" ether type ip udp dport 67 limit rate over 10/second burst 20 packets drop"
+        );
+    }
+    format!(
+        "table bridge {TABLE} {{
+  chain questions {{
+    type filter hook prerouting priority -299; policy accept;
+{rules}  }}
+}}
+"
+    )
+}
+
 /// Names go into rules as they are.
 pub(crate) fn check_name(tap: &str) -> Result<(), NetworkError> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
@@ -194,18 +216,24 @@ pub(crate) fn apply(script: &str) -> Result<(), NetworkError> {
     Err(NetworkError::Rules(first.chars().take(200).collect()))
 }
 
-/// Puts translation into effect, and with it, if that can be had, who sends from
-/// which address; else why not. One program for both where both go: VMs that are
-/// resumed wait for it.
-pub(crate) fn apply_both(
+/// Puts translation into effect, and with it, as far as that can be had, who sends
+/// from which address and how often a guest may ask for its own; why the second
+/// could not. One program for all where all go: VMs that are resumed wait for it.
+pub(crate) fn apply_all(
     translation: &str,
     own_addresses: &str,
+    own_questions: &str,
 ) -> Result<Option<NetworkError>, NetworkError> {
-    if apply(&format!("{translation}{own_addresses}")).is_ok() {
+    if apply(&format!("{translation}{own_addresses}{own_questions}")).is_ok() {
         return Ok(None);
     }
     apply(translation)?;
-    Ok(apply(own_addresses).err())
+    if let Err(error) = apply(own_addresses) {
+        return Ok(Some(error));
+    }
+    // A kernel without nft_limit: who asks without end has others wait.
+    let _ = apply(own_questions);
+    Ok(None)
 }
 
 /// Whether the table of translation is there: others may flush all rules.

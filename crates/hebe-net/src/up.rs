@@ -277,7 +277,8 @@ impl Place {
         let mut remarks = Vec::new();
         let text = rules::translation(range, ports);
         let own = rules::own_addresses(ports);
-        let wanted = format!("{text}{own}");
+        let questions = rules::own_questions(ports);
+        let wanted = format!("{text}{own}{questions}");
         let last = self.net.read(RULES).ok().flatten();
         if !anew && last.as_deref() == Some(wanted.as_bytes()) {
             remarks.extend(allow_forwarding());
@@ -288,7 +289,7 @@ impl Place {
         }
         // Not said before it is true.
         let _ = self.net.remove(RULES);
-        match rules::apply_both(&text, &own) {
+        match rules::apply_all(&text, &own, &questions) {
             Err(error) if care == Care::WhatThereIs => remarks.push(error.to_string()),
             Err(error) => return Err(error),
             Ok(unheld) => {

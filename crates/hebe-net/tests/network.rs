@@ -6,6 +6,8 @@
 mod world;
 
 use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use hebe_net::{Care, NetworkError, Place};
 use hebe_types::{NetConfig, Network};
@@ -492,6 +494,71 @@ fn a_guest_cannot_pass_for_others_by_frames_of_another_make() {
         }
     }
     assert!(wrong.is_empty(), "{wrong:?}");
+}
+
+/// Stops a thread, also where a test fails.
+struct Stopping<'a>(&'a AtomicBool);
+
+impl Drop for Stopping<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_guest_that_asks_without_end_keeps_no_other_from_its_address() {
+    let Some(world) = World::new("questions") else {
+        return;
+    };
+    let (web, db) = (world.port("web", &[]), world.port("db", &[]));
+    world.plug(&web, Care::Whole).expect("plugged");
+    world.plug(&db, Care::Whole).expect("plugged");
+    let Some(evil) = world.nic(&web) else {
+        return;
+    };
+    let other = world.guest(&db);
+    // A request that is read to its end, and answered to nobody.
+    let mac = web.mac.0;
+    let mut asked = [
+        &[1, 1, 6][..],
+        &[0; 25],
+        &mac,
+        &[0; 202],
+        &[99, 130, 83, 99],
+    ]
+    .concat();
+    asked.extend([53, 1, 1, 255]);
+    let len = asked.len() as u16;
+    let mut packet = [
+        &[0x45, 0][..],
+        &(len + 28).to_be_bytes(),
+        &[0, 0, 0, 0, 64, 17, 0, 0],
+    ]
+    .concat();
+    packet.extend(
+        [
+            &[0; 4][..],
+            &[255; 4],
+            &[0, 68, 0, 67],
+            &(len + 8).to_be_bytes(),
+            &[0; 2],
+        ]
+        .concat(),
+    );
+    let sum = sum_of(&packet[..20]);
+    packet[10..12].copy_from_slice(&sum);
+    let frame = [&[255; 6], &mac[..], &[8, 0], &packet, &asked].concat();
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                evil.try_send(&frame);
+            }
+        });
+        let _stopping = Stopping(&stop);
+        let given = other.dhcp(&world);
+        assert_eq!(given[0], db.address.to_string());
+    });
 }
 
 #[test]
