@@ -82,9 +82,12 @@ impl Acpi {
         self.end(event);
     }
 
-    /// The guest ends.
+    /// The guest ends, in the way that it says first: one that says it without
+    /// end must not fill the channel while nobody can look.
     pub(crate) fn end(&self, event: Event) {
-        self.ending.store(true, Ordering::SeqCst);
+        if self.ending.swap(true, Ordering::SeqCst) {
+            return;
+        }
         // The receiver is gone only while the VM is being torn down.
         let _ = self.events.send(event);
     }
@@ -157,6 +160,19 @@ mod tests {
         assert!(!rig.acpi.is_ending());
         let event = rig.writes(layout::PORT_RESET, layout::RESET_VALUE);
         assert_eq!(event, Some(Event::Reset));
+        assert!(rig.acpi.is_ending());
+    }
+
+    #[test]
+    fn a_guest_that_ends_without_end_is_told_of_once() {
+        let rig = rig(None);
+        let reset = || rig.writes(layout::PORT_RESET, layout::RESET_VALUE);
+        assert_eq!(reset(), Some(Event::Reset));
+        let off = layout::SLEEP_TYPE_OFF << 2 | SLEEP_ENABLE;
+        for _ in 0..1000 {
+            assert_eq!(reset(), None);
+            assert_eq!(rig.writes(layout::PORT_SLEEP_CONTROL, off), None);
+        }
         assert!(rig.acpi.is_ending());
     }
 
