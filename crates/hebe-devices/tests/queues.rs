@@ -92,6 +92,33 @@ fn queues_that_the_driver_leaves_alone_are_no_hindrance_over_a_suspend() {
     assert_eq!(device.stopped_reason(), None);
 }
 
+/// Nobody looks at the rings of a queue that comes after the driver is ready: in
+/// a saved state they would refuse the resume.
+#[test]
+fn a_queue_that_comes_too_late_is_none_and_keeps_no_vm_from_its_resume() {
+    let subject = BlockQueuesSubject::new();
+    let ram = new_ram();
+    let machine = Machine::new(&ram);
+    let device = machine.add(SLOT, subject.kind());
+    let driver = Driver::new(&machine, SLOT);
+    driver.enable();
+    driver.negotiate(common::F_VERSION_1 | F_MQ);
+    driver.set_queue(&DriverQueue::at(SLOT, 1, 64));
+    driver.set_status(15);
+    driver.set_queue(&DriverQueue {
+        desc: 0,
+        ..DriverQueue::at(SLOT, 2, 64)
+    });
+    device.pause().expect("pause");
+    let state = device.save().expect("save");
+    let enabled: Vec<bool> = state.transport.queues.iter().map(|q| q.enabled).collect();
+    assert_eq!(enabled, [false, true, false, false]);
+    drop((device, machine));
+    let machine = Machine::new(&ram);
+    let device = machine.restore(&state, subject.kind());
+    assert_eq!(device.stopped_reason(), None);
+}
+
 /// What a guest was offered it keeps until it boots again, whatever the
 /// definition or the release says by now.
 #[test]

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use hebe_state::v1::devices::QueueV1;
 
 use super::queue::QUEUE_SIZE_MAX;
-use super::shared::{Shared, lock};
+use super::shared::{STATUS_DRIVER_OK, Shared, lock};
 use crate::msix::NO_VECTOR;
 
 /// Bytes of the structure.
@@ -122,7 +122,12 @@ impl Registers {
                     slot.store(vector, Ordering::Release);
                 }
             }
-            28 if value == 1 => self.with_queue(|queue| queue.enabled = true),
+            // Queues are set up before the driver is ready (virtio 1.2, 3.1.1):
+            // one that came later would be in no use, and in a saved state that
+            // nobody checked.
+            28 if value == 1 && shared.status.load(Ordering::Acquire) & STATUS_DRIVER_OK == 0 => {
+                self.with_queue(|queue| queue.enabled = true);
+            }
             _ => {}
         }
     }
