@@ -8,7 +8,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use hebe_block::BlockBackend;
 use hebe_state::v1::devices::QueueV1;
@@ -118,7 +118,7 @@ pub fn drive_queue(input: &[u8]) {
     };
     let shared = Arc::new(Shared::new(1, device.queues(), msix, config, Arc::new(())));
     let index = usize::from(header[2]) % device.queues();
-    let mut queues = Queues::new(device.queues(), shared, Arc::new(AtomicBool::new(false)));
+    let mut queues = Queues::new(device.queues(), shared, Arc::new(AtomicUsize::new(0)));
     queues.list[index] = Some(queue);
     // Event index and indirect descriptors are the queue's; the rest is the
     // device's, whose own bits lie from 0 on as well as higher.

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use hebe_block::BlockBackend;
 use hebe_state::v2::devices::DeviceV2;
@@ -55,12 +55,12 @@ pub(crate) enum Next {
 pub(crate) struct Queues {
     pub(crate) list: Vec<Option<VirtQueue>>,
     shared: Arc<Shared>,
-    /// Someone waits for the engine: stop between two requests.
-    hold: Arc<AtomicBool>,
+    /// How many wait for the engine: with one, stop between two requests.
+    hold: Arc<AtomicUsize>,
 }
 
 impl Queues {
-    pub(crate) fn new(count: usize, shared: Arc<Shared>, hold: Arc<AtomicBool>) -> Self {
+    pub(crate) fn new(count: usize, shared: Arc<Shared>, hold: Arc<AtomicUsize>) -> Self {
         Self {
             list: (0..count).map(|_| None).collect(),
             shared,
@@ -91,7 +91,7 @@ impl Queues {
         let mut budget = queue.size();
         let mut next = Next::Again;
         queue.disable_kicks().map_err(stop)?;
-        while budget > 0 && !self.hold.load(Ordering::Relaxed) {
+        while budget > 0 && self.hold.load(Ordering::Relaxed) == 0 {
             budget -= 1;
             let Some(mut chain) = queue.pop().map_err(stop)? else {
                 if queue.enable_kicks().map_err(stop)? {

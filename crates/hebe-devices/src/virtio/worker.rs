@@ -16,7 +16,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
@@ -50,8 +50,10 @@ struct Inner {
     wish: Mutex<Wish>,
     wished: Condvar,
     engine: Mutex<Engine>,
-    /// Someone wants the engine; the worker makes way between two requests.
-    hold: Arc<AtomicBool>,
+    /// How many want the engine; the worker makes way between two requests. One
+    /// that got it says nothing for the others: a guest that resets its device
+    /// without end would have the worker go on over who pauses it.
+    hold: Arc<AtomicUsize>,
     wake: EventFd,
     kicks: Vec<EventFd>,
     epoll: OwnedFd,
@@ -75,7 +77,7 @@ pub(crate) struct Worker {
 impl Worker {
     /// Starts a worker, parked.
     pub(crate) fn start(device: Box<dyn Device>, shared: Arc<Shared>) -> io::Result<Self> {
-        let hold = Arc::new(AtomicBool::new(false));
+        let hold = Arc::new(AtomicUsize::new(0));
         let queues = Queues::new(device.queues(), Arc::clone(&shared), Arc::clone(&hold));
         let wake = EventFd::new(EFD_NONBLOCK)?;
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
@@ -139,9 +141,9 @@ impl Worker {
     /// The engine, with nothing in flight. The worker makes way after the
     /// request in hand.
     pub(crate) fn engine(&self) -> MutexGuard<'_, Engine> {
-        self.inner.hold.store(true, Ordering::Release);
+        self.inner.hold.fetch_add(1, Ordering::AcqRel);
         let engine = lock(&self.inner.engine);
-        self.inner.hold.store(false, Ordering::Release);
+        self.inner.hold.fetch_sub(1, Ordering::AcqRel);
         engine
     }
 
@@ -227,7 +229,7 @@ impl Inner {
         drop(engine);
         // Whoever waits for the engine must not lose the race for its lock
         // against the next round.
-        if self.hold.load(Ordering::Acquire) {
+        if self.hold.load(Ordering::Acquire) > 0 {
             std::thread::yield_now();
         }
         Ok(())
@@ -289,5 +291,64 @@ impl Inner {
             *watched = Some(fd);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::{Duration, Instant};
+
+    use super::super::rng::Rng;
+    use super::super::shared::Config;
+    use super::*;
+    use crate::msix::Msix;
+    use crate::{MsiVector, MsixBackend};
+
+    struct NoInterrupts;
+
+    impl MsixBackend for NoInterrupts {
+        fn new_vector(&self) -> io::Result<Arc<dyn MsiVector>> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+    }
+
+    #[test]
+    fn the_worker_makes_way_until_all_who_wait_have_had_the_engine() {
+        let msix = Msix::new(0, &NoInterrupts).expect("no vectors");
+        let config = Config {
+            bytes: Vec::new(),
+            generation: 0,
+        };
+        let shared = Arc::new(Shared::new(1, 1, msix, config, Arc::new(())));
+        let worker = Worker::start(Box::new(Rng::default()), shared).expect("a worker");
+        let held = || worker.inner.hold.load(Ordering::SeqCst);
+        let first = worker.engine();
+        std::thread::scope(|scope| {
+            let (has_it, got) = mpsc::channel();
+            let mut goes_on = Vec::new();
+            for _ in 0..2 {
+                let (go_on, wait) = mpsc::channel::<()>();
+                goes_on.push(go_on);
+                let (has_it, worker) = (has_it.clone(), &worker);
+                scope.spawn(move || {
+                    let engine = worker.engine();
+                    let _ = has_it.send(());
+                    let _ = wait.recv();
+                    drop(engine);
+                });
+            }
+            let until = Instant::now() + Duration::from_secs(10);
+            while held() < 2 {
+                assert!(Instant::now() < until, "nobody waits");
+                std::thread::yield_now();
+            }
+            drop(first);
+            got.recv().expect("one has it");
+            assert_eq!(held(), 1, "the other waits still");
+            drop(goes_on);
+            got.recv().expect("the other has it");
+        });
+        assert_eq!(held(), 0);
     }
 }
