@@ -91,7 +91,7 @@ impl IoHandler for Board {
             layout::PORT_PVPANIC => {
                 let device = self.pvpanic.as_ref();
                 if let Some(news) = device.and_then(|d| d.pio_write(data[0])) {
-                    log::note(news);
+                    log::note_of_guest(news);
                 }
             }
             layout::PORT_RTC..=PORT_RTC_LAST => {

@@ -97,7 +97,7 @@ pub(crate) fn look<'a>(
     })?;
     found.has_initrd = boot.initrd > 0;
     found.cmdline = joined(&boot.cmdline, &config.cmdline)?;
-    log::note(&format!("boots from its first disk: {}", boot.title));
+    log::note_of_guest(&format!("boots from its first disk: {}", boot.title));
     Ok(found)
 }
 

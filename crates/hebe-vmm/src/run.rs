@@ -418,7 +418,7 @@ fn wait(
         let mut guard = shared.lock().unwrap_or_else(PoisonError::into_inner);
         let outcome = match &event {
             Event::Reset => {
-                log::note("reset by the guest");
+                log::note_of_guest("reset by the guest");
                 match rebuild(&mut guard, events, inbox) {
                     None => continue,
                     Some(outcome) => outcome,

@@ -589,7 +589,7 @@ impl Vm {
 fn pause_all(devices: &[Arc<VirtioPci>]) {
     for device in devices {
         if let Err(error) = device.pause() {
-            log::log_error(&format!(
+            log::note_of_guest(&format!(
                 "{} does not stop cleanly: {error}",
                 device.device_name()
             ));
