@@ -11,9 +11,11 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
 
-use hebe_api::{Order, Request, Response, VmmState, read_frame, write_frame};
+use hebe_api::{Deadline, Order, Request, Response, VmmState, read_frame, write_frame};
 use hebe_store::Segment;
 
 use crate::log;
@@ -21,6 +23,9 @@ use crate::vm::{Event, Vm, VmError};
 
 /// Most connections at once; one more is closed at once.
 const CONNECTIONS_MAX: usize = 32;
+
+/// How often it is looked whether a guest that resets is there again.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
 
 /// The VM, shared between control connections and the main thread. It is
 /// `None` while it is rebuilt after a reset and once it has ended.
@@ -62,14 +67,14 @@ pub(crate) fn serve(listener: UnixListener, vm: Shared, events: Sender<Event>) -
     hebe_sys::thread::named("accept").spawn(accept).map(drop)
 }
 
-fn converse(mut stream: UnixStream, vm: &Shared, events: &Sender<Event>) -> io::Result<()> {
+fn converse(mut stream: UnixStream, vm_place: &Shared, events: &Sender<Event>) -> io::Result<()> {
     while let Some(order) = read_frame::<Order>(&mut stream)? {
         // Before the lock: a client that does not send it holds none.
         let file = match &order.request {
             Request::Save { .. } => hebe_sys::fdpass::receive(&stream, 1)?.pop().map(File::from),
             _ => None,
         };
-        let mut guard = vm.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = vm_place.lock().unwrap_or_else(PoisonError::into_inner);
         // Asked with the lock held, for which it may have waited long.
         if order.is_expired() {
             drop(guard);
@@ -109,14 +114,52 @@ fn converse(mut stream: UnixStream, vm: &Shared, events: &Sender<Event>) -> io::
                 hand_out(&mut stream, &segment)?;
             }
             _ => {
-                let response =
-                    answer(vm, &order, file.as_ref()).unwrap_or_else(|error| failed(&error));
+                let mut result = answer(vm, &order, file.as_ref());
+                if is_suspend(&order.request) && matches!(result, Err(VmError::Ending)) {
+                    guard = after_the_end(vm_place, guard, order.until);
+                    let Some(vm) = guard.as_mut() else {
+                        // Its end is answer enough, and no refusal.
+                        return Err(io::ErrorKind::ConnectionAborted.into());
+                    };
+                    result = answer(vm, &order, file.as_ref());
+                    if vm.stands_by && vm.state() == VmmState::Paused {
+                        vm.release();
+                    }
+                }
                 drop(guard);
+                let response = result.unwrap_or_else(|error| failed(&error));
                 write_frame(&mut stream, &response)?;
             }
         }
     }
     Ok(())
+}
+
+fn is_suspend(request: &Request) -> bool {
+    matches!(request, Request::Freeze | Request::Save { .. })
+}
+
+/// Waits until the end that the guest asked for has come, or the client waits no
+/// more. A VM that boots again stands by then: a guest that resets without end
+/// could never be suspended otherwise, and would hold up all others that are to be.
+fn after_the_end<'a>(
+    place: &'a Shared,
+    mut guard: MutexGuard<'a, Option<Vm>>,
+    until: Option<Deadline>,
+) -> MutexGuard<'a, Option<Vm>> {
+    loop {
+        let Some(vm) = guard.as_mut().filter(|vm| vm.board.is_ending()) else {
+            return guard;
+        };
+        vm.stands_by = !until.is_some_and(|until| until.has_passed());
+        if !vm.stands_by {
+            return guard;
+        }
+        drop(guard);
+        // The main thread wants the lock.
+        thread::sleep(LOOK_EVERY);
+        guard = place.lock().unwrap_or_else(PoisonError::into_inner);
+    }
 }
 
 /// Whether a request ends the VMM, and in which state the VM must be for it.
@@ -201,10 +244,6 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use hebe_api::Deadline;
-
     use super::*;
 
     #[derive(Debug, thiserror::Error)]

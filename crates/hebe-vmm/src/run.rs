@@ -486,6 +486,7 @@ fn rebuild(
 ) -> Option<Outcome> {
     let old = vm.take()?;
     let (held, cage) = (old.held.clone(), old.cage.clone());
+    let stands_by = old.stands_by;
     let (identity, segment) = old.dismantle();
     // What the old vCPUs still said is about a VM that is gone; an order to
     // end is not.
@@ -500,7 +501,10 @@ fn rebuild(
     }
     let built = Vm::boot_with(held, identity, segment, events).and_then(|mut fresh| {
         fresh.cage = cage;
-        fresh.start()?;
+        fresh.stands_by = stands_by;
+        if !stands_by {
+            fresh.start()?;
+        }
         Ok(fresh)
     });
     match built {
@@ -519,11 +523,60 @@ fn rebuild(
 mod tests {
     use std::time::Duration;
 
+    use hebe_api::{Client, Request, Response};
     use hebe_store::ExecStatus;
 
     use super::*;
     use crate::guest;
     use crate::testing::running;
+
+    /// Writes 1 to port 0x602, and does so again.
+    const RESETS: &[u8] = &[0x66, 0xba, 0x02, 0x06, 0xb0, 0x01, 0xee, 0xeb, 0xf7];
+
+    #[test]
+    fn a_guest_that_resets_without_end_is_suspended_all_the_same() {
+        if guest::cannot_run() {
+            return;
+        }
+        let dir = tempfile::tempdir().expect("dir");
+        let (events, inbox) = mpsc::channel();
+        let running = crate::testing::running_code(RESETS, dir.path(), "", &events);
+        let (vm, segment) = running.expect("vm");
+        let shared: Shared = Arc::new(Mutex::new(Some(vm)));
+        let path = dir.path().join("socket");
+        let listener = UnixListener::bind(&path).expect("a socket");
+        control::serve(listener, shared.clone(), events.clone()).expect("served");
+        let body = {
+            let shared = shared.clone();
+            move || wait(&shared, &events, &inbox, &Cell::new(false))
+        };
+        let main = std::thread::spawn(body);
+        let mut client = Client::connect(&path).expect("connect");
+        client
+            .set_timeout(Some(Duration::from_secs(60)))
+            .expect("a time limit");
+        for _ in 0..10 {
+            match client.call(&Request::Freeze) {
+                Ok(Response::Frozen(_)) => {}
+                other => panic!("{other:?}"),
+            }
+            let status = segment.exec().status();
+            assert!(matches!(status, ExecStatus::Frozen { .. }), "{status:?}");
+            client.call(&Request::Thaw).expect("thawed");
+        }
+        let frozen = client.call(&Request::Freeze);
+        assert!(matches!(frozen, Ok(Response::Frozen(_))), "{frozen:?}");
+        client
+            .call(&Request::Quit { expected: None })
+            .expect("ended");
+        let outcome = main.join().expect("main").expect("an end");
+        assert_eq!(outcome, Outcome::Frozen);
+        // And it can be resumed.
+        let state = segment.exec().load().expect("state");
+        let (events, _inbox) = mpsc::channel();
+        let id = hebe_types::VmId([0x11; 16]);
+        Vm::resume(id, dir.path().to_owned(), segment, &state, &events).expect("resumed");
+    }
 
     #[test]
     fn an_order_to_end_during_a_reset_is_obeyed_and_a_failed_boot_is_told() {

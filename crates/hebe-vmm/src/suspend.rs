@@ -61,7 +61,7 @@ impl Vm {
     /// later than the last look, during the commit, leaves a frozen VM. That
     /// is safe: it is listed as frozen, and is thawed or resumed by order.
     pub fn freeze_until(&mut self, until: Option<Deadline>) -> Result<FreezeReport, VmError> {
-        self.expect_state(VmmState::Running, "frozen")?;
+        self.expect_state(self.suspended_from(), "frozen")?;
         let asked = stamp_now();
         self.presync()?;
         let (vcpus_stopped, devices_drained) = self.stop()?;
@@ -103,7 +103,7 @@ impl Vm {
         name: &Path,
         until: Option<Deadline>,
     ) -> Result<SaveReport, VmError> {
-        self.expect_state(VmmState::Running, "saved")?;
+        self.expect_state(self.suspended_from(), "saved")?;
         let asked = stamp_now();
         self.presync()?;
         let (vcpus_stopped, _) = self.stop()?;
@@ -129,6 +129,14 @@ impl Vm {
                 self.release();
                 Err(error)
             }
+        }
+    }
+
+    fn suspended_from(&self) -> VmmState {
+        if self.stands_by {
+            VmmState::Paused
+        } else {
+            VmmState::Running
         }
     }
 

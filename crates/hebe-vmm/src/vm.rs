@@ -178,6 +178,9 @@ pub struct Vm {
     resume_steps: Option<ResumeSteps>,
     /// An order to end was accepted: nothing starts to run any more.
     pub(crate) quitting: bool,
+    /// Somebody waits to suspend it while its guest resets: what boots again then
+    /// stands still at its first instruction, until whoever waits has looked.
+    pub(crate) stands_by: bool,
     /// Why it stands still for good.
     pub(crate) failed: Option<String>,
     /// What it has from outside, for as long as the VMM lives.
@@ -408,6 +411,7 @@ impl Vm {
             resume_report: None,
             resume_steps: None,
             quitting: false,
+            stands_by: false,
             failed: None,
             held,
             cage: None,
@@ -556,6 +560,7 @@ impl Vm {
         }
         self.board.acpi.kick();
         self.vcpus.run();
+        self.stands_by = false;
         self.state = VmmState::Running;
     }
 
