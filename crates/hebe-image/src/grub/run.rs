@@ -326,7 +326,13 @@ impl Run<'_> {
                 Ok(true)
             }
             "[" | "test" => Ok(self.test(arguments)),
-            "!" => self.command(arguments, depth + 1).map(|good| !good),
+            // One after the other, not one inside the other: there may be thousands.
+            "!" => {
+                let command = arguments.iter().position(|word| word != "!");
+                let (more, rest) = arguments.split_at(command.unwrap_or(arguments.len()));
+                let good = self.command(rest, depth)?;
+                Ok(good == (more.len() % 2 == 1))
+            }
             "false" | "loadfont" | "cpuid" | "cryptomount" => Ok(false),
             "load_env" => self.load_env(arguments),
             "source" | "." | "configfile" => self.source(arguments, depth),
@@ -480,9 +486,10 @@ impl Run<'_> {
     }
 
     fn test_one(&self, arguments: &[String]) -> bool {
+        let one = arguments.iter().position(|word| word != "!");
+        let (negations, arguments) = arguments.split_at(one.unwrap_or(arguments.len()));
         let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        match words.as_slice() {
-            ["!", ..] => !self.test_one(&arguments[1..]),
+        let good = match words.as_slice() {
             [a, "=" | "==", b] => a == b,
             [a, "!=", b] => a != b,
             [a, "<", b] => a < b,
@@ -507,7 +514,8 @@ impl Run<'_> {
                 .is_some_and(|place| self.disk.has_file(&place)),
             [text] => !text.is_empty(),
             _ => false,
-        }
+        };
+        good == negations.len().is_multiple_of(2)
     }
 }
 
@@ -658,6 +666,20 @@ if ! [ -f /none -o x != x ]; then source $prefix/custom.cfg; fi
         let (title, volume, _, cmdline, _) = linux(text);
         assert_eq!((title.as_str(), volume), ("m 1", 0));
         assert_eq!(cmdline, "x y x y");
+    }
+
+    /// The stack of whoever reads it is small, and its memory bounded.
+    #[test]
+    fn thousands_of_negations_are_no_depth() {
+        for count in [0, 1, 2, 3, 7_999, 8_000] {
+            let no = "! ".repeat(count);
+            for text in [format!("if {no}false"), format!("if [ {no}a = b ]")] {
+                let text = format!("{text}; then set default=1; fi\n{MENU}");
+                let (title, ..) = linux(&text);
+                let wanted = if count % 2 == 1 { "B" } else { "A" };
+                assert_eq!(title, wanted, "{count}");
+            }
+        }
     }
 
     #[test]
