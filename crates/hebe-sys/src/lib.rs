@@ -1,5 +1,5 @@
-//! System calls that no crate wraps: kexec, live update, DAX set-up, tap; and
-//! the clock that survives a kexec.
+//! System calls that no crate wraps, or none safely: kexec, live update, DAX
+//! set-up, tap, io_uring; and the clock that survives a kexec.
 
 pub mod clock;
 pub mod dax;
@@ -11,5 +11,6 @@ pub mod link;
 pub mod lock;
 pub mod luo;
 pub mod proc;
+pub mod ring;
 pub mod tap;
 pub mod thread;
