@@ -151,7 +151,10 @@ pub fn run(scene: &Scene) -> Result<()> {
     let path = format!("/etc/hebe/vms/{NAME}.toml");
     let text = definition();
     lab.machine.agent.put(&path, 0o644, text.as_bytes())?;
-    lab.machine.exec_ok(&["hebe", "start", NAME])?;
+    // The unit ends, and takes neither the VMM nor its passt along.
+    let unit = ["systemd-run", "--wait", "--collect", "--quiet"];
+    let start = [&unit[..], &["/usr/bin/hebe", "start", NAME]].concat();
+    lab.machine.exec_ok(&start)?;
     let ports = *lab.machine.guests.first().context("the lab has no ports")?;
     let port = ports.http;
     let before = boot_id(&mut lab, port, GUEST).with_context(|| last_words(&lab))?;

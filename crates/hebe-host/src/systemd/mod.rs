@@ -106,26 +106,27 @@ const MOVE_WAIT: Duration = Duration::from_secs(2);
 /// # Errors
 /// It stays where it is, or is there without its limits; why.
 pub(crate) fn adopt(vm: &VmName, pid: u32, limits: &Limits) -> Result<(), String> {
-    adopt_limited(&format!("vm-{vm}"), &format!("Hebe: VM {vm}"), pid, limits)
+    let (name, title) = (format!("vm-{vm}"), format!("Hebe: VM {vm}"));
+    let limited = adopt_as(&name, &title, pid, Some(limits));
+    if limited.is_err() {
+        // Its place matters more: in it the VM outlives who started it.
+        let _ = adopt_as(&name, &title, pid, None);
+    }
+    limited
 }
 
 /// The same with the passt of a VM's network: a unit or a session that ends takes it
-/// from the VM otherwise.
+/// from the VM otherwise. It is not waited for: its VMM is, whose turn with PID 1
+/// comes after this one.
 ///
 /// # Errors
-/// As of [`adopt`].
+/// PID 1 did not take the order, and why.
 pub(crate) fn adopt_passt(vm: &VmName, pid: u32) -> Result<(), String> {
-    let title = format!("Hebe: network of VM {vm}");
-    adopt_limited(&format!("passt-{vm}"), &title, pid, &Limits::of_passt())
-}
-
-fn adopt_limited(name: &str, title: &str, pid: u32, limits: &Limits) -> Result<(), String> {
-    let limited = adopt_as(name, title, pid, Some(limits));
-    if limited.is_err() {
-        // Its place matters more: in it the VM outlives who started it.
-        let _ = adopt_as(name, title, pid, None);
-    }
-    limited
+    let (name, title) = (format!("passt-{vm}"), format!("Hebe: network of VM {vm}"));
+    let limits = Limits::of_passt();
+    let ordered = order_scope(&name, &title, pid, Some(&limits));
+    ordered.or_else(|_| order_scope(&name, &title, pid, None))?;
+    Ok(())
 }
 
 /// The same with a process that all VMs need, without a limit.
@@ -137,16 +138,28 @@ pub(crate) fn adopt_helper(name: &str, pid: u32) -> Result<(), String> {
 }
 
 fn adopt_as(name: &str, title: &str, pid: u32, limits: Option<&Limits>) -> Result<(), String> {
+    let scope = order_scope(name, title, pid, limits)?;
+    let cgroup = || fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    wait_for(&|| cgroup().contains(&scope), MOVE_WAIT)
+}
+
+/// Has PID 1 make a scope around a process; its name.
+fn order_scope(
+    name: &str,
+    title: &str,
+    pid: u32,
+    limits: Option<&Limits>,
+) -> Result<String, String> {
     can_adopt()?;
+    let name = scope_name(name, pid);
     let scope = Scope {
-        name: &scope_name(name, pid),
+        name: &name,
         title,
         pid,
         limits,
     };
     bus::start_scope(Path::new(PRIVATE), &scope).map_err(|e| format!("systemd: {e}"))?;
-    let cgroup = || fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-    wait_for(&|| cgroup().contains(scope.name), MOVE_WAIT)
+    Ok(name)
 }
 
 /// PID 1 answers before it has moved the process.
