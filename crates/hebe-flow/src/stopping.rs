@@ -278,6 +278,12 @@ impl Stopping {
         self.vms.iter().map(end).collect()
     }
 
+    /// Whether to be frozen is one of a VM's ways: what it is frozen in survives.
+    pub fn may_be_frozen(&self, vm: &VmName) -> bool {
+        let way = self.vms.get(vm);
+        way.is_some_and(|way| way.chain.contains(&Fate::Keep))
+    }
+
     /// Takes one input; gives the next state and the effects to run.
     ///
     /// # Errors

@@ -8,6 +8,7 @@ use hebe_api::{ClientError, FreezeReport, SaveReport, VmmState};
 use hebe_flow::life::Life;
 use hebe_flow::reboot::Fate;
 use hebe_flow::resume::SavedFact;
+use hebe_store::ExecStatus;
 use hebe_store::luo::SegmentFiles;
 use hebe_types::{Stamp, VmName};
 
@@ -90,6 +91,8 @@ pub(crate) struct Job {
     /// Its memory, where the reboot holds it beside the VMM: store `luo`.
     pub(crate) files: Option<Arc<SegmentFiles>>,
     pub(crate) stop: StopOptions,
+    /// What it is frozen in survives: to stand frozen is to be kept.
+    pub(crate) keeps: bool,
 }
 
 impl Job {
@@ -126,6 +129,14 @@ impl Job {
             .is_some_and(|r| r.state == VmState::Unresponsive);
         if again || unknown {
             match self.stands() {
+                // It would end with the host.
+                Ok(Some(Fate::Keep)) if !self.keeps => {
+                    let socket = self.host.layout.socket(&self.vm);
+                    if let Err(error) = vmm::let_run(&socket) {
+                        let why = with_cause(&error);
+                        return (Err(format!("it stands frozen, and stays so: {why}")), None);
+                    }
+                }
                 // What got no answer was carried out all the same.
                 Ok(Some(fate)) => return (Ok(fate), None),
                 Ok(None) => {}
@@ -136,8 +147,22 @@ impl Job {
         } else if let Err(trouble) = self.wake() {
             return (Err(trouble.why), None);
         }
-        let (result, note) = self.suspend(fate);
-        (result.map(|()| fate).map_err(|t| t.why), note)
+        match self.suspend(fate) {
+            (Ok(()), note) => (Ok(fate), note),
+            // The answer is missing, or its VMM; what counts is there.
+            (Err(_), note) if fate == Fate::Keep && self.is_committed() => (Ok(fate), note),
+            (Err(trouble), note) => (Err(trouble.why), note),
+        }
+    }
+
+    /// Whether the memory says that the VM is frozen.
+    fn is_committed(&self) -> bool {
+        if let Some(files) = &self.files {
+            return matches!(files.status(), Ok(ExecStatus::Frozen { .. }));
+        }
+        let view = self.host.store.view().ok().flatten();
+        let segment = view.as_ref().and_then(|view| view.segment_of(&self.vm));
+        segment.is_some_and(|s| matches!(s.exec, ExecView::Frozen { .. }))
     }
 
     /// [`Job::keep`] in memory that Linux carries: it is frozen, and what it began

@@ -415,6 +415,7 @@ impl<'a> Driver<'a> {
                 timeout: Duration::from_secs(self.options.timeout_s),
                 force: self.options.force,
             },
+            keeps: true,
             vm: vm.clone(),
         }
     }

@@ -504,11 +504,13 @@ impl<'a> Event<'a> {
             let _ = self.note_pending(&vm);
         }
         (self.driver.say)(&format!("{vm}: {}", fate_words(fate)));
-        let job = self.driver.job(&vm);
+        let mut job = self.driver.job(&vm);
         let row = self.driver.survey.rows.get(&vm);
         let files = row.is_some_and(|row| memory_of(row) == Memory::Files);
         let carried = self.driver.carry.as_ref().and_then(|carry| carry.vm(&vm));
         let not_frozen = self.not_frozen.get(&vm).cloned();
+        let held = !files || carried.is_some();
+        job.keeps = self.machine.may_be_frozen(&vm) && held && not_frozen.is_none();
         let died = {
             let vm = vm.clone();
             move |why: &str| Answer {

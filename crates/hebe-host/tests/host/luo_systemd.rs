@@ -45,6 +45,14 @@ pub const CASES: &[crate::Case] = &[
         late_part,
     ),
     (
+        "a_freeze_without_an_answer_counts_by_what_the_memory_says",
+        no_answer,
+    ),
+    (
+        "a_vm_that_stands_frozen_in_memory_that_is_not_carried_is_said_to_be_lost",
+        stands_in_vain,
+    ),
+    (
         "sessions_that_pid_1_did_not_get_are_found_by_the_keeper",
         not_passed,
     ),
@@ -302,6 +310,43 @@ fn late_part() {
     assert_eq!(all.vms[&name("db")], Resumed::Resumed);
     assert_eq!(all.vms[&name("web")], Resumed::Restored, "{all:?}");
     assert_eq!([id(&world, "db"), id(&world, "web")], before);
+}
+
+/// The state is committed, and PID 1 holds it: to let go of it would free it.
+fn no_answer() {
+    for word in ["die-after-commit", "frozen-by-another"] {
+        let world = World::with_manager(8);
+        world.start(&["db", "web"]);
+        let before = [id(&world, "db"), id(&world, "web")];
+        stage_warm(&world);
+        world.tell("web", word);
+        let stopped = stop(&world, Going::Kexec);
+        assert_eq!(fates(&stopped), [Some(Fate::Keep); 2], "{stopped:?}");
+        assert_eq!(world.manager().names().len(), 3, "{word}");
+        world.tell("web", "");
+        let all = boot(&world);
+        assert!(all.vms.values().all(|r| *r == Resumed::Resumed), "{all:?}");
+        assert_eq!([id(&world, "db"), id(&world, "web")], before, "{word}");
+    }
+}
+
+/// Nor can it be let run, to be saved: that it stands frozen keeps nothing.
+fn stands_in_vain() {
+    let world = World::with_manager(8);
+    world.start(&["db", "web"]);
+    stage_warm(&world);
+    world.tell("web", "refuse-thaw");
+    let ram = crate::luo_faults::files(&world, "web");
+    *world.machine.at_sync.lock().expect("lock") = Some(Box::new(move || {
+        let part = ram.fds().nth(1).expect("RAM");
+        rustix::io::pwrite(part, b"used", 4096).expect("write");
+    }));
+    world
+        .luo()
+        .arm(Fault::Preserve("hebe.vm.001".into(), 2), libc::ENOMEM);
+    let stopped = stop(&world, Going::Kexec);
+    assert_eq!(fates(&stopped), [Some(Fate::Keep), None], "{stopped:?}");
+    assert!(stopped.loses());
 }
 
 fn left(world: &World) {

@@ -368,6 +368,15 @@ fn stuck() {
     leave(&world);
     let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
     assert_eq!(all.vms[&name("web")], Resumed::Resumed);
+    // One that ends when the state is committed is frozen.
+    let world = World::new();
+    world.start(&["web"]);
+    stage(&world.host, &world.options(RebootMethod::Warm), &silent).expect("staged");
+    world.tell("web", "die-after-commit");
+    let stopped = stop(&world, Going::Kexec);
+    assert_eq!(fates(&stopped), [Some(Fate::Keep)], "{stopped:?}");
+    leave(&world);
+    resumed(&world, &Resumed::Resumed);
 }
 
 /// Of two VMs that are to be shut down, the thread of one panics: that is one
