@@ -54,6 +54,11 @@ pub enum StoreError {
     /// No superblock at the head.
     #[error("{0} holds no Hebe store: 'hebe store init' makes one, if nothing else lives there")]
     NoStore(PathBuf),
+    /// A regular file that holds something, and never was a store.
+    #[error(
+        "{0} holds something else than a store, a VM's disk for one: name a new file, or say --force to overwrite it"
+    )]
+    NotBlank(PathBuf),
     /// Both copies of the superblock are unreadable, yet this was a store.
     #[error(
         "{path} held a Hebe store and its head is damaged ({reason}): nothing was written; formatting with force gives its VMs up"

@@ -275,7 +275,9 @@ impl Store {
     ///
     /// # Errors
     /// Without force, [`StoreError::Formatted`], [`StoreError::HeadDamaged`] or
-    /// [`StoreError::OtherFormat`] where a store is or was; nothing is written then.
+    /// [`StoreError::OtherFormat`] where a store is or was, and
+    /// [`StoreError::NotBlank`] for a file that is something else; nothing is
+    /// written then.
     /// [`StoreError::Busy`] while a manager has the store open;
     /// [`StoreError::InUse`] while a VMM has a segment mapped, force or not.
     pub fn format(path: &Path, options: FormatOptions) -> Result<StoreInfo, StoreError> {
@@ -488,6 +490,11 @@ fn other_format(found: u32) -> StoreError {
 fn refuse_store(device: &Device, path: &Path) -> Result<(), StoreError> {
     let (head, generation) = table::inspect(device).map_err(StoreError::media("read"))?;
     match head {
+        // What lies in reserved memory at first is left by whoever used it
+        // before; a file was made by somebody.
+        Head::Foreign if device.regular && !is_blank(device)? => {
+            Err(StoreError::NotBlank(path.to_owned()))
+        }
         Head::Foreign => Ok(()),
         Head::Newer(found) => Err(other_format(found)),
         Head::Damaged(reason) => Err(StoreError::HeadDamaged {
@@ -508,6 +515,18 @@ fn refuse_store(device: &Device, path: &Path) -> Result<(), StoreError> {
             })
         }
     }
+}
+
+/// Whether nothing but zeros lies where the head would.
+fn is_blank(device: &Device) -> Result<bool, StoreError> {
+    let head = Extent {
+        offset: 0,
+        len: HEAD_LEN,
+    };
+    let mut blank = true;
+    let read = device.pages(head, &mut |_, page| blank &= page.iter().all(|b| *b == 0));
+    read.map_err(StoreError::media("read"))?;
+    Ok(blank)
 }
 
 /// Whether the device is still the one the store was made on.

@@ -207,6 +207,27 @@ fn destroyed_bytes_are_gone_and_a_new_vm_sees_zeros() {
     assert!(ram.iter().all(|b| *b == 0));
 }
 
+/// A VM's disk whose name was typed in the store's place.
+#[test]
+fn a_file_that_holds_something_else_is_not_formatted_unasked() {
+    let dir = tempfile::tempdir().expect("dir");
+    let path = dir.path().join("disk.img");
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).create_new(true).open(&path);
+    let file = file.expect("create");
+    file.set_len(8 * GRANULE).expect("size");
+    // Where a file system has its superblock.
+    file.write_all_at(b"somebody's", 1080).expect("write");
+    let refused = Store::format(&path, FormatOptions::default());
+    let error = refused.expect_err("it is no store");
+    assert!(matches!(error, StoreError::NotBlank(_)), "{error}");
+    let mut start = vec![0; 4096];
+    file.read_exact_at(&mut start, 0).expect("read");
+    assert_eq!(&start[1080..1090], b"somebody's", "nothing is written");
+    assert!(start[..1080].iter().all(|b| *b == 0));
+    Store::format(&path, FormatOptions { force: true }).expect("by order");
+}
+
 #[test]
 fn formatting_needs_force_where_a_store_is() {
     let bench = formatted(8);
