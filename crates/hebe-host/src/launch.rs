@@ -280,6 +280,15 @@ pub enum LaunchError {
     },
 }
 
+/// Has the VMM's program read from its disk, without waiting for that: VMs that are
+/// to be resumed wait for it otherwise.
+pub fn read_ahead(host: &Host) {
+    // It is read when it is needed, at the latest.
+    if let Ok(program) = fs::File::open(&host.layout.vmm) {
+        let _ = rustix::fs::fadvise(&program, 0, None, rustix::fs::Advice::WillNeed);
+    }
+}
+
 /// Starts a VMM and waits until its VM runs. The caller holds the VM's lock.
 /// On failure no process is left, and files and segments are the caller's; but
 /// after [`LaunchError::Unanswered`] they are the VMM's, which lives on.

@@ -16,6 +16,7 @@ use serde::Serialize;
 use crate::answering::DIED;
 use crate::definitions;
 use crate::host::{Host, HostError};
+use crate::launch;
 use crate::listing::with_cause;
 use crate::lock::VmLock;
 use crate::luo;
@@ -111,6 +112,7 @@ struct Work<'a> {
 /// whenever the host does.
 pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<ResumeAll, HostError> {
     let _only_one = host.lock_all()?;
+    launch::read_ahead(host);
     let carry_trouble = luo::asking::ensure(host);
     host.store.settle();
     let (store, store_trouble) = match host.store.view() {

@@ -13,8 +13,23 @@ use crate::tap::{SIOCBRADDIF, TapError, ioctl, request, socket};
 
 const SIOCBRDELBR: libc::Ioctl = 0x89a1;
 
+/// Whether there is an interface of this name. Asked for the number of one that there
+/// is not, the kernel starts `modprobe` twice, for modules of that name.
+fn exists(name: &str) -> bool {
+    let list = std::fs::read_to_string("/proc/thread-self/net/dev");
+    // What cannot be looked at may be there.
+    list.map_or(true, |list| is_listed(&list, name))
+}
+
+fn is_listed(list: &str, name: &str) -> bool {
+    let interfaces = list.lines().filter_map(|line| line.split_once(':'));
+    let mut names = interfaces.map(|(name, _)| name.trim());
+    names.any(|listed| listed == name)
+}
+
 /// The interface's number, if there is one of this name.
 pub fn index(name: &str) -> Option<u32> {
+    exists(name).then_some(())?;
     let mut request = request(name).ok()?;
     let socket = socket(name).ok()?;
     ioctl(socket.as_fd(), libc::SIOCGIFINDEX, &mut request).ok()?;
@@ -25,6 +40,7 @@ pub fn index(name: &str) -> Option<u32> {
 /// Whether there is an interface of this name that was brought up.
 pub fn is_up(name: &str) -> bool {
     let look = || {
+        exists(name).then_some(())?;
         let mut request = request(name).ok()?;
         let socket = socket(name).ok()?;
         ioctl(socket.as_fd(), libc::SIOCGIFFLAGS, &mut request).ok()?;
@@ -185,6 +201,22 @@ mod tests {
         assert!(remove_bridge("hb-none").is_ok());
         let refused = join("hb-none", "hb-none").expect_err("no such port");
         assert!(refused.to_string().contains("hb-none"), "{refused}");
+    }
+
+    #[test]
+    fn interfaces_are_listed_by_their_whole_names() {
+        let list = "Inter-|   Receive\n face |bytes\n    lo: 1 2\nhebe0:1 2\n br0.5: 1 2\n";
+        for (name, is) in [
+            ("lo", true),
+            ("hebe0", true),
+            ("br0.5", true),
+            ("hebe", false),
+            ("face", false),
+            ("br0", false),
+            ("", false),
+        ] {
+            assert_eq!(is_listed(list, name), is, "{name}");
+        }
     }
 
     #[test]

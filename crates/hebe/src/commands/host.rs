@@ -2,6 +2,7 @@
 
 use hebe_host::Host;
 use hebe_host::check::host_check;
+use hebe_host::launch;
 use hebe_host::luo::{asking, keeper};
 use hebe_host::preflight::{Check, Level};
 use hebe_host::stopping;
@@ -52,6 +53,7 @@ fn check(host: &Host, out: &Output) -> Outcome {
 
 /// `hebe host starting`.
 fn starting(host: &Host) -> Outcome {
+    launch::read_ahead(host);
     asking::take_handed(host).map_err(|why| {
         Failure(format!(
             "what systemd holds of the kernel before cannot be taken, and stays with it: {why}"
