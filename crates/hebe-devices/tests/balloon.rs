@@ -72,9 +72,12 @@ fn what_the_guest_reports_is_given_back_through_whichever_queue_it_uses() {
     // Linux before and after it counted as the standard does; and a driver
     // without statistics.
     for (features, queue) in [
+        // As Linux counts without hints, and as the standard does.
         (STATS | REPORTING, 3),
         (STATS | REPORTING, 4),
+        // Without statistics, too: as Linux counts, and as the standard does.
         (REPORTING, 2),
+        (REPORTING, 4),
     ] {
         let mut rig = Rig::start(features);
         let ranges = [
