@@ -9,19 +9,28 @@
 //!
 //! An image is removed only where it is certain that its life is over: after
 //! the next boot succeeded, not before, because a boot that fails leaves what
-//! was frozen or saved as it was.
+//! was frozen or saved as it was; when the memory of a life that is nowhere else
+//! is given up; and once nothing knows a VM of that name any more.
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 
 use hebe_block::{BlockError, make_overlay};
+use hebe_sys::proc::parse_uuid;
 use hebe_types::{VmConfig, VmId, VmName};
 
+use crate::definitions;
 use crate::host::{Host, HostError, Layout};
 use crate::launch::{ExitRecord, Instance};
 use crate::listing::with_cause;
 use crate::lock::VmLock;
+use crate::notes;
+use crate::pending::Pending;
+use crate::saved::{self, LifeFile, SavedPaths};
+use crate::segments;
+use crate::stores::SegmentView;
 
 fn folder(layout: &Layout) -> PathBuf {
     layout.state.join("overlays")
@@ -84,12 +93,84 @@ pub(crate) fn forget(layout: &Layout, name: &VmName, but: Option<VmId>) {
     });
 }
 
+/// The memory of a life was given up, by order and under the VM's lock: its images
+/// go along, and the record of what it was booted with, unless it may be continued
+/// from elsewhere.
+pub(crate) fn freed(host: &Host, name: &VmName, vm: VmId) {
+    let layout = &host.layout;
+    let noted = notes::all(layout).iter().any(|n| n.vm == vm && !n.given_up);
+    let also = |s: &SegmentView| s.vm.is_none() || s.vm == Some(vm);
+    if !noted && !SavedPaths::new(layout, name).is_any() && !is_in_store(host, also) {
+        end(layout, name, vm);
+        LifeFile::new(layout, name, vm).remove();
+    }
+}
+
+/// Whether such a segment is in the store; also where that cannot be told.
+fn is_in_store(host: &Host, which: impl Fn(&SegmentView) -> bool) -> bool {
+    let view = host.store.view();
+    view.map_or(true, |view| {
+        view.iter().flat_map(|v| &v.segments).any(which)
+    })
+}
+
+/// Whether a VM of this name may be continued or booted; also where that cannot be
+/// told. Certain for one who has its lock, without which nothing of that changes.
+fn is_known(host: &Host, name: &VmName) -> bool {
+    let layout = &host.layout;
+    let also = |s: &SegmentView| s.vm.is_none() || s.name.as_ref().is_none_or(|of| of == name);
+    definitions::find(layout, name).is_some()
+        || SavedPaths::new(layout, name).is_any()
+        || Pending::read(layout).map_or(true, |pending| pending.has(name))
+        || notes::all(layout)
+            .iter()
+            .any(|n| n.name == *name && !n.given_up)
+        || is_in_store(host, also)
+}
+
+/// Removes what is left of a VM that nothing knows any more: its definition was
+/// deleted, and no life of it runs, is frozen, saved, noted or to be booted.
+fn forget_unknown(host: &Host, name: &VmName, lives: &[VmId]) {
+    let dir = host.layout.vm_dir(name);
+    // Whoever is known is not locked for that, not even for an instant.
+    if dir.exists() || is_known(host, name) {
+        return;
+    }
+    // One that runs knows nobody any more where the runtime directory was emptied.
+    if lives.iter().any(|vm| segments::vmm_of(*vm).is_some()) {
+        return;
+    }
+    let Ok(Some(lock)) = VmLock::take(&dir) else {
+        return;
+    };
+    // One that came and went between the two has more in it than its lock.
+    let others = fs::read_dir(&dir).into_iter().flatten().count() > 1;
+    if others {
+        return;
+    }
+    if !is_known(host, name) {
+        forget(&host.layout, name, None);
+        saved::forget_lives(&host.layout, name, None);
+    }
+    let _ = lock.remove_dir();
+}
+
 /// Removes the images of VMs whose guests powered themselves off, or were
 /// ended by order: nothing of them can be continued, though nobody has freed
 /// what else they hold yet. No lock is needed for that: such a life does not
-/// come back, and the next one has another id.
+/// come back, and the next one has another id. And what is left of VMs that nothing
+/// knows.
 pub fn sweep(host: &Host) {
     let layout = &host.layout;
+    let mut lives: BTreeMap<VmName, Vec<VmId>> = BTreeMap::new();
+    let images = all(layout).into_iter();
+    let images = images.filter_map(|(name, id)| Some((name, VmId(parse_uuid(&id)?))));
+    for (name, vm) in images.chain(LifeFile::known(layout)) {
+        lives.entry(name).or_default().push(vm);
+    }
+    for (name, lives) in &lives {
+        forget_unknown(host, name, lives);
+    }
     for (name, id) in all(layout) {
         let dir = layout.vm_dir(&name);
         let over = || {

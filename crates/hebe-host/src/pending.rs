@@ -85,6 +85,13 @@ impl Pending {
         written.map_err(HostError::file("write", &path))
     }
 
+    /// Whether a VM is on the list; also where an entry does not say which one it is.
+    pub fn has(&self, name: &VmName) -> bool {
+        let own = |entry: &Value| name_of(entry).is_none_or(|of| of == name.as_str());
+        self.vms.iter().any(|config| config.name == *name)
+            || self.unread.iter().any(|(entry, _)| own(entry))
+    }
+
     /// Puts a VM on the list, in place of what stood there of it.
     pub fn put(&mut self, config: VmConfig) {
         self.remove(&config.name);

@@ -23,6 +23,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use hebe_flow::resume::SavedFact;
+use hebe_sys::proc::parse_uuid;
 use hebe_types::{ByteSize, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
@@ -131,6 +132,13 @@ impl SavedPaths {
         }
     }
 
+    /// Whether anything of it is there, complete or not.
+    pub(crate) fn is_any(&self) -> bool {
+        [&self.part, &self.complete, &self.restoring]
+            .iter()
+            .any(|path| path.exists())
+    }
+
     /// The file that a restore would read.
     pub fn to_restore(&self) -> &Path {
         if self.complete.exists() {
@@ -197,6 +205,23 @@ impl LifeFile {
             of.is_some_and(|(first, _)| first == name.as_str())
         });
         own.map(|entry| entry.path()).collect()
+    }
+
+    /// Of which VMs and which lives of them there are any.
+    pub(crate) fn known(layout: &Layout) -> Vec<(VmName, VmId)> {
+        let entries = fs::read_dir(lives(layout)).into_iter().flatten().flatten();
+        let parts = entries.filter_map(|entry| {
+            let file = entry.file_name();
+            let mut parts = file.to_str()?.split('.');
+            let (name, vm) = (parts.next()?.parse().ok()?, parse_uuid(parts.next()?)?);
+            Some((name, VmId(vm)))
+        });
+        parts.collect()
+    }
+
+    /// Removes it. One that stays is harmless: no other life has its id.
+    pub(crate) fn remove(self) {
+        let _ = fs::remove_file(self.0);
     }
 
     /// Where it is, if it is.

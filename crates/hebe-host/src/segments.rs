@@ -16,6 +16,7 @@ use hebe_types::{VmId, VmName};
 use crate::host::{Host, HostError};
 use crate::notes;
 use crate::ops::lock;
+use crate::overlays;
 use crate::stores::{SegmentView, StoreTrouble, StoreView};
 
 /// How long a VMM that let its VM's lock go may need to end altogether.
@@ -59,6 +60,9 @@ pub fn drop_listed<E: From<HostError>>(
     let now = segments.into_iter().find(same).ok_or_else(gone)?;
     admit(now)?;
     free_segment(host, now)?;
+    if let (Some(name), Some(vm)) = (&now.name, now.vm) {
+        overlays::freed(host, name, vm);
+    }
     Ok(now.clone())
 }
 
@@ -98,7 +102,7 @@ pub(crate) fn stranded(
 }
 
 /// The living process that was started as the VMM of that VM.
-fn vmm_of(vm: VmId) -> Option<u32> {
+pub(crate) fn vmm_of(vm: VmId) -> Option<u32> {
     let processes = fs::read_dir("/proc").ok()?.flatten();
     processes
         .filter_map(|process| process.file_name().to_str()?.parse().ok())

@@ -3,17 +3,23 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use hebe_block::BlockBackend;
+use hebe_host::HostError;
 use hebe_host::definitions;
 use hebe_host::listing::VmState;
+use hebe_host::lock::VmLock;
 use hebe_host::ops::{self, ResumeOptions, StopOptions};
 use hebe_host::overlays;
 use hebe_host::preflight::{Level, preflight};
 use hebe_host::resume_all::resume_all;
+use hebe_host::segments::drop_listed;
 use hebe_sys::clock::stamp_now;
-use hebe_types::{DiskConfig, RebootMethod, VmConfig};
+use hebe_types::{ByteSize, DiskConfig, RebootMethod, VmConfig, VmId};
 
 use crate::world::{World, name};
 
@@ -41,6 +47,22 @@ pub const CASES: &[crate::Case] = &[
     (
         "a_start_that_fails_removes_no_image_that_a_frozen_vm_needs",
         fails_to_start,
+    ),
+    (
+        "what_was_written_over_a_disk_goes_with_memory_that_is_given_up",
+        segment_dropped,
+    ),
+    (
+        "what_was_written_over_a_disk_goes_when_nothing_knows_the_vm",
+        unknown,
+    ),
+    (
+        "what_was_written_over_a_disk_stays_as_long_as_anything_knows_the_vm",
+        known,
+    ),
+    (
+        "a_look_removes_no_image_of_a_vm_that_is_killed_as_it_begins",
+        killed_at_a_look,
     ),
     (
         "a_disk_that_is_missing_or_written_to_is_not_written_over",
@@ -240,6 +262,192 @@ fn fails_to_start() {
     let second = images(&world);
     assert!(second.len() == 1 && second != first, "{second:?}");
     assert!(!life.exists(), "that life is over");
+}
+
+/// What `hebe store drop` does.
+fn drop_segment(world: &World) {
+    let view = world.host.store.view().expect("view").expect("store");
+    let [segment] = view.segments.as_slice() else {
+        panic!("{:?}", view.segments);
+    };
+    drop_listed(&world.host, segment, |_| Ok::<_, HostError>(())).expect("dropped");
+}
+
+fn lives(world: &World) -> usize {
+    fs::read_dir(world.host.layout.state.join("lives")).map_or(0, Iterator::count)
+}
+
+fn segment_dropped() {
+    let world = World::new();
+    define(&world, &["web"]);
+    ops::start(&world.host, &name("web")).expect("starts");
+    ops::suspend(&world.host, &name("web")).expect("suspends");
+    assert_eq!((images(&world).len(), lives(&world)), (1, 1));
+    drop_segment(&world);
+    assert_eq!((images(&world).len(), lives(&world)), (0, 0));
+    assert_untouched(&world);
+    // A life that is in a file, too, may go on from there.
+    ops::start(&world.host, &name("web")).expect("starts");
+    ops::suspend(&world.host, &name("web")).expect("suspends");
+    let saved = world.host.layout.state.join("saved");
+    fs::create_dir_all(&saved).expect("mkdir");
+    fs::write(saved.join("web.hebe"), "its state").expect("write");
+    drop_segment(&world);
+    assert_eq!((images(&world).len(), lives(&world)), (1, 1));
+}
+
+fn unknown() {
+    let world = World::without_store();
+    define(&world, &["db", "web"]);
+    for vm in ["db", "web"] {
+        ops::start(&world.host, &name(vm)).expect("starts");
+        world.kill(vm);
+    }
+    for vm in ["db", "web"] {
+        let own = definitions::expected_path(&world.host.layout, &name(vm));
+        fs::remove_file(own).expect("no VM any more");
+    }
+    let both = images(&world);
+    overlays::sweep(&world.host);
+    assert_eq!(images(&world), both, "they crashed, and may be looked at");
+    // The host stops, and with its runtime directory all that knew them.
+    world.next_boot();
+    define(&world, &["web"]);
+    overlays::sweep(&world.host);
+    assert_eq!(images(&world), [both[1].clone()], "a definition is left");
+    assert_eq!(lives(&world), 1);
+    assert!(!world.dir("db").exists(), "looking leaves nothing");
+    assert_untouched(&world);
+}
+
+/// Every way to be known, one by one; and none.
+fn known() {
+    let world = World::new();
+    let layout = &world.host.layout;
+    let old = name("old");
+    let id = "07070707-0707-0707-0707-070707070707";
+    let (images, lives) = (layout.state.join("overlays"), layout.state.join("lives"));
+    let image = images.join(format!("old.{id}.0.qcow2"));
+    let life = lives.join(format!("old.{id}.toml"));
+    for dir in [&images, &lives] {
+        fs::create_dir_all(dir).expect("mkdir");
+    }
+    let leave = || {
+        fs::write(&image, "what was written").expect("write");
+        fs::write(&life, "what it was booted with").expect("write");
+    };
+    let stays = |why: &str| {
+        overlays::sweep(&world.host);
+        assert!(image.exists() && life.exists(), "{why}");
+    };
+    leave();
+    for (path, text) in [
+        ("state/saved/old.hebe".to_owned(), ""),
+        ("state/saved/old.restoring".to_owned(), ""),
+        ("state/saved/old.part".to_owned(), ""),
+        (format!("state/frozen/old.{id}.json"), "not to be read"),
+        ("state/pending.json".to_owned(), "not to be read"),
+        (
+            "state/pending.json".to_owned(),
+            "{\"vms\": [{\"name\": \"old\"}]}",
+        ),
+        (
+            "state/pending.json".to_owned(),
+            "{\"vms\": [{\"of\": \"another release\"}]}",
+        ),
+        ("state/vms/old.toml".to_owned(), "not to be read"),
+        ("config/vms/old.toml".to_owned(), "not to be read"),
+        ("run/vms/old/instance.json".to_owned(), "{}"),
+    ] {
+        let (root, rest) = path.split_once('/').expect("a path");
+        let root = match root {
+            "state" => &layout.state,
+            "config" => &layout.config,
+            _ => &layout.run,
+        };
+        let file = root.join(rest);
+        fs::create_dir_all(file.parent().expect("a folder")).expect("mkdir");
+        fs::write(&file, text).expect("write");
+        stays(&path);
+        fs::remove_file(&file).expect("remove");
+        if rest.ends_with("instance.json") {
+            fs::remove_dir(file.parent().expect("its own")).expect("remove");
+        }
+    }
+    // Its VMM lives, and nothing but its arguments tells of it.
+    let mut vmm = Command::new("sh")
+        .args(["-c", "read line", "--vm-id", &id.replace('-', "")])
+        .stdin(Stdio::piped())
+        .spawn()
+        .expect("sh");
+    stays("its VMM lives");
+    vmm.kill().expect("kill");
+    vmm.wait().expect("wait");
+    let dir = world.dir("old");
+    let lock = VmLock::take(&dir).expect("io").expect("free");
+    stays("somebody begins it");
+    lock.remove_dir().expect("remove");
+    let segment = world
+        .host
+        .store
+        .create(VmId([7; 16]), &old, ByteSize::mib(4));
+    let segment = segment.expect("a segment").id;
+    stays("it is in the store");
+    world
+        .host
+        .store
+        .drop_segment(segment, Some(VmId([7; 16])))
+        .expect("dropped");
+    // Nobody can tell what is in a store that cannot be read.
+    let store = world.root.path().join("store");
+    let whole = fs::read(&store).expect("store");
+    fs::write(&store, vec![0xa5; whole.len()]).expect("damage");
+    assert!(world.host.store.view().is_err());
+    stays("the store cannot be read");
+    fs::write(&store, whole).expect("mend");
+    overlays::sweep(&world.host);
+    assert!(!image.exists() && !life.exists() && !dir.exists());
+}
+
+/// The life before ended by its guest's will, which its record says until the next
+/// one begins; that is killed at once, and somebody looks all the time.
+fn killed_at_a_look() {
+    let world = World::new();
+    define(&world, &["web"]);
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let ends = Ends(&over);
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    overlays::sweep(&world.host);
+                }
+            });
+        }
+        for round in 0..20 {
+            ops::start(&world.host, &name("web")).expect("starts");
+            let socket = world.host.layout.socket(&name("web"));
+            let wait = Duration::from_secs(10);
+            let _ = hebe_host::vmm::order(&socket, &hebe_api::Request::PowerButton, wait);
+            assert!(ops::ended_within(&world.host, &name("web"), wait));
+            ops::start(&world.host, &name("web")).expect("starts");
+            let disk = booted(&world, "web").disks.remove(0).path;
+            world.kill("web");
+            assert_eq!(world.state("web"), VmState::Crashed);
+            overlays::sweep(&world.host);
+            assert_eq!(images(&world), [disk], "round {round}");
+        }
+        drop(ends);
+    });
+}
+
+/// Says that it is over, also where the test fails.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 fn refused() {
