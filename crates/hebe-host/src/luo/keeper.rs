@@ -48,6 +48,9 @@ use crate::stores::{ExecView, SegmentView};
 /// Segments of a store have smaller numbers.
 pub const FIRST_KEPT: u32 = 1000;
 const _: () = assert!(FIRST_KEPT >= luo::VMS_MAX);
+/// VMs that are retrieved at once, at least: one that takes long, or never comes, must
+/// not hold up all others on a computer with one processor.
+const WORKERS_MIN: usize = 2;
 
 /// How long either side waits for the other; a request is a few words.
 pub(super) const WAIT: Duration = Duration::from_secs(20);
@@ -271,15 +274,24 @@ impl Keeper {
         if let Some(count) = known {
             say(count);
         }
-        let workers = thread::available_parallelism().map_or(2, usize::from);
-        // Whatever it comes to, nobody waits for what does not come.
-        let _ = catch_unwind(AssertUnwindSafe(|| {
+        let workers = thread::available_parallelism().map_or(WORKERS_MIN, usize::from);
+        let workers = workers.max(WORKERS_MIN);
+        let count = self.after(move || {
             luo::arrive(&*orchestrator, host.as_ref(), workers, &|arrival| {
                 self.arrived(arrival);
             });
-        }));
-        // The device is given back: sessions live on without it.
-        drop(orchestrator);
+            // The device is given back: sessions live on without it.
+            drop(orchestrator);
+        });
+        if known.is_none() {
+            say(count);
+        }
+    }
+
+    /// Everything has arrived that does, after this: whatever that comes to, nobody
+    /// waits for what does not come. How many VMs there are.
+    fn after(&self, arrive: impl FnOnce()) -> usize {
+        let _ = catch_unwind(AssertUnwindSafe(arrive));
         let mut holding = self.lock();
         holding.await_no_more();
         (holding.listed, holding.all) = (true, true);
@@ -287,9 +299,7 @@ impl Keeper {
         holding.arrivals.write(&self.place.record);
         let count = holding.vms.len();
         self.tell(holding);
-        if known.is_none() {
-            say(count);
-        }
+        count
     }
 
     fn arrived(&self, arrival: Arrival) {
@@ -583,4 +593,54 @@ fn listen(socket: &Path) -> io::Result<UnixListener> {
         _ => {}
     }
     UnixListener::bind(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use hebe_store::luo::SegmentFiles;
+
+    use super::*;
+
+    /// What a panic at one VM comes to is told by that VM; this is what nobody
+    /// thought of.
+    #[test]
+    fn nobody_waits_for_what_a_panic_kept_from_coming() {
+        let root = tempfile::tempdir().expect("dir");
+        let place = Place {
+            socket: root.path().join("keeper.sock"),
+            record: root.path().join("arrivals.json"),
+            boot_id: [1; 16],
+        };
+        let (vm, name) = (VmId([7; 16]), "web".parse::<VmName>().expect("name"));
+        let files = SegmentFiles::create(vm, &name, ByteSize::mib(4)).expect("files");
+        let awaited = Held {
+            name: Some(name),
+            vm: Some(vm),
+            memory: Content::Awaited(Box::new(files.spec().clone())),
+        };
+        let keeper = Keeper {
+            holding: Mutex::new(Holding {
+                kernel: None,
+                report: None,
+                vms: BTreeMap::from([(SegmentId(FIRST_KEPT), awaited)]),
+                arrivals: Arrivals::begin(&place.record, place.boot_id),
+                listed: true,
+                all: false,
+            }),
+            changed: Condvar::new(),
+            place,
+        };
+        assert!(keeper.lock().listing().vms[0].awaited);
+        assert_eq!(keeper.after(|| panic!("told to")), 1);
+        let holding = keeper.lock();
+        assert!(holding.all && !holding.is_over() && holding.arrivals.complete);
+        let kept = &holding.listing().vms[0];
+        assert!(!kept.awaited, "{kept:?}");
+        let ExecView::Damaged { reason } = &kept.exec else {
+            panic!("{kept:?}");
+        };
+        assert!(!reason.is_empty());
+        // It has its name still, to be given up by.
+        assert_eq!(kept.vm, Some(vm));
+    }
 }

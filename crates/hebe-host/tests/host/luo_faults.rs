@@ -30,6 +30,7 @@ use hebe_sys::fdpass;
 use hebe_sys::luo::fake::{FakeKernel, Fault};
 use hebe_types::{ByteSize, RebootMethod, VmId};
 use rustix::process::{Pid, Signal, kill_process};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::world::{World, name};
 
@@ -53,6 +54,14 @@ pub const CASES: &[crate::Case] = &[
         ended_by_its_own_will,
     ),
     ("each_vm_resumes_when_its_own_memory_is_there", one_by_one),
+    (
+        "each_vm_resumes_when_its_own_memory_is_there_on_one_processor",
+        on_one_processor,
+    ),
+    (
+        "a_keeper_that_panics_at_one_vm_keeps_nobody_waiting",
+        keeper_dies,
+    ),
     (
         "the_word_that_memory_elsewhere_was_given_up_is_never_replaced",
         word_is_kept,
@@ -293,6 +302,55 @@ fn word_is_kept() {
     assert_eq!(kept, given_up);
 }
 
+/// A computer with one processor has as much memory to wait for.
+fn on_one_processor() {
+    let worker = thread::Builder::new().spawn(|| {
+        let mut one = CpuSet::new();
+        let mine = sched_getaffinity(None).expect("affinity");
+        let first = (0..CpuSet::MAX_CPU).find(|cpu| mine.is_set(*cpu));
+        one.set(first.expect("a processor"));
+        // Of this thread, and of all that begin from here.
+        sched_setaffinity(None, &one).expect("affinity");
+        assert_eq!(thread::available_parallelism().expect("known").get(), 1);
+        one_by_one();
+    });
+    worker.expect("a thread").join().expect("as with several");
+}
+
+fn keeper_dies() {
+    let world = World::live_update();
+    world.start(&["db", "web"]);
+    world.reboot(RebootMethod::Warm);
+    *world.machine.keeper_dies_at.lock().expect("lock") = Some("hebe.vm.000".to_owned());
+    let all = world.in_time(|host| resume_all(host, stamp_now(), false).expect("not busy"));
+    assert_eq!(all.vms[&name("web")], Resumed::Resumed, "{all:?}");
+    let db = &all.vms[&name("db")];
+    assert!(db.is_trouble(), "{db:?}");
+    // It is listed with the reason, and is nobody's who waits.
+    let socket = world.host.layout.keeper_socket();
+    let held = asking::list(&socket).expect("io").expect("a keeper").vms;
+    let [lost] = held.as_slice() else {
+        panic!("{held:?}");
+    };
+    assert!(!lost.awaited, "{lost:?}");
+    assert!(matches!(lost.exec, ExecView::Damaged { .. }), "{lost:?}");
+    let row = listing::survey(&world.host).rows[&name("db")].clone();
+    assert_eq!(row.state, VmState::Damaged, "{row:?}");
+    assert!(row.detail.is_some(), "{row:?}");
+    // And its owner decides.
+    world.in_time(|host| ops::drop_vm(host, &name("db")).expect("given up"));
+    assert_eq!(world.state("web"), VmState::Running);
+}
+
+/// Lets a kernel go on that was stalled, also where the test fails meanwhile.
+struct GoesOn(FakeKernel);
+
+impl Drop for GoesOn {
+    fn drop(&mut self) {
+        self.0.go_on();
+    }
+}
+
 fn one_by_one() {
     let world = World::live_update();
     world.start(&["db", "web"]);
@@ -303,6 +361,7 @@ fn one_by_one() {
     world.luo().stall("hebe.vm.000");
     thread::scope(|scope| {
         let all = scope.spawn(|| resume(&world));
+        let goes_on = GoesOn(world.luo());
         let began = Instant::now();
         while !world.events().contains(&"web runs".to_owned()) {
             assert!(
@@ -319,7 +378,7 @@ fn one_by_one() {
         assert!(db.awaited && matches!(db.exec, ExecView::Frozen { .. }));
         asking::release(&socket, db.segment).expect_err("it is not here yet");
         assert_eq!(world.state("db"), VmState::Frozen);
-        world.luo().go_on();
+        drop(goes_on);
         let all = all.join().expect("resumed");
         assert!(all.vms.values().all(|r| *r == Resumed::Resumed), "{all:?}");
     });

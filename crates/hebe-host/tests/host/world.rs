@@ -23,7 +23,7 @@ use hebe_host::{Host, Layout};
 use hebe_sys::fdstore::FdStore;
 use hebe_sys::fdstore::fake::FakeManager;
 use hebe_sys::luo::fake::FakeKernel;
-use hebe_sys::luo::{LuoError, Orchestrator};
+use hebe_sys::luo::{Incoming, LuoError, Orchestrator, Outgoing, SessionName};
 use hebe_types::{ByteSize, RebootMethod, SegmentId, Stamp, VmId, VmName};
 
 pub const RESERVED: &str = "quiet memmap=256M!4G";
@@ -61,6 +61,8 @@ pub struct FakeMachine {
     pub manager: Mutex<Option<FakeManager>>,
     /// Which call panics, and the how manieth of those that VMs' own threads make.
     pub panics: Mutex<Option<(&'static str, usize)>>,
+    /// The session at whose retrieval its keeper panics.
+    pub keeper_dies_at: Mutex<Option<String>>,
     /// Processes that its kernel ended for want of memory.
     pub out_of_memory: Mutex<Vec<(u32, OutOfMemory)>>,
     /// Given back when the machine leaves, as a kernel does with all locks.
@@ -270,7 +272,10 @@ impl System for FakeMachine {
                 names.push(name);
             }
         }
-        let device = keeper::source(host, handed).map_err(|e| e.to_string())?;
+        let mut device = keeper::source(host, handed).map_err(|e| e.to_string())?;
+        if let Some(session) = self.keeper_dies_at.lock().expect("lock").take() {
+            device = Box::new(DiesAt(device, session));
+        }
         let (said, word) = std::io::pipe().expect("pipe");
         let place = Place::of(host);
         let let_go = move || {
@@ -313,6 +318,19 @@ impl StoreAccess for Absent {
         Ok(())
     }
     fn release(&self) {}
+}
+
+/// Hands on what a kernel has, and panics at one session.
+struct DiesAt(Box<dyn Orchestrator>, String);
+
+impl Orchestrator for DiesAt {
+    fn create_session(&self, name: &SessionName) -> Result<Box<dyn Outgoing>, LuoError> {
+        self.0.create_session(name)
+    }
+    fn retrieve_session(&self, name: &SessionName) -> Result<Box<dyn Incoming>, LuoError> {
+        assert_ne!(name.to_string(), self.1, "told to die at that");
+        self.0.retrieve_session(name)
+    }
 }
 
 /// What PID 1 does in the next kernel: it gets each session that its store had.
@@ -420,6 +438,7 @@ impl World {
             at_net_helper: Mutex::new(None),
             at_services: Mutex::new(None),
             panics: Mutex::new(None),
+            keeper_dies_at: Mutex::new(None),
             out_of_memory: Mutex::new(Vec::new()),
         });
         let mut layout = Layout::below(root.path());
