@@ -1,14 +1,18 @@
 //! VMs that the daemon starts by itself.
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hebe_host::listing::VmState;
 use hebe_host::ops::{self, StopOptions};
 use serde_json::json;
 
-use crate::world::{World, name};
+use crate::world::{PATIENCE, World, kill, name};
 
 pub const CASES: &[crate::Case] = &[
     ("vms_start_with_the_host_in_order_and_once", autostart),
@@ -17,7 +21,21 @@ pub const CASES: &[crate::Case] = &[
         restart,
     ),
     ("a_new_daemon_adopts_what_runs_and_what_is_frozen", adoption),
+    (
+        "a_daemon_starts_what_serves_the_network_when_it_is_gone",
+        network_helper,
+    ),
 ];
+
+/// Stands beside the daemon in place of `hebe`: serves nothing, and says and holds
+/// what the process that serves networks does.
+const HELPER: &str = r#"#!/bin/sh
+exec 9>>"$HEBE_RUN_DIR/net/helper"
+flock --nonblock 9 || exit 1
+echo $$ >> "$HEBE_RUN_DIR/helpers"
+echo ready
+exec sleep 600
+"#;
 
 fn ran(world: &World) -> Vec<String> {
     let text = fs::read_to_string(world.root.path().join("fake/events")).unwrap_or_default();
@@ -95,6 +113,67 @@ fn restart() {
     let vm = daemon.get("/v1/vms/web").json();
     assert_eq!(vm["state"], "stopped", "{vm}");
     assert_eq!(vm["supervision"]["restarts"], 0, "{vm}");
+}
+
+/// In a network of the daemon's own; says so where it cannot have one.
+fn network_helper() {
+    for (program, words) in [
+        ("unshare", &["--net", "true"][..]),
+        ("nft", &["--version"]),
+        ("flock", &["--version"]),
+    ] {
+        let there = Command::new(program).args(words).output();
+        if !there.is_ok_and(|output| output.status.success()) {
+            let why = format!("skipped: networks of VMs: no {program} for this user\n");
+            return io::stderr().write_all(why.as_bytes()).expect("stderr");
+        }
+    }
+    let world = World::new();
+    let bin = world.root.path().join("bin");
+    fs::create_dir(&bin).expect("mkdir");
+    // Beside its own program it looks for the other.
+    fs::copy(env!("CARGO_BIN_EXE_hebed"), bin.join("hebed")).expect("copy");
+    fs::write(bin.join("hebe"), HELPER).expect("write");
+    fs::set_permissions(bin.join("hebe"), Permissions::from_mode(0o755)).expect("chmod");
+    let mut apart = Command::new("unshare");
+    apart.arg("--net").arg(bin.join("hebed"));
+    // Ended after the daemon, which would start another.
+    let helpers = Helpers(world.host.layout.run.join("helpers"));
+    let daemon = world.daemon_of(world.command_by(apart));
+    world.define("web", "[[net]]\nnetwork = \"nat\"");
+    let started = daemon.order("/v1/vms/web/start", "");
+    assert_eq!(started["state"], "done", "{started}: {}", world.log());
+    let pids = helpers.pids();
+    let [first] = pids.as_slice() else {
+        panic!("started by the VM's start: {pids:?}");
+    };
+    kill(*first);
+    let end = Instant::now() + PATIENCE;
+    while helpers.pids().len() < 2 || !world.log().contains("started again") {
+        assert!(Instant::now() < end, "it stays away: {}", world.log());
+        thread::sleep(Duration::from_millis(10));
+    }
+    // That one serves: it is left alone.
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(helpers.pids().len(), 2);
+    assert_eq!(world.state("web"), Some(VmState::Running));
+}
+
+/// The processes that were started, by the file in which they say so; ended when
+/// dropped.
+struct Helpers(PathBuf);
+
+impl Helpers {
+    fn pids(&self) -> Vec<u32> {
+        let text = fs::read_to_string(&self.0).unwrap_or_default();
+        text.lines().filter_map(|line| line.parse().ok()).collect()
+    }
+}
+
+impl Drop for Helpers {
+    fn drop(&mut self) {
+        self.pids().into_iter().for_each(kill);
+    }
 }
 
 fn adoption() {

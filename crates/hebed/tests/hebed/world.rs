@@ -19,7 +19,7 @@ use serde_json::Value;
 use crate::client::{self, Reply};
 
 /// How long anything may take here: the machine may be busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub struct World {
     pub root: tempfile::TempDir,
@@ -75,7 +75,11 @@ impl World {
 
     /// A command that starts a daemon on this host.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_hebed"));
+        self.command_by(Command::new(env!("CARGO_BIN_EXE_hebed")))
+    }
+
+    /// The same by a command that starts it as its last word says.
+    pub fn command_by(&self, mut command: Command) -> Command {
         let layout = &self.host.layout;
         command
             .env("HEBE_RUN_DIR", &layout.run)
@@ -95,10 +99,16 @@ impl World {
 
     /// One with more arguments.
     pub fn daemon_with(&self, arguments: &[String]) -> Daemon<'_> {
+        let mut command = self.command();
+        command.args(arguments);
+        self.daemon_of(command)
+    }
+
+    /// One that this command starts.
+    pub fn daemon_of(&self, mut command: Command) -> Daemon<'_> {
         let log = self.root.path().join("daemon.log");
         let log = fs::OpenOptions::new().create(true).append(true).open(log);
-        let mut command = self.command();
-        command.args(arguments).stderr(log.expect("log"));
+        command.stderr(log.expect("log"));
         let daemon = Daemon {
             child: command.spawn().expect("hebed starts"),
             world: self,
@@ -153,7 +163,7 @@ impl World {
     }
 }
 
-fn kill(pid: u32) {
+pub fn kill(pid: u32) {
     let pid = i32::try_from(pid).ok();
     let pid = pid.and_then(rustix::process::Pid::from_raw).expect("pid");
     let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
