@@ -7,22 +7,22 @@ use std::fs;
 use std::path::PathBuf;
 
 use group::server::Server;
-use group::{Host, config, put_slot, slot};
+use group::{Host, put_slot, slot};
 use hebe_fleet::etcd::{Change, Condition};
 use serde_json::{Value, json};
 
 /// An inventory of these hosts, with more of TOML.
-fn inventory(host: &Host<'_>, hosts: &[&str], more: &str) -> PathBuf {
+fn inventory(host: &Host, hosts: &[&str], more: &str) -> PathBuf {
     let mut text = format!("group = \"rack1\"\nexpected = \"1min\"\n{more}");
     for host in hosts {
         text += &format!("[[host]]\nname = \"{host}\"\n");
     }
-    let path = host.dir.join("inventory.toml");
+    let path = host.dir().join("inventory.toml");
     fs::write(&path, text).expect("write");
     path
 }
 
-fn states(host: &Host<'_>) -> Vec<String> {
+fn states(host: &Host) -> Vec<String> {
     let status = host.json("fleet roll status");
     let rows = status["hosts"].as_array().expect("hosts").iter();
     rows.map(|row| row["state"].as_str().unwrap_or_default().to_owned())
@@ -30,7 +30,7 @@ fn states(host: &Host<'_>) -> Vec<String> {
 }
 
 /// What an earlier kernel of `host` wrote down when it went.
-fn put_away(server: &Server, host: &Host<'_>, named: &str) {
+fn put_away(server: &Server, host: &Host, named: &str) {
     let id = host.json("fleet roll status")["id"].clone();
     let mark = json!({
         "version": 1, "roll": id, "host": named, "machine": group::machine(),
@@ -50,13 +50,7 @@ fn a_roll_goes_through_the_hosts_as_they_take_their_turns() {
     let Some(server) = Server::start(1) else {
         return;
     };
-    let dirs = [(); 3].map(|()| tempfile::tempdir().expect("folder"));
-    let [a, b, c] = [0, 1, 2].map(|i| Host {
-        dir: dirs[i].path(),
-    });
-    for (host, name) in [(&a, "a"), (&b, "b"), (&c, "c")] {
-        host.configure(&config(&server, name));
-    }
+    let [a, b, c] = ["a", "b", "c"].map(|name| Host::of(&server, name));
     a.says("fleet roll status", 1, "there is no roll");
     a.says("reboot --roll", 1, "there is no roll");
     let file = inventory(
@@ -97,7 +91,7 @@ fn a_roll_goes_through_the_hosts_as_they_take_their_turns() {
     a.says("fleet roll retry b", 0, "next");
     a.says("fleet roll abort", 0, "aborted (by ");
     b.says("reboot --roll", 3, "aborted the roll");
-    let only = format!("[reboot]\nonly_if = {:?}\n", dirs[0].path().join("absent"));
+    let only = format!("[reboot]\nonly_if = {:?}\n", a.dir().join("absent"));
     let file = inventory(&b, &["b"], &only);
     b.says(&format!("fleet roll {}", file.display()), 0, "running");
     b.says("reboot --roll", 0, "nothing asks for a reboot");
@@ -109,12 +103,7 @@ fn a_host_that_is_not_back_stops_the_roll_for_everybody() {
     let Some(server) = Server::start(1) else {
         return;
     };
-    let dirs = [(); 2].map(|()| tempfile::tempdir().expect("folder"));
-    let [a, b] = [0, 1].map(|i| Host {
-        dir: dirs[i].path(),
-    });
-    a.configure(&config(&server, "a"));
-    b.configure(&config(&server, "b"));
+    let [a, b] = ["a", "b"].map(|name| Host::of(&server, name));
     let file = inventory(&a, &["a", "b"], "at_most = 2\n");
     a.says(
         &format!("fleet roll {}", file.display()),
@@ -147,9 +136,7 @@ fn what_cannot_be_meant_is_one_sentence() {
     let Some(server) = Server::start(1) else {
         return;
     };
-    let dir = tempfile::tempdir().expect("folder");
-    let a = Host { dir: dir.path() };
-    a.configure(&config(&server, "a"));
+    let a = Host::of(&server, "a");
     for (hosts, more, word) in [
         (
             &["a"][..],
@@ -180,9 +167,7 @@ fn what_cannot_be_meant_is_one_sentence() {
 
 #[test]
 fn a_fleetlock_server_keeps_no_rolls_and_what_to_order_is_said() {
-    let dir = tempfile::tempdir().expect("folder");
-    let a = Host { dir: dir.path() };
-    a.configure("group = \"rack1\"\nhost = \"a\"\n[fleetlock]\nurl = \"http://127.0.0.1:1\"\n");
+    let a = Host::of_nobody();
     let more = "order = \"smallest-first\"\n[reboot]\nkernel = \"/boot/vm'linuz\"\nmethod = \"saved\"\nonly_if = \"/run/reboot-required\"\n[[host]]\nname = \"b\"\ncapacity = 5\n";
     let file = inventory(&a, &["a"], more);
     let order = format!("fleet roll {}", file.display());

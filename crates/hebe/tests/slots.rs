@@ -6,7 +6,7 @@ mod group;
 use std::fs;
 
 use group::server::Server;
-use group::{Host, config, put, put_slot, slot};
+use group::{Host, put, put_slot, slot};
 use serde_json::{Value, json};
 
 #[test]
@@ -14,12 +14,7 @@ fn two_hosts_take_turns() {
     let Some(server) = Server::start(1) else {
         return;
     };
-    let dirs = [(); 2].map(|()| tempfile::tempdir().expect("folder"));
-    let [a, b] = [0, 1].map(|i| Host {
-        dir: dirs[i].path(),
-    });
-    a.configure(&config(&server, "a"));
-    b.configure(&config(&server, "b"));
+    let [a, b] = ["a", "b"].map(|name| Host::of(&server, name));
     a.says(
         "fleet status",
         0,
@@ -53,9 +48,7 @@ fn the_new_kernel_gives_the_slot_back_when_every_vm_answers() {
     let Some(server) = Server::start(1) else {
         return;
     };
-    let dir = tempfile::tempdir().expect("folder");
-    let a = Host { dir: dir.path() };
-    a.configure(&config(&server, "a"));
+    let a = Host::of(&server, "a");
     let later = 4_000_000_000;
     put(&server, "a", later, &["web"]);
     a.says("fleet release --wait 0s", 5, "VM 'web' is not there");
@@ -80,9 +73,7 @@ fn a_machine_of_the_same_name_releases_nothing() {
     let Some(server) = Server::start(1) else {
         return;
     };
-    let dir = tempfile::tempdir().expect("folder");
-    let a = Host { dir: dir.path() };
-    a.configure(&config(&server, "a"));
+    let a = Host::of(&server, "a");
     let mut other = slot("a", 4_000_000_000, &[]);
     other["machine"] = json!("another");
     put_slot(&server, "a", &other);
@@ -94,13 +85,11 @@ fn a_machine_of_the_same_name_releases_nothing() {
 
 #[test]
 fn the_record_on_a_copied_disk_releases_nothing() {
-    let dir = tempfile::tempdir().expect("folder");
-    let a = Host { dir: dir.path() };
-    a.configure("group = \"rack1\"\nhost = \"a\"\n[fleetlock]\nurl = \"http://127.0.0.1:1\"\n");
+    let a = Host::of_nobody();
     let mut other = slot("a", 4_000_000_000, &[]);
     other["machine"] = json!("another");
-    fs::create_dir_all(dir.path().join("state/fleet")).expect("folder");
-    let note = dir.path().join("state/fleet/slot.json");
+    fs::create_dir_all(a.dir().join("state/fleet")).expect("folder");
+    let note = a.dir().join("state/fleet/slot.json");
     fs::write(&note, other.to_string()).expect("write");
     a.says("fleet release", 1, "another machine of the same name 'a'");
     assert!(note.exists());
@@ -111,9 +100,7 @@ fn without_etcd_one_sentence_says_so() {
     let Some(mut server) = Server::start(1) else {
         return;
     };
-    let dir = tempfile::tempdir().expect("folder");
-    let a = Host { dir: dir.path() };
-    a.configure(&config(&server, "a"));
+    let a = Host::of(&server, "a");
     server.kill(0);
     for line in ["fleet status", "fleet unlock b --yes"] {
         a.says(line, 1, "nobody keeps the slots of this group just now");
@@ -126,8 +113,7 @@ fn without_etcd_one_sentence_says_so() {
 
 #[test]
 fn a_host_without_a_sound_group_is_told_what_to_write() {
-    let dir = tempfile::tempdir().expect("folder");
-    let a = Host { dir: dir.path() };
+    let a = Host::new();
     for line in [
         "fleet status",
         "fleet lock",

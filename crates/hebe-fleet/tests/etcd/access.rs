@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use hebe_fleet::config::{EtcdConfig, FleetConfig};
@@ -10,58 +10,11 @@ use hebe_fleet::http::{Client, TlsFiles};
 use hebe_fleet::order::Order;
 use hebe_fleet::slots::{FleetError, Slots};
 use hebe_policy::fleet::holder::Stop;
-use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-};
 use serde_json::json;
 
+use crate::certificates::{Authority, Role, Valid, write};
 use crate::server::Server;
 use crate::{config, name, pinned, quiet, slot, there, times};
-
-/// Somebody who signs certificates, into a folder.
-struct Authority<'a> {
-    dir: &'a Path,
-    issuer: Issuer<'static, KeyPair>,
-    file: PathBuf,
-}
-
-fn write(path: PathBuf, text: &str) -> PathBuf {
-    fs::write(&path, text).expect("write");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("mode");
-    path
-}
-
-impl<'a> Authority<'a> {
-    fn new(dir: &'a Path, called: &str) -> Self {
-        let mut params = CertificateParams::new([]).expect("parameters");
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.distinguished_name.push(DnType::CommonName, called);
-        let key = KeyPair::generate().expect("key");
-        let own = params.self_signed(&key).expect("certificate");
-        Self {
-            file: write(dir.join(format!("{called}.pem")), &own.pem()),
-            issuer: Issuer::new(params, key),
-            dir,
-        }
-    }
-
-    /// A certificate and its key. etcd's own gateway is a client of etcd with
-    /// the server's certificate.
-    fn sign(&self, called: &str) -> (PathBuf, PathBuf) {
-        let mut params = CertificateParams::new(["127.0.0.1".to_owned()]).expect("parameters");
-        params.distinguished_name.push(DnType::CommonName, called);
-        params.extended_key_usages = vec![
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ];
-        let key = KeyPair::generate().expect("key");
-        let signed = params.signed_by(&key, &self.issuer).expect("signed");
-        (
-            write(self.dir.join(format!("{called}.crt")), &signed.pem()),
-            write(self.dir.join(format!("{called}.key")), &key.serialize_pem()),
-        )
-    }
-}
 
 fn open(access: &EtcdConfig) -> Result<Slots, FleetError> {
     let config = FleetConfig {
@@ -84,8 +37,8 @@ fn both_sides_show_who_they_are_over_tls() {
     let dir = tempfile::tempdir().expect("folder");
     let ours = Authority::new(dir.path(), "ours");
     let other = Authority::new(dir.path(), "other");
-    let (server_file, server_key) = ours.sign("server");
-    let (certificate, key) = ours.sign("client");
+    let (server_file, server_key) = ours.sign("server", Role::Both, Valid::Yes);
+    let (certificate, key) = ours.sign("client", Role::Both, Valid::Yes);
     let access = EtcdConfig {
         ca: Some(ours.file.clone()),
         certificate: Some(certificate),
@@ -123,7 +76,7 @@ fn both_sides_show_who_they_are_over_tls() {
         ..good.clone()
     };
     assert!(refused(&nobody).contains("nobody keeps the slots"));
-    let (certificate, foreign_key) = other.sign("stranger");
+    let (certificate, foreign_key) = other.sign("stranger", Role::Both, Valid::Yes);
     let stranger = EtcdConfig {
         certificate: Some(certificate),
         key: Some(foreign_key),

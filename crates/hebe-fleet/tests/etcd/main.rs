@@ -2,6 +2,8 @@
 //! [`server::program`].
 
 mod access;
+#[allow(dead_code, reason = "shared with the tests of hebed")]
+mod certificates;
 mod faults;
 mod rolls;
 mod server;

@@ -16,20 +16,46 @@ use std::process::{Command, Output};
 use hebe_fleet::etcd::{Change, Condition};
 use serde_json::{Value, json};
 use server::Server;
+use tempfile::TempDir;
 
 /// A host: `hebe` with folders of its own.
-pub struct Host<'a> {
-    pub dir: &'a Path,
+pub struct Host {
+    dir: TempDir,
 }
 
-impl Host<'_> {
+impl Host {
+    /// One of no group.
+    pub fn new() -> Self {
+        let dir = tempfile::tempdir().expect("folder");
+        Self { dir }
+    }
+
+    /// One of the group that `server` keeps the slots of.
+    pub fn of(server: &Server, name: &str) -> Self {
+        let host = Self::new();
+        host.configure(&config(server, name));
+        host
+    }
+
+    /// Called a, in a group whose FleetLock server is not there.
+    pub fn of_nobody() -> Self {
+        let host = Self::new();
+        let lock = "[fleetlock]\nurl = \"http://127.0.0.1:1\"\n";
+        host.configure(&format!("group = \"rack1\"\nhost = \"a\"\n{lock}"));
+        host
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
     pub fn hebe(&self, line: &str) -> Output {
         Command::new(env!("CARGO_BIN_EXE_hebe"))
             .args(line.split_whitespace())
-            .env("HEBE_CONFIG_DIR", self.dir.join("etc"))
-            .env("HEBE_STATE_DIR", self.dir.join("state"))
-            .env("HEBE_RUN_DIR", self.dir.join("run"))
-            .env("HEBE_STORE", self.dir.join("no-store"))
+            .env("HEBE_CONFIG_DIR", self.dir().join("etc"))
+            .env("HEBE_STATE_DIR", self.dir().join("state"))
+            .env("HEBE_RUN_DIR", self.dir().join("run"))
+            .env("HEBE_STORE", self.dir().join("no-store"))
             .output()
             .expect("hebe runs")
     }
@@ -48,12 +74,12 @@ impl Host<'_> {
     }
 
     pub fn configure(&self, text: &str) {
-        fs::create_dir_all(self.dir.join("etc")).expect("folder");
-        fs::write(self.dir.join("etc/fleet.toml"), text).expect("write");
+        fs::create_dir_all(self.dir().join("etc")).expect("folder");
+        fs::write(self.dir().join("etc/fleet.toml"), text).expect("write");
     }
 }
 
-pub fn config(server: &Server, host: &str) -> String {
+fn config(server: &Server, host: &str) -> String {
     format!(
         "group = \"rack1\"\nhost = \"{host}\"\nlease = \"5s\"\nrequest_timeout = \"1s\"\n[etcd]\nendpoints = {:?}\n",
         server.endpoints

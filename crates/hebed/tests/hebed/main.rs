@@ -7,6 +7,9 @@
 mod api;
 mod bounds;
 mod browser;
+#[allow(dead_code, reason = "shared with the tests of hebe-fleet")]
+#[path = "../../../hebe-fleet/tests/etcd/certificates.rs"]
+mod certificates;
 mod chromium;
 mod client;
 #[path = "../../../hebe-host/tests/host/fake_vmm.rs"]

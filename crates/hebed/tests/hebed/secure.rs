@@ -4,19 +4,16 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    date_time_ymd,
-};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
+use crate::certificates::{Authority, Pair, Role, Valid};
 use crate::client;
 use crate::world::World;
 
@@ -28,57 +25,6 @@ pub const CASES: &[crate::Case] = &[
     ("strangers_hold_nobody_up", strangers),
     ("files_that_cannot_be_used_are_told_of", files),
 ];
-
-/// Somebody who signs, into a directory.
-struct Authority<'a> {
-    dir: &'a Path,
-    issuer: Issuer<'static, KeyPair>,
-    file: PathBuf,
-}
-
-/// A certificate and its key.
-type Pair = (PathBuf, PathBuf);
-
-fn write(path: PathBuf, text: &str) -> PathBuf {
-    fs::write(&path, text).expect("write");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("mode");
-    path
-}
-
-impl<'a> Authority<'a> {
-    fn new(dir: &'a Path, called: &str) -> Self {
-        let mut params = CertificateParams::new([]).expect("parameters");
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.distinguished_name.push(DnType::CommonName, called);
-        let key = KeyPair::generate().expect("key");
-        let own = params.self_signed(&key).expect("certificate");
-        Self {
-            file: write(dir.join(format!("{called}.pem")), &own.pem()),
-            issuer: Issuer::new(params, key),
-            dir,
-        }
-    }
-
-    /// For a client or a server; one that is not valid any more.
-    fn sign(&self, called: &str, client: bool, expired: bool) -> Pair {
-        let mut params = CertificateParams::new(["127.0.0.1".to_owned()]).expect("parameters");
-        params.distinguished_name.push(DnType::CommonName, called);
-        params.extended_key_usages = vec![match client {
-            true => ExtendedKeyUsagePurpose::ClientAuth,
-            false => ExtendedKeyUsagePurpose::ServerAuth,
-        }];
-        if expired {
-            params.not_before = date_time_ymd(2020, 1, 1);
-            params.not_after = date_time_ymd(2021, 1, 1);
-        }
-        let key = KeyPair::generate().expect("key");
-        let signed = params.signed_by(&key, &self.issuer).expect("signed");
-        (
-            write(self.dir.join(format!("{called}.crt")), &signed.pem()),
-            write(self.dir.join(format!("{called}.key")), &key.serialize_pem()),
-        )
-    }
-}
 
 fn arguments(pair: &Pair, ca: &Path) -> Vec<String> {
     let text = |path: &Path| path.display().to_string();
@@ -157,10 +103,10 @@ fn clients() {
         Authority::new(world.root.path(), "ours"),
         Authority::new(world.root.path(), "other"),
     );
-    let server = ours.sign("server", false, false);
+    let server = ours.sign("server", Role::Server, Valid::Yes);
     let _daemon = world.daemon_with(&arguments(&server, &ours.file));
     let address = address(&world);
-    let good = ours.sign("operator", true, false);
+    let good = ours.sign("operator", Role::Client, Valid::Yes);
     let answer = ask(address, &ours.file, Some(&good), VMS).expect("served");
     assert!(
         answer.starts_with("HTTP/1.1 200 ") && answer.contains("\"web\""),
@@ -177,12 +123,12 @@ fn clients() {
     let refused = |pair: Option<&Pair>| ask(address, &ours.file, pair, VMS).expect_err("refused");
     let why = refused(None);
     assert!(why.contains("CertificateRequired"), "{why}");
-    let why = refused(Some(&other.sign("stranger", true, false)));
+    let why = refused(Some(&other.sign("stranger", Role::Client, Valid::Yes)));
     assert!(
         why.contains("UnknownCA") || why.contains("DecryptError"),
         "{why}"
     );
-    let why = refused(Some(&ours.sign("former", true, true)));
+    let why = refused(Some(&ours.sign("former", Role::Client, Valid::NotAnyMore)));
     assert!(why.contains("CertificateExpired"), "{why}");
     // A certificate for servers is none for clients.
     let why = refused(Some(&server));
@@ -204,10 +150,10 @@ fn clients() {
 fn strangers() {
     let world = World::new();
     let ours = Authority::new(world.root.path(), "ours");
-    let server = ours.sign("server", false, false);
+    let server = ours.sign("server", Role::Server, Valid::Yes);
     let daemon = world.daemon_with(&arguments(&server, &ours.file));
     let address = address(&world);
-    let good = ours.sign("operator", true, false);
+    let good = ours.sign("operator", Role::Client, Valid::Yes);
     let began = Instant::now();
     let crowd: Vec<TcpStream> = (0..hebed::tls::HANDSHAKES_MAX)
         .map(|_| connect(address))
@@ -231,7 +177,7 @@ fn files() {
     let world = World::new();
     let dir = world.root.path();
     let ours = Authority::new(dir, "ours");
-    let (certificate, key) = ours.sign("server", false, false);
+    let (certificate, key) = ours.sign("server", Role::Server, Valid::Yes);
     let says = |pair: &Pair, ca: &Path| {
         let mut command = world.command();
         let output = command
