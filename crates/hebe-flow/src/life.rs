@@ -141,7 +141,9 @@ impl std::fmt::Display for Refused {
             (Life::Saved | Life::SavedHeld, Order::Start | Order::StartAfresh) => {
                 "it is saved in a file: `hebe resume NAME` continues it, `hebe drop NAME --yes` gives it up"
             }
-            (Life::Running | Life::Paused, Order::Drop) => "it is up: `hebe stop NAME` it first",
+            (Life::Running | Life::Paused, Order::Drop) => {
+                "it is up: stop it first with `hebe stop NAME`"
+            }
             (Life::Absent, _) => "it is not up: `hebe start NAME` boots it",
             (Life::Crashed, _) => {
                 "it stopped without a state: `hebe start NAME` boots it, `hebe drop NAME` frees its memory"
@@ -150,7 +152,7 @@ impl std::fmt::Display for Refused {
                 "it was frozen in a store that this kernel does not have: boot the kernel that has it to continue it; `hebe start NAME --afresh` boots it, `hebe drop NAME --yes` gives it up, and after either its memory is never continued"
             }
             (Life::Frozen, Order::Stop | Order::Freeze | Order::Pause | Order::Save) => {
-                "it is frozen: `hebe resume NAME` it first"
+                "it is frozen: resume it first with `hebe resume NAME`"
             }
             _ => {
                 "it is in the middle of something else, or the order makes no sense now: see `hebe list`"

@@ -102,6 +102,41 @@ pub fn read(path: &Path) -> Result<VmConfig, DefinitionError> {
     Ok(config)
 }
 
+/// Reads and checks a definition as a person wrote it: paths are meant from the
+/// folder that it lies in. A VM is resumed by another process, elsewhere.
+pub fn read_own(path: &Path) -> Result<VmConfig, DefinitionError> {
+    let mut config = read(path)?;
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    resolve(&mut config, folder).map_err(|source| DefinitionError::Unreadable {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok(config)
+}
+
+/// Makes every path absolute, as seen from `folder`.
+///
+/// # Errors
+/// This process has no working directory any more, and `folder` is seen from it.
+pub fn resolve(config: &mut VmConfig, folder: &Path) -> io::Result<()> {
+    for path in config.paths_mut() {
+        if !path.as_os_str().is_empty() {
+            *path = std::path::absolute(folder.join(&*path))?;
+        }
+    }
+    Ok(())
+}
+
+/// One that is found by its file's name.
+fn read_named(path: PathBuf, name: &VmName) -> Result<VmConfig, DefinitionError> {
+    let config = read_own(&path)?;
+    if config.name != *name {
+        let name = config.name;
+        return Err(DefinitionError::Misnamed { path, name });
+    }
+    Ok(config)
+}
+
 /// Checks that the files that a VM boots from and writes to are there.
 pub fn check_files(config: &VmConfig, path: &Path) -> Result<(), DefinitionError> {
     check_boot_files(config, path)?;
@@ -171,11 +206,7 @@ pub fn load(layout: &Layout, name: &VmName) -> Result<(PathBuf, VmConfig), HostE
         name: name.clone(),
         expected: expected_path(layout, name),
     })?;
-    let config = read(&path)?;
-    if config.name != *name {
-        let name = config.name;
-        return Err(DefinitionError::Misnamed { path, name }.into());
-    }
+    let config = read_named(path.clone(), name)?;
     Ok((path, config))
 }
 
@@ -189,7 +220,8 @@ pub fn all(layout: &Layout) -> BTreeMap<VmName, Result<VmConfig, DefinitionError
                 continue;
             };
             if let Ok(name) = stem.parse::<VmName>() {
-                found.entry(name).or_insert_with(|| read(&entry.path()));
+                let read = || read_named(entry.path(), &name);
+                found.entry(name.clone()).or_insert_with(read);
             }
         }
     }
@@ -278,6 +310,8 @@ mod tests {
         fs::write(&path, "name=\"db\"\nmemory=\"2MiB\"\nkernel=\"/k\"\n").expect("write");
         let error = load(&layout, &name).expect_err("misnamed").to_string();
         assert!(error.contains("db.toml"), "{error}");
+        let listed = all(&layout).remove(&name).expect("listed");
+        assert_eq!(listed.expect_err("misnamed").to_string(), error);
         fs::write(&path, "name=\"web\"\nmemory=\"2MiB\"\nkernel=\"/k\"\n").expect("write");
         let (_, config) = load(&layout, &name).expect("found");
         assert_eq!(all(&layout).len(), 1);
@@ -285,5 +319,23 @@ mod tests {
             .expect_err("no kernel")
             .to_string();
         assert!(error.contains("kernel /k"), "{error}");
+    }
+    #[test]
+    fn paths_are_meant_from_the_folder_of_the_definition() {
+        let root = tempfile::tempdir().expect("dir");
+        let layout = Layout::below(root.path());
+        let name: VmName = "web".parse().expect("name");
+        let path = expected_path(&layout, &name);
+        let folder = path.parent().expect("parent");
+        fs::create_dir_all(folder).expect("mkdir");
+        let text = "name=\"web\"\nmemory=\"2MiB\"\nkernel=\"/k\"\ninitrd=\"./i\"\n[[disk]]\npath=\"d\"\nformat=\"qcow2\"\nbacking=[\"b\"]\n";
+        fs::write(&path, text).expect("write");
+        let (_, config) = load(&layout, &name).expect("found");
+        assert_eq!(config.kernel.as_deref(), Some(Path::new("/k")));
+        assert_eq!(config.initrd, Some(folder.join("i")));
+        assert_eq!(config.disks[0].path, folder.join("d"));
+        assert_eq!(config.disks[0].backing, [folder.join("b")]);
+        let listed = all(&layout).remove(&name).expect("listed");
+        assert_eq!(listed.expect("readable"), config);
     }
 }

@@ -113,7 +113,7 @@ pub fn run_with(
     // A later boot of this VM, after a cold reboot, takes the operator's own
     // definition where there is one; so it must not say something else.
     let own = definitions::expected_path(&host.layout, name);
-    if own.exists() && !definitions::read(&own).is_ok_and(|defined| defined == *config) {
+    if own.exists() && !definitions::read_own(&own).is_ok_and(|defined| defined == *config) {
         return Err(HostError::Refused {
             name: name.clone(),
             why: format!(
@@ -188,13 +188,18 @@ fn boot_locked(host: &Host, lock: &VmLock, config: &VmConfig) -> Result<VmStatus
     let config = network::resolved(host, config, vm)?;
     let config = overlays::begin(&host.layout, &config, vm)?;
     let booted = boot_new(host, lock, &config, vm);
-    match booted {
+    match &booted {
         // Not before: a boot that fails leaves what was frozen as it was.
         Ok(_) => {
             overlays::forget(&host.layout, name, Some(vm));
             saved::forget_lives(&host.layout, name, Some(vm));
         }
-        Err(_) => overlays::end(&host.layout, name, vm),
+        Err(error) => {
+            overlays::end(&host.layout, name, vm);
+            if never_ran(host, name, error) {
+                saved::forget_life(&host.layout, name, vm);
+            }
+        }
     }
     booted
 }
@@ -566,11 +571,12 @@ fn drop_as(host: &Host, name: &VmName, meant: bool) -> Result<(), HostError> {
     let row = survey.row(host, name)?;
     // What is damaged may still be read by another release or kernel.
     let precious = row.life.is_precious() || row.state == VmState::Damaged;
-    if precious && !meant {
-        return Err(would_be_lost(name, row.state.as_str()));
-    }
+    // One that is up is stopped first, whatever is meant.
     if row.life.has_vmm() {
         admit(row, Order::Drop)?;
+    }
+    if precious && !meant {
+        return Err(would_be_lost(name, row.state.as_str()));
     }
     let lock = lock(host, name)?;
     // Whoever held the lock before may have frozen it after that look.

@@ -234,6 +234,11 @@ fn lives(layout: &Layout) -> PathBuf {
     layout.state.join("lives")
 }
 
+/// Forgets what a life was to be booted with that did not begin.
+pub(crate) fn forget_life(layout: &Layout, name: &VmName, vm: VmId) {
+    let _ = fs::remove_file(LifeFile::new(layout, name, vm).0);
+}
+
 /// Forgets what the VM's lives were booted with, but for the life `but`. A file
 /// that stays is harmless: no other life has its id.
 pub(crate) fn forget_lives(layout: &Layout, name: &VmName, but: Option<VmId>) {

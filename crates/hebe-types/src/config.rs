@@ -356,6 +356,13 @@ pub enum ConfigError {
 }
 
 impl VmConfig {
+    /// Every file of the host that it names.
+    pub fn paths_mut(&mut self) -> impl Iterator<Item = &mut PathBuf> {
+        let boot = self.kernel.iter_mut().chain(&mut self.initrd);
+        let disks = self.disks.iter_mut();
+        boot.chain(disks.flat_map(|disk| std::iter::once(&mut disk.path).chain(&mut disk.backing)))
+    }
+
     /// Checks everything that can be checked without the host.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let memory = self.memory;
@@ -496,6 +503,15 @@ mod tests {
         let mut config = sample();
         change(&mut config);
         config.validate().expect_err("must be refused").to_string()
+    }
+
+    #[test]
+    fn every_file_that_is_named_is_found() {
+        let mut config = sample();
+        config.initrd = Some("/i".into());
+        config.disks[0].backing = vec!["/b".into()];
+        let names: Vec<_> = config.paths_mut().map(|path| path.clone()).collect();
+        assert_eq!(names, ["/k", "/i", "/d", "/b"].map(PathBuf::from));
     }
 
     #[test]

@@ -197,8 +197,10 @@ fn refused_orders() {
     world.start(&["web"]);
     let twice = ops::start(&world.host, &name("web")).expect_err("runs");
     assert!(twice.to_string().contains("runs already"), "{twice}");
-    let drop = ops::drop_vm(&world.host, &name("web")).expect_err("runs");
-    assert!(drop.to_string().contains("hebe stop"), "{drop}");
+    for order in [ops::drop_vm, ops::drop_worthless] {
+        let error = order(&world.host, &name("web")).expect_err("runs");
+        assert!(error.to_string().contains("hebe stop web"), "{error}");
+    }
     ops::suspend(&world.host, &name("web")).expect("suspends");
     let start = ops::start(&world.host, &name("web")).expect_err("frozen");
     assert!(start.to_string().contains("hebe resume"), "{start}");
@@ -346,6 +348,8 @@ fn transient() {
     world.tell("web", "fail-start");
     assert!(ops::run(&world.host, &config).is_err());
     assert!(listing::survey(&world.host).rows.is_empty(), "nothing left");
+    let lives = fs::read_dir(world.host.layout.state.join("lives")).expect("dir");
+    assert_eq!(lives.count(), 0);
 }
 
 /// The same where a VMM still holds the memory.

@@ -1,5 +1,6 @@
 //! `run`, `start`, `stop`, `list`, `show`, `drop`.
 
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -36,7 +37,7 @@ pub fn done(out: &Output, name: &VmName, result: &'static str) {
 /// `hebe run`.
 pub fn run(host: &Host, args: RunArgs, out: &Output) -> Outcome {
     let (config, seed) = match &args.file {
-        Some(path) => (definitions::read(path).map_err(HostError::from)?, None),
+        Some(path) => (definitions::read_own(path).map_err(HostError::from)?, None),
         None => of_flags(host, args)?,
     };
     let bar = Bar::busy(out, &format!("starting '{}'", config.name));
@@ -55,6 +56,12 @@ fn of_flags(host: &Host, mut args: RunArgs) -> Result<(VmConfig, Option<Vec<u8>>
         let path = definitions::seed_path(&host.layout, &config.name);
         config.disks.push(DiskConfig::raw(path, true));
     }
+    // It is resumed from another directory than this one.
+    definitions::resolve(&mut config, Path::new("")).map_err(|e| {
+        Failure(format!(
+            "this shell's directory is gone: go to another one, or name files from / on ({e})"
+        ))
+    })?;
     Ok((config, seed))
 }
 
@@ -367,4 +374,28 @@ pub fn drop_vm(host: &Host, name: &VmName, yes: bool, out: &Output) -> Outcome {
     drop(bar);
     done(out, name, "dropped");
     Ok(Exit::Done)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    /// A VM is resumed by a unit, whose directory is another one.
+    #[test]
+    fn files_that_flags_name_are_found_from_everywhere() {
+        let line = "hebe run --name a --kernel k --initrd ./i --disk d --disk /e --hostname h";
+        let cli = Cli::try_parse_from(line.split(' ')).expect("line");
+        let Command::Run(args) = cli.command else {
+            panic!("not run");
+        };
+        let (mut config, _) = of_flags(&Host::here(), args).expect("a definition");
+        let here = std::env::current_dir().expect("here");
+        let wanted = [here.join("k"), here.join("i"), here.join("d"), "/e".into()];
+        let named: Vec<_> = config.paths_mut().map(|path| path.clone()).collect();
+        assert_eq!(named[..4], wanted);
+        assert!(named[4].is_absolute(), "{named:?}");
+    }
 }
