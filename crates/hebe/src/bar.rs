@@ -40,17 +40,32 @@ impl Bar {
         if out.is_json() || !io::stderr().is_terminal() {
             return Self(None);
         }
-        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        Self::on(ProgressDrawTarget::stderr, text, look)
+    }
+
+    fn on(
+        target: impl FnOnce() -> ProgressDrawTarget + Send + 'static,
+        text: &str,
+        look: impl Fn() -> Done + Send + 'static,
+    ) -> Self {
+        // Nothing draws it before it is worth while, lines aside neither.
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
         bar.set_message(text.to_owned());
         let (stop, stopped) = mpsc::channel();
         let drawn = bar.clone();
         let drawer = thread::Builder::new().spawn(move || {
+            let mut target = Some(target);
             let mut pause = LONG;
             while stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
                 pause = DRAW_EVERY;
+                if let Some(target) = target.take() {
+                    drawn.set_draw_target(target());
+                }
                 draw(&drawn, look());
             }
-            drawn.finish_and_clear();
+            if target.is_none() {
+                drawn.finish_and_clear();
+            }
         });
         Self(Some(Shown {
             bar,
@@ -159,6 +174,17 @@ mod tests {
         // More than was thought.
         let text = shown(Some((9, 4)));
         assert!(text.contains("4 B of 4 B"), "{text}");
+    }
+
+    #[test]
+    fn what_is_short_leaves_no_trace() {
+        let paper = Paper::default();
+        let drawn = Box::new(paper.clone());
+        let target = || ProgressDrawTarget::term_like(drawn);
+        let bar = Bar::on(target, "starting", || None);
+        assert_eq!(bar.aside(|| 7), 7);
+        drop(bar);
+        assert_eq!(paper.taken(), "");
     }
 
     #[test]

@@ -294,7 +294,6 @@ pub enum StoreArg {
     Memfd,
 }
 
-/// Flags of `stop`.
 /// Of `keeper`, which `hebe` starts.
 #[derive(Debug, Args)]
 pub struct KeeperArgs {
@@ -306,6 +305,7 @@ pub struct KeeperArgs {
     pub notify: Option<OsString>,
 }
 
+/// Flags of `stop`.
 #[derive(Debug, Args)]
 pub struct StopArgs {
     /// The VMs.

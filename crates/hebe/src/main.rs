@@ -46,7 +46,15 @@ fn main() -> ExitCode {
         );
     }
     match commands::run(&host, cli.command, &out, started) {
-        Ok(exit) => exit.into(),
+        Ok(exit) => match (exit, output::unwritten()) {
+            (output::Exit::Done, Some(why)) => {
+                out.progress(&format!(
+                    "what was ordered is done, and the answer could not be written ({why})"
+                ));
+                output::Exit::Failed.into()
+            }
+            _ => exit.into(),
+        },
         Err(failure) => {
             out.failure(&failure);
             output::Exit::Failed.into()

@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 use hebe_host::HostError;
 use hebe_host::listing::with_cause;
@@ -54,6 +55,23 @@ impl From<String> for Failure {
 /// What a command gives back.
 pub type Outcome = Result<Exit, Failure>;
 
+/// Why an answer could not be written.
+static UNWRITTEN: OnceLock<String> = OnceLock::new();
+
+/// Why half an answer at most is in its file, if so.
+pub fn unwritten() -> Option<&'static str> {
+    UNWRITTEN.get().map(String::as_str)
+}
+
+/// What leaves half a file behind. That nobody reads any more, or a console that
+/// hung up, is no failure of a command.
+fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
+    )
+}
+
 /// Writes answers as text or as JSON. Writing never stops a command half-way:
 /// a reader that went away is no reason to leave VMs in between.
 #[derive(Clone, Copy, Debug)]
@@ -82,12 +100,18 @@ impl Output {
         if !answer.is_empty() && !answer.ends_with('\n') {
             answer.push('\n');
         }
-        let _ = io::stdout().lock().write_all(answer.as_bytes());
+        self.raw(answer.as_bytes());
     }
 
     /// Raw bytes to stdout.
     pub fn raw(&self, bytes: &[u8]) {
-        let _ = io::stdout().lock().write_all(bytes);
+        let mut stdout = io::stdout().lock();
+        let written = stdout.write_all(bytes).and_then(|()| stdout.flush());
+        if let Err(error) = written
+            && is_full(&error)
+        {
+            let _ = UNWRITTEN.set(error.to_string());
+        }
     }
 
     /// A step of something that takes long; to stderr, so that stdout holds

@@ -24,9 +24,12 @@ fn a_host_is_sampled_and_it_is_too_early_to_tell() {
     assert_eq!(none.status.code(), Some(1));
     let stderr = String::from_utf8_lossy(&none.stderr);
     assert!(stderr.contains("hebe host sample"), "{stderr}");
-    for _ in 0..2 {
-        assert!(hebe(dir.path(), &["host", "sample"]).status.success());
-    }
+    assert!(hebe(dir.path(), &["host", "sample"]).status.success());
+    let output = hebe(dir.path(), &["--json", "host", "sample"]);
+    let taken: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(taken["readings"][0]["indicator"], "memory-available");
+    assert!(taken["readings"][0]["limit"].is_number(), "{taken}");
+    assert!(taken["boot_id"].is_string(), "{taken}");
     let output = hebe(dir.path(), &["--json", "host", "age"]);
     let value: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     assert_eq!(

@@ -309,3 +309,72 @@ fn an_order_for_several_vms_answers_for_each() {
         assert_eq!(named, [true, true], "{orders}: {answers:?}");
     }
 }
+
+/// A definition may be readable for everybody, and the runtime directory is not.
+#[test]
+fn who_may_not_look_is_not_told_that_no_vm_is_up() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    let host = Host::new();
+    let everybody = |path: &Path| {
+        let mode = fs::Permissions::from_mode(0o755);
+        fs::set_permissions(path, mode).expect("chmod");
+    };
+    everybody(host.root.path());
+    let vms = host.root.path().join("run/vms");
+    fs::create_dir_all(&vms).expect("mkdir");
+    everybody(&host.root.path().join("run"));
+    fs::set_permissions(&vms, fs::Permissions::from_mode(0o000)).expect("chmod");
+    for line in [
+        &["list"][..],
+        &["top", "--once"],
+        &["show", "web"],
+        &["console", "web"],
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hebe"));
+        command.args(line).env("HEBE_RUN_DIR", host.path("run"));
+        command.env("HEBE_CONFIG_DIR", host.path("etc"));
+        if rustix::process::geteuid().is_root() {
+            command.uid(65_534).gid(65_534);
+        }
+        let output = match command.output() {
+            Ok(output) => output,
+            Err(e) => {
+                eprintln!("skipped here: nobody but root can run the program ({e})");
+                return;
+            }
+        };
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{line:?}: {text}");
+        assert!(text.contains("sudo") && output.stdout.is_empty(), "{text}");
+    }
+}
+
+#[test]
+fn a_refusal_is_one_document_and_says_its_reason_once() {
+    let host = Host::new();
+    // Where nothing keeps VMs, or there is no kernel to load.
+    let (status, answer) = host.json(&["reboot", "--load", "--kernel", "/no/such"]);
+    assert_eq!((status, &answer["result"]), (3, &"refused".into()));
+    let image = host.path("no/such/dir/x.img");
+    let (status, answer) = host.json(&["image", "build", &image, "--suite", "bookworm"]);
+    assert_eq!(status, 1);
+    let error = answer["error"].as_str().expect("a sentence");
+    assert!(error.matches("os error").count() < 2, "{error}");
+}
+
+/// A file of half an answer is a failure.
+#[test]
+fn an_answer_that_does_not_fit_is_told() {
+    let host = Host::new();
+    for line in [&["completions", "bash"][..], &["list"]] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hebe"));
+        command.args(line).env("HEBE_RUN_DIR", host.path("run"));
+        let full = fs::File::options().write(true).open("/dev/full");
+        let output = command.stdout(full.expect("/dev/full")).output();
+        let output = output.expect("hebe runs");
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{line:?}: {text}");
+        assert!(text.contains("could not be written"), "{text}");
+    }
+}

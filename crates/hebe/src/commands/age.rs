@@ -6,7 +6,8 @@ use hebe_host::Host;
 use hebe_host::ageing::{self, AgeingError, SLOTS, SampleStore, path_below, read};
 use hebe_host::listing::with_cause;
 use hebe_policy::ageing::words::{alert, amount, time, trend};
-use hebe_policy::ageing::{Assessment, Finding, Look, assess, chart};
+use hebe_policy::ageing::{Assessment, Finding, Indicator, Look, Reading, Sample, assess, chart};
+use hebe_types::VmId;
 use serde::Serialize;
 
 use crate::cli::AgeArgs;
@@ -23,8 +24,40 @@ pub fn sample(host: &Host, out: &Output) -> Outcome {
     let sample = ageing::sample(host)
         .map_err(|e| Failure(format!("this host cannot be sampled: {}", with_cause(&e))))?;
     SampleStore::open(&path_below(&host.layout.state), SLOTS)?.append(&sample)?;
-    out.answer(&sample, String::new);
+    out.answer(&Taken::from(&sample), String::new);
     Ok(Exit::Done)
+}
+
+/// A sample, with the names that `host age` uses.
+#[derive(Serialize)]
+struct Taken {
+    boot_id: String,
+    up_s: f64,
+    at_s: f64,
+    readings: Vec<Named>,
+}
+
+#[derive(Serialize)]
+struct Named {
+    indicator: Indicator,
+    #[serde(flatten)]
+    reading: Reading,
+}
+
+impl From<&Sample> for Taken {
+    fn from(sample: &Sample) -> Self {
+        let pairs = Indicator::ALL.into_iter().zip(sample.readings);
+        let told = pairs.filter_map(|(indicator, reading)| {
+            let reading = reading?;
+            Some(Named { indicator, reading })
+        });
+        Self {
+            boot_id: VmId(sample.boot).to_string(),
+            up_s: sample.up_s,
+            at_s: sample.at_s,
+            readings: told.collect(),
+        }
+    }
 }
 
 #[derive(Serialize)]

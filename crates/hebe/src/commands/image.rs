@@ -89,7 +89,13 @@ fn build_image(args: &ImageBuildArgs, out: &Output) -> Outcome {
 
 fn with_causes(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |e| e.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+    causes.fold(error.to_string(), |text, cause| {
+        let more = cause.to_string();
+        match text.ends_with(&more) {
+            true => text,
+            false => format!("{text}: {more}"),
+        }
+    })
 }
 
 /// What the flags ask for.

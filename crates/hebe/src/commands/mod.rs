@@ -25,11 +25,18 @@ use hebe_host::Host;
 use hebe_types::Stamp;
 
 use crate::cli::{Cli, Command};
-use crate::output::{Exit, Outcome, Output};
+use crate::output::{Exit, Failure, Outcome, Output};
 
 /// Carries out one command. `started` is the instant this process began.
 pub fn run(host: &Host, command: Command, out: &Output, started: Stamp) -> Outcome {
     let is_helper = matches!(command, Command::NetHelper | Command::Keeper(_));
+    let looks = matches!(
+        command,
+        Command::List | Command::Show { .. } | Command::Top(_) | Command::Console { .. }
+    );
+    if looks {
+        may_look(host)?;
+    }
     let outcome = carry_out(host, command, out, started);
     if is_helper {
         return outcome;
@@ -38,6 +45,18 @@ pub fn run(host: &Host, command: Command, out: &Output, started: Stamp) -> Outco
         out.progress(&words);
     }
     outcome
+}
+
+/// Whoever may not look into the runtime directory would be told that no VM is up.
+fn may_look(host: &Host) -> Result<(), Failure> {
+    let vms = host.layout.run.join("vms");
+    match std::fs::read_dir(&vms) {
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Err(Failure(format!(
+            "you may not look into {}, so it is not known which VMs are up: run it with sudo, or ask hebed ({e})",
+            vms.display()
+        ))),
+        _ => Ok(()),
+    }
 }
 
 fn carry_out(host: &Host, command: Command, out: &Output, started: Stamp) -> Outcome {

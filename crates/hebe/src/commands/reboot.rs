@@ -60,10 +60,8 @@ struct Loaded {
 /// `hebe reboot --load`.
 fn load(host: &Host, options: &RebootOptions, out: &Output) -> Outcome {
     if let Err(why) = host.system.armed() {
-        out.progress(&format!(
-            "nobody would keep the VMs when the host leaves: {why}"
-        ));
-        return Ok(Exit::CheckFailed);
+        let why = format!("nobody would keep the VMs when the host leaves: {why}");
+        return Ok(ended(&RebootEnd::Refused(why), out));
     }
     let say = |text: &str| out.progress(text);
     match stage(host, options, &say) {

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::vm::{done, each};
 use crate::cli::{FromArg, ResumeArgs};
-use crate::output::{Exit, Failure, Outcome, Output};
+use crate::output::{Exit, Outcome, Output};
 
 #[derive(Serialize)]
 struct Suspended<'a> {
@@ -69,15 +69,18 @@ pub fn resume(host: &Host, args: &ResumeArgs, out: &Output, started: Stamp) -> O
 fn all(host: &Host, autostart: bool, out: &Output, started: Stamp) -> Outcome {
     let result = resume_all(host, started, autostart)?;
     out.answer(&result, || sentences(&result.vms));
+    // Each stands in the answer, too: JSON is one document.
     if let Some(trouble) = &result.store_trouble {
-        return Err(Failure(format!(
+        out.progress(&format!(
             "no VM was resumed from the store, and nothing in it was changed: {trouble}"
-        )));
+        ));
+        return Ok(Exit::Failed);
     }
     if let Some(trouble) = &result.carry_trouble {
-        return Err(Failure(format!(
+        out.progress(&format!(
             "nothing of what the kernel before this one was to hand over could be had: {trouble}"
-        )));
+        ));
+        return Ok(Exit::Failed);
     }
     if let Some(trouble) = &result.pending_trouble {
         out.progress(trouble);

@@ -30,7 +30,7 @@ const DRAW_EVERY: Duration = Duration::from_millis(200);
 
 /// `hebe top`.
 pub fn top(host: &Host, args: TopArgs, out: &Output) -> Outcome {
-    if args.once || out.is_json() || !io::stdout().is_terminal() {
+    if args.once || out.is_json() || !io::stdout().is_terminal() || cannot_be_steered() {
         let mut looker = Looker::new(host);
         looker.look();
         thread::sleep(ONCE_OVER);
@@ -45,6 +45,11 @@ pub fn top(host: &Host, args: TopArgs, out: &Output) -> Outcome {
     drop(screen);
     watched.map_err(failed)?;
     Ok(Exit::Done)
+}
+
+/// A terminal of which is known that it can do nothing but scroll.
+fn cannot_be_steered() -> bool {
+    std::env::var_os("TERM").is_some_and(|term| term == "dumb")
 }
 
 fn watch(host: &Host, screen: &Screen) -> io::Result<()> {

@@ -82,8 +82,13 @@ impl Terminal {
     }
 
     fn start(&self, host: &Host) -> Running {
+        self.start_as(host, "xterm")
+    }
+
+    fn start_as(&self, host: &Host, term: &str) -> Running {
         let end = || self.other.try_clone().expect("clone");
         let mut command = host.command(&["top"]);
+        command.env("TERM", term);
         command.stdin(end()).stdout(end());
         Running(command.spawn().expect("hebe runs"))
     }
@@ -129,6 +134,16 @@ fn a_terminal_is_drawn_on_resized_and_given_back() {
         terminal.text().ends_with("\u{1b}[?1049l")
     });
     assert!(terminal.is_ordinary());
+}
+
+#[test]
+fn a_terminal_that_cannot_be_steered_gets_one_frame() {
+    let host = Host::new();
+    host.vm_dir("web");
+    let terminal = Terminal::new(100, 24);
+    assert!(terminal.start_as(&host, "dumb").ended().success());
+    until("it is printed", || terminal.text().contains("web"));
+    assert!(!terminal.text().contains('\u{1b}'), "{}", terminal.text());
 }
 
 #[test]
