@@ -22,10 +22,14 @@ pub fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     fs::create_dir_all(parent)?;
     let mut fresh = path.as_os_str().to_owned();
     fresh.push(".new");
-    let mut file = File::create(&fresh)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&fresh, path)?;
+    let written = File::create(&fresh)
+        .and_then(|mut file| {
+            file.write_all(bytes)?;
+            file.sync_all()
+        })
+        .and_then(|()| fs::rename(&fresh, path));
+    // On a full disk, what is left of it would only take room.
+    written.inspect_err(|_| drop(fs::remove_file(&fresh)))?;
     sync_dir(parent)
 }
 
@@ -115,6 +119,15 @@ mod tests {
         remove_durably(&path).expect("already gone");
         let none: Option<Vec<String>> = read_json(&path).expect("absent");
         assert_eq!(none, None);
+    }
+
+    #[test]
+    fn a_write_that_fails_leaves_nothing_beside() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("a");
+        fs::create_dir(&path).expect("mkdir");
+        write_durably(&path, b"x").expect_err("a directory is there");
+        assert_eq!(fs::read_dir(dir.path()).expect("dir").count(), 1);
     }
 
     #[test]

@@ -70,13 +70,16 @@ pub(crate) fn look(piece: &Piece) -> Content {
     Content::Nothing
 }
 
+/// What is said of an image that is given as a raw disk.
+const QCOW2: &str = "a qcow2 image, which takes a name that ends in .qcow2, or format = \"qcow2\"";
+
 fn other(piece: &Piece) -> Option<&'static str> {
     let is = |at: u64, magic: &[u8]| {
         let mut found = vec![0; magic.len()];
         piece.read_at(&mut found, at).is_ok() && found == magic
     };
     let known: [(&str, u64, &[u8]); 8] = [
-        ("a qcow2 image, whose format must be said", 0, b"QFI\xfb"),
+        (QCOW2, 0, b"QFI\xfb"),
         ("xfs", 0, b"XFSB"),
         ("btrfs", 0x1_0040, b"_BHRfS_M"),
         ("LUKS encryption", 0, b"LUKS\xba\xbe"),

@@ -67,7 +67,7 @@ pub enum VmError {
     #[error(transparent)]
     Disk(#[from] hebe_block::BlockError),
     /// The disk that it boots from.
-    #[error("the VM cannot boot from its first disk: {0}")]
+    #[error("the VM cannot boot from its first disk")]
     Image(#[from] hebe_image::ImageError),
     /// Both command lines together.
     #[error("the kernel command line has {0} bytes, with what the first disk says: at most 2047")]

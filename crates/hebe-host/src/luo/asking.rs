@@ -103,11 +103,14 @@ pub(crate) fn ensure(host: &Host) -> Option<String> {
 fn ask(socket: &Path, ask: Ask) -> io::Result<Option<UnixStream>> {
     let mut stream = match UnixStream::connect(socket) {
         Ok(stream) => stream,
-        // There is none, or it ended: nothing is held.
+        // There is none, or it ended, or none can be: the name is too long for a
+        // socket. Nothing is held.
         Err(e)
             if matches!(
                 e.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                io::ErrorKind::NotFound
+                    | io::ErrorKind::ConnectionRefused
+                    | io::ErrorKind::InvalidInput
             ) =>
         {
             return Ok(None);
