@@ -1,11 +1,12 @@
-//! Room of a file or device that is given back, or made zeros.
+//! Room of a file or device that is given back, or made zeros. A read that ends
+//! meanwhile may interrupt that ([`crate::BlockBackend::open_ring`]).
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{FallocateFlags, fallocate};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 
 /// Bytes of zeros that are written at a time, where nothing else works.
 const CHUNK: usize = 1 << 20;
@@ -16,7 +17,7 @@ const CHUNK: usize = 1 << 20;
 /// Of kind `Unsupported` where the host cannot, or not in these pieces.
 pub(crate) fn discard(file: &File, offset: u64, len: u64) -> io::Result<()> {
     let holes = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    match fallocate(file, holes, offset, len) {
+    match retry_on_intr(|| fallocate(file, holes, offset, len)) {
         Ok(()) => Ok(()),
         // A device takes whole blocks of its own alone.
         Err(Errno::INVAL) => Err(io::ErrorKind::Unsupported.into()),
@@ -31,7 +32,7 @@ pub(crate) fn zero(file: &File, offset: u64, len: u64, may_give_back: bool) -> i
         return Ok(());
     }
     let zeros = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
-    match fallocate(file, zeros, offset, len) {
+    match retry_on_intr(|| fallocate(file, zeros, offset, len)) {
         Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => write_zeros(file, offset, len),
         result => result.map_err(io::Error::from),
     }

@@ -11,8 +11,10 @@ mod identity;
 mod overlay;
 mod qcow2;
 mod raw;
+mod reads;
 
 pub use identity::{DiskChange, disk_change};
 pub use overlay::make_overlay;
 pub use qcow2::ImageTrouble;
 pub use raw::{BlockBackend, BlockError, SECTOR_SIZE};
+pub use reads::{NoRing, READS_MAX};

@@ -15,6 +15,7 @@ use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use crate::clear;
 use crate::identity;
 use crate::qcow2::{Image, ImageTrouble, Link, needs};
+use crate::reads::Reads;
 
 /// Bytes per sector, as virtio counts (virtio 1.2, 5.2.5).
 pub const SECTOR_SIZE: u64 = 512;
@@ -96,7 +97,7 @@ pub enum BlockError {
 /// An open, locked disk.
 #[derive(Debug)]
 pub struct BlockBackend {
-    file: File,
+    pub(crate) file: File,
     path: PathBuf,
     /// The directory that `path` lies in, where it could be opened.
     place: Option<Arc<OwnedFd>>,
@@ -121,6 +122,8 @@ pub struct BlockBackend {
     in_chain: bool,
     /// What is in the file, where the disk is not the file itself.
     chain: Option<Arc<Chain>>,
+    /// Its reads that are under way, if it has a ring for them.
+    pub(crate) reads: Option<Arc<Reads>>,
 }
 
 /// An image that is open, with what is behind it.
@@ -257,6 +260,7 @@ impl BlockBackend {
             bytes_written: AtomicU64::new(0),
             in_chain: false,
             chain: None,
+            reads: None,
         }
     }
 
@@ -276,6 +280,7 @@ impl BlockBackend {
         Ok(Self {
             in_chain: self.in_chain,
             chain: self.chain.clone(),
+            reads: self.reads.clone(),
             file,
             path: self.path.clone(),
             place: self.place.clone(),
@@ -402,9 +407,17 @@ impl BlockBackend {
             Some(chain) => chain.image.read_at(data, offset)?,
             None => self.file.read_exact_at(data, offset)?,
         }
-        self.bytes_read
-            .fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.count_read(data.len());
         Ok(())
+    }
+
+    pub(crate) fn count_read(&self, bytes: usize) {
+        self.bytes_read.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Whether the disk is one file as it is, and no image.
+    pub(crate) fn is_plain(&self) -> bool {
+        !self.in_chain
     }
 
     /// Writes `data` to byte `offset` on. The bytes are durable after the
@@ -517,7 +530,7 @@ impl BlockBackend {
         self.bytes_written.load(Ordering::Relaxed)
     }
 
-    fn check(&self, len: usize, offset: u64) -> io::Result<()> {
+    pub(crate) fn check(&self, len: usize, offset: u64) -> io::Result<()> {
         match offset.checked_add(len as u64) {
             Some(end) if end <= self.sectors * SECTOR_SIZE => Ok(()),
             _ => Err(beyond()),

@@ -10,8 +10,8 @@ use common::{
 };
 use hebe_devices::{DeviceKind, Ram, VirtioPci};
 use subjects::{
-    BalloonSubject, BlockQueuesSubject, BlockSubject, ConsoleSubject, NetSubject, OffloadSubject,
-    RngSubject, StreamSubject, Subject, VsockSubject,
+    BalloonSubject, BlockQueuesSubject, BlockReadSubject, BlockSubject, ConsoleSubject, NetSubject,
+    OffloadSubject, RngSubject, StreamSubject, Subject, VsockSubject,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -398,6 +398,7 @@ macro_rules! device_contract {
 device_contract! {
     block: BlockSubject;
     block_with_queues: BlockQueuesSubject;
+    block_with_reads_under_way: BlockReadSubject;
     net: NetSubject;
     net_with_offloads: OffloadSubject;
     net_on_a_stream: StreamSubject;

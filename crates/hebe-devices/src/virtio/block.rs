@@ -5,21 +5,33 @@
 //! ask, so each of its writes is flushed.
 //!
 //! A driver may use several queues, so that its processors do not wait for
-//! each other's ring and get their own interrupts. One worker serves them all:
-//! what is in the host's page cache is copied, and a pause waits for one
-//! request, whatever the number of queues.
+//! each other's ring and get their own interrupts. One worker serves them all.
+//!
+//! What is in the host's page cache is copied, and writes go there. A read that
+//! must wait for the disk is put under way where the back end can
+//! ([`BlockBackend::open_ring`]), into a buffer of the VMM's; it goes into the
+//! guest's RAM when it has ended, by the worker, if its queue still wants it:
+//! not after a reset, nor when the device stopped. Everything else is carried
+//! out one by one. A pause waits for the request in hand and the reads that are
+//! under way, whatever the number of queues.
+//!
+//! Requests may end in any order (virtio 1.2, 2.7.4). A flush makes durable what
+//! was written before it (5.2.6.2): each write has ended by then.
 
 use std::io;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use hebe_block::{BlockBackend, SECTOR_SIZE, disk_change};
+use hebe_block::{BlockBackend, READS_MAX, SECTOR_SIZE, disk_change};
 use hebe_state::v2::devices::{BlockV2, DeviceV2};
+use vm_memory::GuestAddress;
 
 use super::device::{Counters, Device, Next, Queues, Served, Stop};
 use super::error::DeviceError;
 use super::queue::{CHAIN_SEGMENTS_MAX, Chain, QueueError, VirtQueue};
 use super::ram::{Cursor, MeteredRam, Segment};
+use super::shared::Shared;
 
 const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
@@ -68,8 +80,31 @@ pub(crate) struct Block {
     /// The driver cannot ask for a flush.
     write_through: bool,
     chunk: Vec<u8>,
+    /// Reads that are under way, by the back end's numbers; `None` for those of
+    /// which no queue is to hear.
+    pending: Vec<Option<Pending>>,
+    /// Queues in which a read waits for room: a bit for each.
+    waiting: u64,
     requests: u64,
     failed: u64,
+}
+
+/// A read that is under way.
+struct Pending {
+    queue: usize,
+    chain: Chain,
+    status_at: GuestAddress,
+    began: Instant,
+}
+
+/// What became of a read that was tried.
+enum Tried {
+    Done(Outcome),
+    UnderWay(usize),
+    /// There is no room, and there will be.
+    Later,
+    /// It is to be carried out by itself.
+    Alone,
 }
 
 /// A request's outcome: a status, and data bytes written into the chain.
@@ -96,6 +131,8 @@ impl Block {
             id,
             write_through: false,
             chunk: vec![0; CHUNK],
+            pending: (0..READS_MAX).map(|_| None).collect(),
+            waiting: 0,
             requests: 0,
             failed: 0,
         }
@@ -145,7 +182,13 @@ impl Block {
         Ok(Self::new(backend.as_known(state.sectors), queues, slot))
     }
 
-    fn serve(&mut self, index: usize, queue: &VirtQueue, chain: &mut Chain) -> Result<u32, Stop> {
+    fn serve(
+        &mut self,
+        index: usize,
+        queue: &mut VirtQueue,
+        chain: &mut Chain,
+        shared: &Shared,
+    ) -> Result<Served, Stop> {
         let broken = |error| Stop::Queue {
             queue: index,
             error,
@@ -156,19 +199,68 @@ impl Block {
                 reason: "a block request has no room for its status",
             });
         };
-        let ram = queue.ram();
         let mut header = [0; HEADER_LEN];
         let mut readable = chain.readable();
-        if readable.read(ram, &mut header).map_err(broken)? < HEADER_LEN {
+        if readable.read(queue.ram(), &mut header).map_err(broken)? < HEADER_LEN {
             return Err(Stop::Request {
                 queue: index,
                 reason: "a block request is shorter than its header",
             });
         }
         let began = Instant::now();
-        let outcome = self
-            .execute(&header, readable, chain.writable(), ram)
-            .map_err(broken)?;
+        let tried = self.try_read(&header, chain, queue.ram());
+        let outcome = match tried.map_err(broken)? {
+            Tried::Done(outcome) => outcome,
+            Tried::UnderWay(number) => {
+                self.pending[number] = Some(Pending {
+                    queue: index,
+                    chain: chain.take(),
+                    status_at,
+                    began,
+                });
+                return Ok(Served::UnderWay);
+            }
+            Tried::Later => {
+                self.waiting |= 1 << index;
+                return Ok(Served::Later);
+            }
+            Tried::Alone => {
+                if matches!(kind_of(&header), T_FLUSH | T_DISCARD | T_WRITE_ZEROES) {
+                    self.make_way(queue, shared, index).map_err(broken)?;
+                }
+                self.execute(&header, readable, chain.writable(), queue.ram())
+                    .map_err(broken)?
+            }
+        };
+        let len = self.answer(&outcome, status_at, began, queue.ram());
+        len.map(Served::Done).map_err(broken)
+    }
+
+    /// Before what may take long: what is prepared begins, and the driver hears
+    /// of what has ended.
+    fn make_way(
+        &self,
+        queue: &mut VirtQueue,
+        shared: &Shared,
+        index: usize,
+    ) -> Result<(), QueueError> {
+        // What could not be sent is seen to when the queue is through.
+        let _ = self.backend.send_reads();
+        if queue.wants_interrupt()? {
+            shared.queue_interrupt(index);
+        }
+        Ok(())
+    }
+
+    /// Counts the request, writes its status and returns how many bytes of the
+    /// chain were written.
+    fn answer(
+        &mut self,
+        outcome: &Outcome,
+        status_at: GuestAddress,
+        began: Instant,
+        ram: &MeteredRam,
+    ) -> Result<u32, QueueError> {
         ram.meter().took(began.elapsed());
         self.requests += 1;
         self.failed += u64::from(outcome.status != S_OK);
@@ -176,10 +268,68 @@ impl Block {
             addr: status_at,
             len: 1,
         }];
-        Cursor::new(&status)
-            .write(ram, &[outcome.status])
-            .map_err(broken)?;
+        Cursor::new(&status).write(ram, &[outcome.status])?;
         Ok(outcome.written + 1)
+    }
+
+    /// Reads what need not be waited for, or puts it under way.
+    fn try_read(
+        &mut self,
+        header: &[u8; HEADER_LEN],
+        chain: &Chain,
+        ram: &MeteredRam,
+    ) -> Result<Tried, QueueError> {
+        if kind_of(header) != T_IN || !self.backend.has_ring() {
+            return Ok(Tried::Alone);
+        }
+        let mut to = chain.writable();
+        let extent = self.extent(sector_of(header), to.remaining());
+        let Some((offset, len)) = extent.filter(|(_, len)| (1..=CHUNK).contains(len)) else {
+            return Ok(Tried::Alone);
+        };
+        let piece = &mut self.chunk[..len];
+        if self.backend.read_cached(piece, offset) {
+            to.write(ram, piece)?;
+            return Ok(Tried::Done(Outcome {
+                status: S_OK,
+                written: len as u32,
+            }));
+        }
+        Ok(match self.backend.begin_read(len, offset) {
+            Some(number) => Tried::UnderWay(number),
+            // One that ends has this queue looked at again.
+            None if self.backend.reads_under_way() > 0 => Tried::Later,
+            None => Tried::Alone,
+        })
+    }
+
+    /// Answers the reads that have ended.
+    fn take_ended(&mut self, queues: &mut Queues) -> Result<(), Stop> {
+        while let Some((number, read)) = self.backend.ended_read() {
+            let Some(pending) = self.pending[number].take() else {
+                continue;
+            };
+            queues.give_back(pending.queue, |queue| {
+                let outcome = match &read {
+                    Ok(data) => Outcome {
+                        status: S_OK,
+                        written: pending.chain.writable().write(queue.ram(), data)? as u32,
+                    },
+                    Err(_) => Outcome::status(S_IOERR),
+                };
+                let (at, began) = (pending.status_at, pending.began);
+                let len = self.answer(&outcome, at, began, queue.ram())?;
+                Ok((pending.chain.head, len))
+            })?;
+        }
+        for index in 0..self.queues {
+            queues.tell(index)?;
+            if self.waiting >> index & 1 != 0 {
+                queues.look_again(index);
+            }
+        }
+        self.waiting = 0;
+        Ok(())
     }
 
     fn execute(
@@ -189,9 +339,8 @@ impl Block {
         mut writable: Cursor<'_>,
         ram: &MeteredRam,
     ) -> Result<Outcome, QueueError> {
-        let [a, b, c, d, _, _, _, _, sector @ ..] = *header;
-        let sector = u64::from_le_bytes(sector);
-        match u32::from_le_bytes([a, b, c, d]) {
+        let sector = sector_of(header);
+        match kind_of(header) {
             T_IN => match self.extent(sector, writable.remaining()) {
                 Some((offset, len)) => self.read(offset, len, writable, ram),
                 None => Ok(Outcome::status(S_IOERR)),
@@ -321,6 +470,17 @@ impl Block {
     }
 }
 
+/// The request's kind (virtio 1.2, 5.2.6).
+fn kind_of(header: &[u8; HEADER_LEN]) -> u32 {
+    let [a, b, c, d, ..] = *header;
+    u32::from_le_bytes([a, b, c, d])
+}
+
+fn sector_of(header: &[u8; HEADER_LEN]) -> u64 {
+    let [_, _, _, _, _, _, _, _, sector @ ..] = *header;
+    u64::from_le_bytes(sector)
+}
+
 fn status_of(result: io::Result<()>) -> u8 {
     if result.is_ok() { S_OK } else { S_IOERR }
 }
@@ -367,10 +527,43 @@ impl Device for Block {
         self.write_through = features & F_FLUSH == 0;
     }
 
+    fn reset(&mut self) {
+        self.forget();
+    }
+
+    fn forget(&mut self) {
+        self.pending.iter_mut().for_each(|pending| *pending = None);
+        self.waiting = 0;
+    }
+
+    fn under_way(&self) -> usize {
+        self.backend.reads_under_way()
+    }
+
+    fn end(&mut self) {
+        self.forget();
+        self.backend.await_reads();
+    }
+
     fn kicked(&mut self, index: usize, queues: &mut Queues) -> Result<Next, Stop> {
-        queues.serve(index, |queue, chain| {
-            self.serve(index, queue, chain).map(Served::Done)
-        })
+        let shared = queues.shared();
+        let next = queues.serve(index, |queue, chain| {
+            self.serve(index, queue, chain, &shared)
+        });
+        // Also where the queue broke the rules: whoever pauses waits for them.
+        if self.backend.send_reads().is_err() {
+            self.take_ended(queues)?;
+        }
+        next
+    }
+
+    fn backend(&self) -> Option<RawFd> {
+        self.backend.reads_ended()
+    }
+
+    fn backend_ready(&mut self, queues: &mut Queues) -> Result<Next, Stop> {
+        self.take_ended(queues)?;
+        Ok(Next::Wait)
     }
 
     fn disk(&self) -> Option<Arc<BlockBackend>> {

@@ -57,6 +57,8 @@ pub(crate) struct Queues {
     shared: Arc<Shared>,
     /// How many wait for the engine: with one, stop between two requests.
     hold: Arc<AtomicUsize>,
+    /// Those that have work left which no kick will tell of: a bit for each.
+    again: u64,
 }
 
 impl Queues {
@@ -65,6 +67,7 @@ impl Queues {
             list: (0..count).map(|_| None).collect(),
             shared,
             hold,
+            again: 0,
         }
     }
 
@@ -102,7 +105,7 @@ impl Queues {
             };
             match handle(queue, &mut chain)? {
                 Served::Done(len) => queue.push_used(chain.head, len).map_err(stop)?,
-                Served::All => {}
+                Served::All | Served::UnderWay => {}
                 Served::Later => {
                     queue.unpop();
                     next = Next::Wait;
@@ -110,10 +113,52 @@ impl Queues {
                 }
             }
         }
-        if queue.wants_interrupt().map_err(stop)? {
+        self.tell(index)?;
+        Ok(next)
+    }
+
+    /// Gives a chain of a queue back that was under way, as `handle` says: its
+    /// head, and how many bytes were written into it.
+    pub(crate) fn give_back(
+        &mut self,
+        index: usize,
+        handle: impl FnOnce(&mut VirtQueue) -> Result<(u16, u32), QueueError>,
+    ) -> Result<(), Stop> {
+        let Some(queue) = self.list.get_mut(index).and_then(Option::as_mut) else {
+            return Ok(());
+        };
+        let stop = |error| Stop::Queue {
+            queue: index,
+            error,
+        };
+        let (head, len) = handle(queue).map_err(stop)?;
+        queue.push_used(head, len).map_err(stop)
+    }
+
+    /// Tells the driver of what was given back in a queue, if it wants to know.
+    pub(crate) fn tell(&mut self, index: usize) -> Result<(), Stop> {
+        let Some(queue) = self.list.get_mut(index).and_then(Option::as_mut) else {
+            return Ok(());
+        };
+        let wanted = queue.wants_interrupt().map_err(|error| Stop::Queue {
+            queue: index,
+            error,
+        })?;
+        if wanted {
             self.shared.queue_interrupt(index);
         }
-        Ok(next)
+        Ok(())
+    }
+
+    /// Has the worker look at a queue again.
+    pub(crate) fn look_again(&mut self, index: usize) {
+        self.again |= 1 << index;
+    }
+
+    /// Those that are to be looked at again, each told once.
+    pub(crate) fn take_again(&mut self) -> impl Iterator<Item = usize> + use<> {
+        let again = std::mem::take(&mut self.again);
+        (0..u64::BITS as usize).filter(move |index| again >> index & 1 != 0)
     }
 }
 
@@ -123,6 +168,8 @@ pub(crate) enum Served {
     Done(u32),
     /// Handled, and given back already, with others that it took.
     All,
+    /// Begun; it is given back when it has ended.
+    UnderWay,
     /// Not now: it stays in the ring.
     Later,
 }
@@ -147,8 +194,18 @@ pub(crate) trait Device: Send {
     }
     /// The driver is ready and accepted `features`.
     fn activate(&mut self, _features: u64) {}
-    /// The driver reset the device.
+    /// The driver reset the device: it is not active any more, and of what is
+    /// under way no queue hears.
     fn reset(&mut self) {}
+    /// The device stopped: of what is under way no queue hears.
+    fn forget(&mut self) {}
+    /// Requests that were begun and have not ended, those of before a reset
+    /// among them. While there are any, the back end is listened to.
+    fn under_way(&self) -> usize {
+        0
+    }
+    /// The worker ends: waits for what is under way, of which no queue hears.
+    fn end(&mut self) {}
     /// A queue was kicked.
     fn kicked(&mut self, queue: usize, queues: &mut Queues) -> Result<Next, Stop>;
     /// What to wait on for input, now.

@@ -81,6 +81,16 @@ impl Chain {
         &self.writable
     }
 
+    /// The chain itself, to be kept while its request is under way; what is left
+    /// names nothing.
+    pub(crate) fn take(&mut self) -> Self {
+        Self {
+            head: self.head,
+            readable: std::mem::take(&mut self.readable),
+            writable: std::mem::take(&mut self.writable),
+        }
+    }
+
     /// Takes the last writable byte off: where a block request's status goes.
     pub(crate) fn split_last_writable(&mut self) -> Option<GuestAddress> {
         let last = self.writable.last_mut()?;

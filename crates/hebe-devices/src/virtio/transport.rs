@@ -209,7 +209,7 @@ impl VirtioPci {
     pub fn save(&self) -> Result<VirtioV2, DeviceError> {
         let function = lock(&self.function);
         let engine = self.worker.engine();
-        if engine.running {
+        if engine.running || engine.device.under_way() > 0 {
             return Err(DeviceError::NotPaused(self.slot));
         }
         let shared = &self.shared;

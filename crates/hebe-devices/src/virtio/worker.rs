@@ -1,8 +1,8 @@
 //! The worker thread of a device.
 //!
 //! ```text
-//!            resume                    pause
-//!  parked ───────────► waiting (epoll) ─────► parked
+//!            resume                    pause, and nothing under way
+//!  parked ───────────► waiting (epoll) ───────────────────────────► parked
 //!                       │        ▲
 //!                  kick, input   │ done
 //!                       ▼        │
@@ -10,7 +10,9 @@
 //! ```
 //! Owner of the device and its queues is [`Engine`], behind one lock. A
 //! parked worker waits on a condition variable and touches nothing; so does
-//! everybody who does not hold the engine's lock.
+//! everybody who does not hold the engine's lock. From an order to pause on, the
+//! worker begins nothing and ends what is under way; whoever gave the order
+//! waits for that.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -36,8 +38,10 @@ pub(crate) struct Engine {
     pub(crate) queues: Queues,
     /// The driver is ready, and the device has not stopped.
     pub(crate) active: bool,
-    /// Not paused.
+    /// Neither paused nor about to be.
     pub(crate) running: bool,
+    /// There is no worker any more.
+    ended: bool,
 }
 
 #[derive(Default)]
@@ -50,6 +54,8 @@ struct Inner {
     wish: Mutex<Wish>,
     wished: Condvar,
     engine: Mutex<Engine>,
+    /// Nothing is under way any more, or nobody is there to end it.
+    quiet: Condvar,
     /// How many want the engine; the worker makes way between two requests. One
     /// that got it says nothing for the others: a guest that resets its device
     /// without end would have the worker go on over who pauses it.
@@ -102,7 +108,9 @@ impl Worker {
                 queues,
                 active: false,
                 running: false,
+                ended: false,
             }),
+            quiet: Condvar::new(),
             hold,
             wake,
             kicks,
@@ -118,6 +126,7 @@ impl Worker {
             if catch_unwind(AssertUnwindSafe(|| body.run())).is_err() {
                 body.shared.stop("internal error: the worker panicked");
             }
+            body.end();
         })?;
         Ok(Self {
             inner,
@@ -138,8 +147,8 @@ impl Worker {
         }
     }
 
-    /// The engine, with nothing in flight. The worker makes way after the
-    /// request in hand.
+    /// The engine, with no request in hand; some may be under way. The worker
+    /// makes way after the request in hand.
     pub(crate) fn engine(&self) -> MutexGuard<'_, Engine> {
         self.inner.hold.fetch_add(1, Ordering::AcqRel);
         let engine = lock(&self.inner.engine);
@@ -149,10 +158,14 @@ impl Worker {
 
     /// Parks the worker. After this nothing is in flight and nothing starts.
     pub(crate) fn pause(&self) -> MutexGuard<'_, Engine> {
-        lock(&self.inner.wish).run = false;
-        let _ = self.inner.wake.write(1);
         let mut engine = self.engine();
         engine.running = false;
+        while engine.device.under_way() > 0 && !engine.ended {
+            let quiet = self.inner.quiet.wait(engine);
+            engine = quiet.unwrap_or_else(PoisonError::into_inner);
+        }
+        lock(&self.inner.wish).run = false;
+        let _ = self.inner.wake.write(1);
         engine
     }
 
@@ -217,7 +230,7 @@ impl Inner {
             let _ = self.wake.read();
         }
         let mut engine = lock(&self.engine);
-        if !engine.running {
+        if !engine.running && engine.device.under_way() == 0 {
             return Ok(());
         }
         for token in ready {
@@ -247,7 +260,10 @@ impl Inner {
             // Before the work: a kick that comes during it is not lost.
             let _ = kick.read();
         }
-        if !engine.active {
+        let ends = token == TOKEN_BACKEND && engine.device.under_way() > 0;
+        let serves = engine.active && engine.running;
+        // A kick that comes while a pause waits is made good by the resume.
+        if !ends && !serves {
             return;
         }
         let Engine { device, queues, .. } = &mut *engine;
@@ -256,6 +272,9 @@ impl Inner {
         } else {
             device.kicked(index, queues)
         };
+        for again in queues.take_again() {
+            let _ = self.kicks[again].write(1);
+        }
         match result {
             Ok(Next::Wait) => {}
             Ok(Next::Again) => {
@@ -263,17 +282,30 @@ impl Inner {
             }
             Err(stop) => self.stop(engine, &stop),
         }
+        if !engine.running && engine.device.under_way() == 0 {
+            self.quiet.notify_all();
+        }
     }
 
     fn stop(&self, engine: &mut Engine, stop: &Stop) {
         engine.active = false;
+        engine.device.forget();
         self.shared.stop(&stop.to_string());
+    }
+
+    /// The worker's last act, on its own thread.
+    fn end(&self) {
+        let mut engine = lock(&self.engine);
+        engine.device.end();
+        engine.ended = true;
+        self.quiet.notify_all();
     }
 
     /// Waits on the back end only while the device can use what it brings:
     /// level-triggered input that nobody takes would spin.
     fn watch_backend(&self, engine: &Engine, watched: &mut Option<RawFd>) -> io::Result<()> {
-        let wanted = engine.device.backend().filter(|_| engine.active);
+        let listens = engine.active || engine.device.under_way() > 0;
+        let wanted = engine.device.backend().filter(|_| listens);
         if wanted == *watched {
             return Ok(());
         }

@@ -132,6 +132,78 @@ impl Subject for BlockSubject {
     }
 }
 
+/// Request `n` reads page `n` of a disk that is not in the host's memory, as
+/// far as its file system can let go of it.
+pub struct BlockReadSubject {
+    file: tempfile::NamedTempFile,
+}
+
+const PAGES: u32 = 1024;
+
+fn page(n: u32) -> Vec<u8> {
+    (0..4096u32)
+        .map(|i| (i * 13 + i / 256 + (n % PAGES) * 29 + 1) as u8)
+        .collect()
+}
+
+/// Lets the host forget what is in the file.
+pub fn drop_from_cache(file: &std::fs::File) {
+    file.sync_all().expect("sync");
+    let advice = rustix::fs::Advice::DontNeed;
+    rustix::fs::fadvise(file, 0, None, advice).expect("advice");
+}
+
+/// With a ring, or a word why it has none.
+pub fn with_ring(mut backend: BlockBackend) -> BlockBackend {
+    if let Err(why) = backend.open_ring() {
+        println!("skipped: no reads are under way here: {why}");
+    }
+    backend
+}
+
+impl Subject for BlockReadSubject {
+    const QUEUE: u16 = 1;
+    const TURNS: u16 = 2;
+    const EXTRA: u64 = F_MQ;
+
+    fn new() -> Self {
+        let mut file = tempfile::NamedTempFile::new().expect("temporary file");
+        let pages: Vec<u8> = (0..PAGES).flat_map(page).collect();
+        file.write_all(&pages).expect("write");
+        Self { file }
+    }
+
+    fn kind(&self) -> DeviceKind {
+        let backend = BlockBackend::open(self.file.path(), false).expect("open");
+        DeviceKind::Block {
+            backend: with_ring(backend),
+            queues: 2,
+        }
+    }
+
+    fn prepare(&self, ram: &Ram, n: u32) -> Vec<Buffer> {
+        drop_from_cache(self.file.as_file());
+        let at = area(n);
+        put(ram, at, &0u64.to_le_bytes());
+        put(ram, at + 8, &u64::from(n % PAGES * 8).to_le_bytes());
+        put(ram, at + 0x200, &[0; 4096]);
+        put(ram, at + 0x1800, &[0xff]);
+        vec![
+            (at, 16, false),
+            (at + 0x200, 1000, true),
+            (at + 0x200 + 1000, 3096, true),
+            (at + 0x1800, 1, true),
+        ]
+    }
+
+    fn check(&self, ram: &Ram, count: u32) {
+        for n in count.saturating_sub(PAGES)..count {
+            assert_eq!(get(ram, area(n) + 0x1800, 1), [0], "status of {n}");
+            assert!(get(ram, area(n) + 0x200, 4096) == page(n), "page {n}");
+        }
+    }
+}
+
 /// Request `n` sends frame `n`; the other end of a socket pair sees each
 /// frame, in order, once.
 pub struct NetSubject {
