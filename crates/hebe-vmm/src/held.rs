@@ -13,7 +13,7 @@ use hebe_boot::{BootError, BootFile};
 use hebe_devices::{ConsoleLog, NetBackend};
 use hebe_kvm::KvmDevice;
 use hebe_sys::tap::{Tap, create_bridge};
-use hebe_types::{MacAddr, NetConfig, Network, VmConfig};
+use hebe_types::{DiskConfig, MacAddr, NetConfig, Network, VmConfig};
 
 use crate::control;
 use crate::generation::Generation;
@@ -100,7 +100,7 @@ impl Held {
         })?;
         let mut disks = Vec::new();
         for disk in &config.disks {
-            disks.push(BlockBackend::of(disk)?);
+            disks.push(open_disk(disk)?);
         }
         let mut nets = Vec::new();
         for (index, net) in config.nets.iter().enumerate() {
@@ -120,6 +120,17 @@ impl Held {
             generation: Generation::default(),
         })
     }
+}
+
+/// With a ring for its reads, where there can be one: none is made in the cage.
+fn open_disk(disk: &DiskConfig) -> Result<BlockBackend, VmError> {
+    let mut opened = BlockBackend::of(disk)?;
+    let how = match opened.open_ring() {
+        Ok(()) => "by io_uring".to_owned(),
+        Err(why) => format!("one by one, because {why}"),
+    };
+    log::note(&format!("disk {}: reads {how}", disk.path.display()));
+    Ok(opened)
 }
 
 fn open_net(net: &NetConfig, given: Option<OwnedFd>) -> Result<NetBackend, VmError> {

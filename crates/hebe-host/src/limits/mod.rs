@@ -28,6 +28,7 @@ use std::io::Read;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 
+use hebe_sys::ring::WORKERS_MAX;
 use hebe_types::{ByteSize, CpuLimit, DEVICES_MAX, DiskConfig, DiskFormat, VCPUS_MAX, VmConfig};
 use serde::Serialize;
 
@@ -45,6 +46,8 @@ pub const TASKS_MOST: u64 = VCPUS_MAX as u64 + DEVICES_MAX as u64 + 4 + 32 + 4 +
 /// Threads that it may have.
 pub const TASKS_MAX: u64 = 256;
 const _: () = assert!(TASKS_MAX >= 3 * TASKS_MOST);
+/// Those that the kernel may start for disks' reads come on top.
+const _: () = assert!(TASKS_MAX >= TASKS_MOST + DEVICES_MAX as u64 * WORKERS_MAX as u64);
 
 /// What a passt may take: it has some 31 MiB and a socket for each connection of its
 /// guest, whose buffers are charged to it, and one thread.

@@ -10,6 +10,11 @@
 //! in the tables [`COMMON`], [`VCPU`] and [`DEVICE`]. KVM is asked for what
 //! `hebe_kvm` asks, by number: a vCPU's thread makes no VM and maps no memory, a
 //! device's asks nothing at all.
+//!
+//! Of io_uring one call is let through, and not to vCPUs: to have a ring of a disk
+//! carry out what is in it. That is reads alone, by the kernel's word
+//! (`hebe_sys::ring`), of what is open, which `pread` does as well. No ring can be
+//! made, and what one does cannot be changed.
 
 use std::collections::BTreeMap;
 use std::process;
@@ -118,6 +123,9 @@ const FCNTL: &[libc::c_int] = &[
     libc::F_OFD_GETLK,
     libc::F_OFD_SETLK,
 ];
+
+/// <linux/io_uring.h>; `libc` lacks it.
+const IORING_ENTER_GETEVENTS: u32 = 1;
 
 /// <linux/prctl.h>; `libc` lacks it.
 const PR_GET_AUXV: libc::c_int = 0x4155_5856;
@@ -229,6 +237,7 @@ fn process_rules() -> Result<Rules, String> {
             .concat(),
         ),
         (libc::SYS_prctl, prctl()?),
+        (libc::SYS_io_uring_enter, ring_works()?),
         (
             libc::SYS_seccomp,
             vec![rule(&[when(
@@ -271,6 +280,7 @@ fn device_rules() -> Result<Rules, String> {
     rules.extend(DEVICE.iter().map(|&call| (call, Vec::new())));
     // `set_nonblocking` of a socket.
     rules.insert(libc::SYS_ioctl, requests(&[libc::FIONBIO as u32])?);
+    rules.insert(libc::SYS_io_uring_enter, ring_works()?);
     Ok(rules)
 }
 
@@ -279,6 +289,13 @@ fn requests(numbers: &[u32]) -> Result<Vec<SeccompRule>, String> {
         .iter()
         .map(|&number| rule(&[when(1, Op::Eq, u64::from(number))?]))
         .collect()
+}
+
+/// A ring works, and its reads are waited for; no argument lies in memory, no
+/// ring is named by another number than its descriptor's.
+fn ring_works() -> Result<Vec<SeccompRule>, String> {
+    let others = u64::from(!IORING_ENTER_GETEVENTS);
+    Ok(vec![rule(&[when(3, Op::MaskedEq(others), 0)?])?])
 }
 
 /// A thread's name, a name for memory, a narrower filter; and where the

@@ -62,11 +62,36 @@ impl Open {
         Ok(Self {
             vsock,
             program,
-            disk: BlockBackend::open(&path, false).map_err(io::Error::other)?,
+            disk: disk_with_ring(&path)?,
             record: File::create(dir.join("own/exit.json"))?,
             memory: used_memory()?,
             segment: map_segment(&dir.join("own/store"))?,
         })
+    }
+}
+
+/// With a ring, where this kernel gives one.
+fn disk_with_ring(path: &Path) -> io::Result<BlockBackend> {
+    let mut disk = BlockBackend::open(path, false).map_err(io::Error::other)?;
+    if let Err(why) = disk.open_ring() {
+        println!("skipped: a disk without a ring: {why}");
+    }
+    Ok(disk)
+}
+
+/// Reads by the disk's ring, where it has one.
+fn read_by_ring(disk: &BlockBackend) -> io::Result<()> {
+    if !disk.has_ring() {
+        return Ok(());
+    }
+    disk.begin_read(512, 0)
+        .ok_or(io::ErrorKind::QuotaExceeded)?;
+    disk.send_reads()?;
+    loop {
+        if let Some((_, read)) = disk.ended_read() {
+            return read.map(drop);
+        }
+        std::thread::yield_now();
     }
 }
 
@@ -256,6 +281,49 @@ pub const ATTEMPTS: &[Attempt] = &[
             accepted.set_nonblocking(true)?;
             accepted.read_exact(&mut [0; 10])?;
             accepted.write_all(b"OK 7\n")
+        },
+    ),
+    attempt(
+        "read by a ring on a device's thread",
+        End::Works,
+        |_, open| {
+            narrow_device_if_caged();
+            read_by_ring(&open.disk)?;
+            open.disk.await_reads();
+            Ok(())
+        },
+    ),
+    attempt(
+        "have a ring work on a vCPU's thread",
+        End::Killed(libc::SYS_io_uring_enter),
+        |_, _| {
+            narrow_if_caged();
+            enter_no_ring(0)
+        },
+    ),
+    attempt(
+        "have a ring look at an argument in memory",
+        End::Killed(libc::SYS_io_uring_enter),
+        |_, _| {
+            narrow_device_if_caged();
+            // IORING_ENTER_EXT_ARG
+            enter_no_ring(1 << 3)
+        },
+    ),
+    // This kernel may have none, or have it switched off.
+    privileged("make a ring", libc::SYS_io_uring_setup, |_, _| {
+        narrow_device_if_caged();
+        let mut parameters = [0_u8; 120];
+        let at = parameters.as_mut_ptr() as c_ulong;
+        call(libc::SYS_io_uring_setup, [8, at, 0, 0, 0]).map(drop)
+    }),
+    privileged(
+        "have a ring do more than it did",
+        libc::SYS_io_uring_register,
+        |_, open| {
+            let ring = open.disk.reads_ended().unwrap_or(-1);
+            // IORING_REGISTER_PERSONALITY
+            call(libc::SYS_io_uring_register, [ring as c_ulong, 9, 0, 0, 0]).map(drop)
         },
     ),
     attempt(
@@ -472,6 +540,22 @@ pub const ATTEMPTS: &[Attempt] = &[
 /// As a panic does with RUST_BACKTRACE=1.
 fn tell_where() {
     let _ = std::backtrace::Backtrace::force_capture().to_string();
+}
+
+/// Asks what is no ring to work, with such flags.
+fn enter_no_ring(flags: c_ulong) -> io::Result<()> {
+    match call(libc::SYS_io_uring_enter, [c_ulong::MAX, 0, 0, flags, 0]) {
+        Err(error) if is_no_ring(&error) => Ok(()),
+        other => other.map(drop),
+    }
+}
+
+/// The last where this kernel has none.
+fn is_no_ring(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EBADF | libc::EINVAL | libc::EFAULT | libc::EPERM | libc::ENOSYS)
+    )
 }
 
 fn narrow_if_caged() {

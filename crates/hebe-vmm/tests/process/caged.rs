@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hebe_api::{Request, Response, VmmState};
+use hebe_block::{BlockBackend, BlockError};
 use hebe_snapshot::SavedFile;
 use hebe_state::StateReader;
 use hebe_state::v1::machine::GenerationIdV1;
@@ -91,6 +92,9 @@ fn every_thread_of_a_vmm_is_in_the_cage_and_the_status_says_so() {
     for open in cage.open() {
         assert!(vmm.log().contains(&open.detail), "{open:?} is not told");
     }
+    let log = vmm.log();
+    let ways = [": reads by io_uring", ": reads one by one, because "];
+    assert!(ways.iter().any(|way| log.contains(way)), "{log}");
     let (mut vcpus, mut devices) = (0, 0);
     let tasks = format!("/proc/{}/task", vmm.child.id());
     wait_for_threads(&tasks);
@@ -135,6 +139,25 @@ fn every_thread_of_a_vmm_is_in_the_cage_and_the_status_says_so() {
         let core = limits.lines().find(|l| l.starts_with("Max core file size"));
         let words: Vec<_> = core.expect("core").split_whitespace().collect();
         assert_eq!(words[4..6], ["0", "0"]);
+    }
+}
+
+/// The kernel takes the ring of a disk down some time after its process is gone;
+/// whoever resumes the VM opens the disk before that.
+#[test]
+fn the_disk_of_a_vmm_that_was_killed_is_free_at_once() {
+    if guest::cannot_run() {
+        return;
+    }
+    for _ in 0..5 {
+        let mut vmm = start("on");
+        let disk = vmm.dir.path().join(DISK);
+        assert_eq!(vmm.status().state, VmmState::Running);
+        let open = || BlockBackend::open(&disk, false);
+        assert!(matches!(open(), Err(BlockError::Busy(_))));
+        vmm.child.kill().expect("kill");
+        vmm.child.wait().expect("wait");
+        open().expect("nobody has it");
     }
 }
 
