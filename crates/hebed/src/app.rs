@@ -39,6 +39,8 @@ pub struct Inner {
     pub id: String,
     /// What the supervisor thinks.
     watched: Mutex<Watched>,
+    /// Whose turn it is to write that down: what is older is never written last.
+    keeping: Mutex<()>,
     /// What tends to its limit, and in how many seconds it reaches it.
     exhaustions: Mutex<Vec<(Indicator, f64)>>,
     /// Something changed that the supervisor should look at now.
@@ -66,6 +68,7 @@ impl App {
             began: Instant::now(),
             id: format!("{:x}-{:x}", std::process::id(), began),
             watched: Mutex::default(),
+            keeping: Mutex::default(),
             exhaustions: Mutex::default(),
             look_now: Notify::new(),
         }))
@@ -74,6 +77,11 @@ impl App {
     /// What the supervisor thinks.
     pub fn watched(&self) -> MutexGuard<'_, Watched> {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The turn to write down what the supervisor thinks; taken before [`Self::watched`].
+    pub fn keeping(&self) -> MutexGuard<'_, ()> {
+        self.keeping.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What tends to its limit, and in how many seconds it reaches it.

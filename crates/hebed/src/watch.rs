@@ -6,6 +6,7 @@
 //! start, and everything with `autostart` is due.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -155,17 +156,24 @@ fn begin(app: &App, survey: &Survey, began: bool) -> bool {
         Some(memory) => Supervisor::with(memory),
         None => Supervisor::at_host_start(&looks(app, survey)),
     };
-    keep(host, supervisor.memory());
     app.watched().supervisor = supervisor;
+    keep(app);
     true
 }
 
-fn keep(host: &Host, memory: &Memory) {
-    if let Err(error) = files::write_json(&memory_path(host), memory) {
+fn keep(app: &App) {
+    if let Err(error) = keep_latest(app) {
         log::error(format!(
             "the supervisor cannot write down what it began: {error}"
         ));
     }
+}
+
+/// One at a time: clients' orders, jobs that end and looks come at once.
+fn keep_latest(app: &App) -> io::Result<()> {
+    let _turn = app.keeping();
+    let memory = app.watched().supervisor.memory().clone();
+    files::write_json(&memory_path(app.engine.host()), &memory)
 }
 
 /// Every VM with a readable definition, as the supervisor sees it.
@@ -274,10 +282,7 @@ pub fn ordered(app: &App, name: &VmName) {
 fn act(app: &App, effects: Vec<Effect>) {
     for effect in effects {
         match effect {
-            Effect::Keep => {
-                let memory = app.watched().supervisor.memory().clone();
-                keep(app.engine.host(), &memory);
-            }
+            Effect::Keep => keep(app),
             Effect::Say { vm, text, trouble } => say(app, vm, text, trouble),
             Effect::Start(vm) => start(app, vm),
         }
@@ -350,4 +355,32 @@ fn take_sample(host: &Host) -> Result<(), String> {
     SampleStore::open(&path_below(&host.layout.state), SLOTS)
         .and_then(|mut store| store.append(&sample))
         .map_err(|error| with_cause(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use hebe_host::host::Layout;
+
+    use super::*;
+
+    /// At the host's start many VMs answer at the same instant.
+    #[test]
+    fn what_is_written_down_at_once_is_written_by_turns() {
+        let dir = tempfile::tempdir().expect("dir");
+        let mut host = Host::here();
+        host.layout = Layout::below(dir.path());
+        let app = App::new(host);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        keep_latest(&app).expect("written");
+                    }
+                });
+            }
+        });
+        let path = memory_path(app.engine.host());
+        let kept: Option<Memory> = files::read_json(&path).expect("whole");
+        assert!(kept.is_some());
+    }
 }
