@@ -5,12 +5,17 @@ use super::{Assessment, Finding, Indicator, Trend, Unit};
 /// Longer times are not told apart, in seconds.
 const LONG_S: f64 = 365.25 * 86_400.0 * 10.0;
 
+/// The largest count of a kernel, or nearly.
+const UNBOUNDED: f64 = 9e18;
+
 /// A value of an indicator.
 pub fn amount(indicator: Indicator, value: f64) -> String {
     match indicator.unit() {
         Unit::Part => format!("{:.1} %", value * 100.0),
         Unit::Seconds if value.abs() < 1.0 => format!("{:.2} ms", value * 1e3),
         Unit::Seconds => format!("{value:.1} s"),
+        // What Linux says where nothing bounds it (`file-max`).
+        Unit::Count if value >= UNBOUNDED => "none".to_owned(),
         Unit::Count => format!("{value:.0}"),
         Unit::Bytes => {
             let units = [("GiB", 30), ("MiB", 20), ("KiB", 10)];
@@ -98,6 +103,7 @@ mod tests {
             (Indicator::StateFiles, 12.0, "12 B"),
             (Indicator::Fragmentation, 0.253, "25.3 %"),
             (Indicator::Threads, 321.4, "321"),
+            (Indicator::OpenFiles, i64::MAX as f64, "none"),
             (Indicator::VmmResponse, 0.001_234, "1.23 ms"),
             (Indicator::DiskRequest, 12.34, "12.3 s"),
         ] {

@@ -100,7 +100,8 @@ fn sentences(vms: &BTreeMap<VmName, Resumed>) -> String {
             Resumed::Booted => "booted".to_owned(),
             Resumed::Cleaned => "nothing ever ran in its segment, which is free again".to_owned(),
             Resumed::Left { reason } => format!("left as it is: {reason}"),
-            Resumed::Lost { reason } => format!("lost: {reason}"),
+            // Not the state 'lost', of which something may still be found.
+            Resumed::Lost { reason } => format!("cannot be continued: {reason}"),
             Resumed::Failed { reason } => format!("failed: {reason}"),
         };
         format!("{name}: {text}\n")
