@@ -5,13 +5,29 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use hebe_store::{Access, Segment, Store};
+use hebe_store::{Access, Segment, Store, StoreError};
 use hebe_types::{ByteSize, VmId};
 use serde_json::Value;
 
 struct Host {
     root: tempfile::TempDir,
+}
+
+/// A program that another test starts holds each lock of this process, too, until
+/// it is itself: between `fork` and `exec`.
+fn manage(path: &Path) -> Store {
+    let until = Instant::now() + Duration::from_secs(10);
+    loop {
+        match Store::open(path, Access::Manage) {
+            Err(StoreError::Busy(_)) if Instant::now() < until => {
+                thread::sleep(Duration::from_millis(1));
+            }
+            opened => return opened.expect("store"),
+        }
+    }
 }
 
 impl Host {
@@ -53,7 +69,7 @@ impl Host {
     /// A VM that is frozen in the store, and damaged there if asked for.
     fn freeze(&self, name: &str, damaged: bool) {
         let path = self.root.path().join("store");
-        let mut store = Store::open(&path, Access::Manage).expect("store");
+        let mut store = manage(&path);
         let (name, memory) = (name.parse().expect("name"), ByteSize::mib(2));
         let vm = VmId([store.segments().expect("segments").len() as u8 + 1; 16]);
         let spec = store.create(vm, &name, memory).expect("segment");
