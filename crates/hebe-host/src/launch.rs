@@ -302,16 +302,22 @@ pub fn launch(
     prepare_dir(host, &dir, order)?;
     // Of VMs that have ended by themselves.
     host.system.let_go_of_ended();
-    let nets = network::connect(host, order)?;
+    let mut passts = network::connect(host, order)?;
+    let nets = std::mem::take(&mut passts.ends);
     let mut confined = Confined::of(host).map_err(directory_error(&dir))?;
+    confined.later &= order.origin == Origin::Frozen;
     let child = spawn(host, lock, order, &dir, nets, &mut confined)?;
     killed::note(&dir, child.id());
     // While it starts, and before it makes its VM: threads that the kernel starts
     // for a VM may stay where it was made (`kvm-nx-lpage-recovery`, as of Linux 6.1),
-    // and a unit of systemd with one of them in it does not end before the VM does.
+    // and a unit of systemd with one of them in it does not end before the VM does. Where
+    // that is no matter, a VM that is resumed does not wait for PID 1, which starts the
+    // rest of the host meanwhile.
     // A VMM that stays where it is runs its VM as well, if its cage need not be
     // whole; what a host's shutdown does to it then is said by `hebe host check`.
     let limits = Limits::of(host, order);
+    // The VMM's turn with PID 1 comes last, for it is the one that waits.
+    passts.adopt(host, &order.name);
     let adopted = host.system.adopt(&order.name, child.id(), &limits);
     confined.tell(host, child.id(), adopted);
     wait_until_up(host, &dir, order, child, wait)
@@ -441,6 +447,8 @@ fn spawn(
 /// need not be whole.
 struct Confined {
     cage: &'static str,
+    /// It makes its VM before it is where it belongs.
+    later: bool,
     /// By which it is told that it is where it belongs, and whether it has limits
     /// there.
     word: Option<PipeReader>,
@@ -459,7 +467,13 @@ impl Confined {
             Err(error) if cage == Cage::Required.as_str() => return Err(error),
             Err(_) => (None, None),
         };
-        Ok(Self { cage, word, ours })
+        let later = cage == Cage::On.as_str() && host.system.place_ends_alone();
+        Ok(Self {
+            cage,
+            later,
+            word,
+            ours,
+        })
     }
 
     fn order(&mut self, command: &mut Command, keep: &mut Vec<OwnedFd>) {
@@ -468,6 +482,9 @@ impl Confined {
             command.arg("--limits-fd");
             command.arg(word.as_raw_fd().to_string());
             keep.push(word.into());
+            if self.later {
+                command.arg("--limits-later");
+            }
         }
     }
 

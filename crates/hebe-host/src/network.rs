@@ -161,9 +161,27 @@ impl<'a> Beside<'a> {
     }
 }
 
-/// Has the networks of a VM ready, whose lock the caller holds. Gives the ends
-/// of those that are handed to its VMM, with the numbers of their NICs.
-pub(crate) fn connect(host: &Host, order: &Launch) -> Result<Vec<(usize, OwnedFd)>, LaunchError> {
+/// What carries a VM's networks of its own.
+#[derive(Default)]
+pub(crate) struct Passts {
+    /// What is handed to the VMM, with the numbers of its NICs.
+    pub(crate) ends: Vec<(usize, OwnedFd)>,
+    /// Processes that are needed as long as the VMM, whoever started that.
+    pids: Vec<u32>,
+}
+
+impl Passts {
+    /// Moves them to where the VMM is moved. Where they cannot be, nor can the VMM,
+    /// and that is said.
+    pub(crate) fn adopt(&self, host: &Host, vm: &VmName) {
+        for pid in &self.pids {
+            let _ = host.system.adopt_passt(vm, *pid);
+        }
+    }
+}
+
+/// Has the networks of a VM ready, whose lock the caller holds.
+pub(crate) fn connect(host: &Host, order: &Launch) -> Result<Passts, LaunchError> {
     let nets = nets_of(host, order);
     let boots = matches!(order.origin, Origin::Boot(_));
     let ports = ports(&order.name, order.vm, &nets);
@@ -180,7 +198,7 @@ pub(crate) fn connect(host: &Host, order: &Launch) -> Result<Vec<(usize, OwnedFd
         });
         bear(host, boots, plugged.map_err(LaunchError::from), &order.name)?;
     }
-    let mut given = Vec::new();
+    let mut passts = Passts::default();
     for (index, net) in nets.iter().enumerate() {
         if net.network == Some(Network::User) {
             let log = host
@@ -189,14 +207,12 @@ pub(crate) fn connect(host: &Host, order: &Launch) -> Result<Vec<(usize, OwnedFd
                 .join(format!("passt{index}.log"));
             let started = passt::start(net, &log).map_err(LaunchError::from);
             if let Some(passt) = bear(host, boots, started, &order.name)? {
-                // It is needed as long as its VMM, whoever started that. Where it
-                // cannot be moved, nor can the VMM, and that is said.
-                let _ = host.system.adopt_passt(&order.name, passt.pid);
-                given.push((index, passt.end));
+                passts.pids.push(passt.pid);
+                passts.ends.push((index, passt.end));
             }
         }
     }
-    Ok(given)
+    Ok(passts)
 }
 
 /// What keeps a VM from booting is said of one that goes on.

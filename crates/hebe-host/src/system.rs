@@ -156,6 +156,11 @@ pub trait System: Send + Sync {
     fn adopt_passt(&self, _vm: &VmName, _pid: u32) -> Result<(), String> {
         Ok(())
     }
+    /// Whether what a VMM leaves in the place of this process keeps nobody waiting
+    /// when that ends.
+    fn place_ends_alone(&self) -> bool {
+        false
+    }
     /// Where VMMs are limited, and whether they can be.
     ///
     /// # Errors
@@ -356,6 +361,10 @@ impl System for Machine {
             return systemd::adopt_passt(vm, pid);
         }
         Groups::here()?.confine(vm, pid, &Limits::of_passt())
+    }
+
+    fn place_ends_alone(&self) -> bool {
+        systemd::place_ends_alone()
     }
 
     fn can_limit(&self) -> Result<String, String> {

@@ -62,6 +62,10 @@ pub struct Args {
     /// group, and whether that has limits. The VM is not made before that.
     #[arg(long, value_name = "FD")]
     pub limits_fd: Option<RawFd>,
+    /// The VM is made all the same: what it leaves where this process was started keeps
+    /// nobody waiting. Not with --cage required.
+    #[arg(long, requires = "limits_fd")]
+    pub limits_later: bool,
     /// Restore RAM and execution state from a saved file.
     #[arg(long, value_name = "FILE")]
     pub restore: Option<PathBuf>,

@@ -12,7 +12,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, bail};
-use hebe_api::{CageReport, VmmState};
+use hebe_api::VmmState;
 use hebe_kvm::Stop;
 use hebe_snapshot::SavedFile;
 use hebe_store::{ExecStatus, Segment};
@@ -21,7 +21,7 @@ use hebe_types::{Stamp, VmConfig};
 use serde_json::json;
 
 use crate::args::Args;
-use crate::cage;
+use crate::cage::{self, Awaited, Confined, Wish};
 use crate::control::{self, Shared};
 use crate::held::{GivenNets, Held};
 use crate::log;
@@ -258,9 +258,13 @@ impl Start<'_> {
     }
 
     /// Enters the cage, and starts the threads that all VMs have.
-    fn confine(&self, listener: UnixListener) -> anyhow::Result<CageReport> {
-        let word = self.args.limits_fd.map(take_fd).transpose()?;
-        let cage = cage::enter(self.args.cage, word.map(File::from))?;
+    fn confine(&self, listener: UnixListener) -> anyhow::Result<Confined> {
+        let mut word = self.args.limits_fd.map(take_fd).transpose()?;
+        let later = self.args.limits_later && self.args.cage == Wish::On;
+        let later = word.take_if(|_| later).map(Awaited::by);
+        let later = later.transpose().context("no word can be awaited")?;
+        let report = cage::enter(self.args.cage, word.map(File::from))?;
+        let cage = Confined::new(report, later);
         if signals::arrived() {
             bail!("{BEFORE_IT_RAN}");
         }

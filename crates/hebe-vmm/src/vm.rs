@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
-use hebe_api::{CageReport, RamMeter, ResumeReport, ResumeSteps, VmStatus, VmmState};
+use hebe_api::{RamMeter, ResumeReport, ResumeSteps, VmStatus, VmmState};
 use hebe_boot::{AcpiError, AcpiPlan, BootError, BootPlan, Entry};
 use hebe_devices::{ConsoleHub, DeviceError, VirtioPci};
 use hebe_kvm::{BootRegisters, ClockPlan, Machine, MachineError, Stop, Vcpu, VcpuError};
@@ -15,6 +15,7 @@ use hebe_sys::clock::stamp_now;
 use hebe_types::{ByteSize, RamRange, VmConfig, VmId, ram_ranges};
 
 use crate::board::Board;
+use crate::cage::Confined;
 use crate::held::{GivenNets, Held};
 use crate::image;
 use crate::log;
@@ -186,7 +187,7 @@ pub struct Vm {
     /// What it has from outside, for as long as the VMM lives.
     pub(crate) held: Arc<Held>,
     /// How the VMM is confined, where it is.
-    pub(crate) cage: Option<CageReport>,
+    pub(crate) cage: Option<Confined>,
 }
 
 /// Who the VM is. Does not change as long as it lives.
@@ -511,7 +512,7 @@ impl Vm {
                 .filter_map(|d| d.first_tx())
                 .min_by_key(|s| s.tsc),
             resume: self.resume_report.clone(),
-            cage: self.cage.clone(),
+            cage: self.cage.as_ref().map(Confined::report),
             balloon: self.balloon_status().map(Box::new),
         }
     }

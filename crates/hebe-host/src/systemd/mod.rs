@@ -200,11 +200,21 @@ struct Scope<'a> {
     limits: Option<&'a Limits>,
 }
 
+/// Whether this process is part of a unit that ends without what VMs leave in it: it
+/// ends with its own process alone (`KillMode=process`).
+pub(crate) fn place_ends_alone() -> bool {
+    booted() && fs::read_to_string("/proc/self/cgroup").is_ok_and(|group| ends_alone(&group))
+}
+
+fn ends_alone(group: &str) -> bool {
+    let mut parts = group.trim_end().split('/');
+    parts.any(|p| p == "hebe-resume.service" || p == "hebed.service")
+}
+
 /// Whether a VMM in this control group outlives the stop of ordinary services:
 /// its own scope, or one of Hebe's units, which end alone (`KillMode=process`).
 pub(crate) fn is_safe(group: &str) -> bool {
-    let mut parts = group.split('/');
-    parts.any(|p| p == SLICE || p == "hebe-resume.service" || p == "hebed.service")
+    ends_alone(group) || group.split('/').any(|p| p == SLICE)
 }
 
 /// The process is part of it: a scope ends with its last process, and the next
@@ -253,6 +263,9 @@ mod tests {
         ] {
             assert!(!is_safe(unsafe_place), "{unsafe_place}");
         }
+        // As the kernel tells it of a process.
+        assert!(ends_alone("0::/system.slice/hebe-resume.service\n"));
+        assert!(!ends_alone("0::/hebe.slice/hebe-vm-web-42.scope\n"));
     }
 
     #[test]

@@ -105,6 +105,9 @@ fn start(
     if fake.told("say-bridge") && hebe_sys::link::index(hebe_types::NAT_BRIDGE).is_some() {
         fake.event("bridge");
     }
+    if fake.told("say-later") && options.contains_key("--limits-later") {
+        fake.event("later");
+    }
     if fake.told("fail-start") {
         return Err("the tap is taken".into());
     }

@@ -1,6 +1,7 @@
 //! One VM: start, list, suspend, resume, stop; and everything that goes wrong.
 
 use std::fs;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use hebe_flow::resume::SavedFact;
@@ -69,6 +70,10 @@ pub const CASES: &[crate::Case] = &[
         "a_vm_that_is_stopped_leaves_no_file_of_its_restore",
         stopped_after_restore,
     ),
+    (
+        "a_vm_that_is_resumed_waits_for_its_place_only_where_that_matters",
+        waits_for_its_place,
+    ),
 ];
 
 fn force() -> StopOptions {
@@ -101,6 +106,33 @@ fn expected() {
     assert_eq!(fs::read_dir(&lives).expect("dir").count(), 1);
     ops::stop(&world.host, &web, force()).expect("stops");
     assert_eq!(fs::read_dir(&lives).expect("dir").count(), 0);
+}
+
+/// What a VM leaves where it was made keeps somebody waiting in most places, and a
+/// cage that is demanded has limits before a VM runs.
+fn waits_for_its_place() {
+    let world = World::new();
+    let web = name("web");
+    world.tell("web", "say-later");
+    let later = |order: &dyn Fn()| {
+        world.forget_events();
+        order();
+        world.events().contains(&"web later".to_owned())
+    };
+    let boot = || world.start(&["web"]);
+    let resume = || {
+        ops::suspend(&world.host, &web).expect("freezes");
+        ops::resume(&world.host, &web, ResumeOptions::default()).expect("resumes");
+    };
+    assert!(!later(&boot) && !later(&resume));
+    world.machine.ends_alone.store(true, Ordering::Relaxed);
+    assert!(later(&resume));
+    let toml = world.host.layout.config.join("host.toml");
+    fs::write(&toml, "cage = \"required\"\n").expect("write");
+    assert!(!later(&resume));
+    fs::remove_file(&toml).expect("away");
+    ops::stop(&world.host, &web, force()).expect("stops");
+    assert!(!later(&boot), "no guest stands still for it");
 }
 
 /// A guest that owns its VMM answers as another VM.

@@ -55,6 +55,8 @@ pub struct FakeMachine {
     pub at_services: Mutex<Option<Box<dyn FnOnce() + Send>>>,
     /// The same, the next time that the network's helper is started.
     pub at_net_helper: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    /// Whoever gives orders here is a unit that ends alone.
+    pub ends_alone: AtomicBool,
     /// Its Live Update Orchestrator, where it has one.
     pub luo: Mutex<Option<FakeKernel>>,
     /// A PID 1 with a file descriptor store, where it is one.
@@ -256,6 +258,9 @@ impl System for FakeMachine {
         let manager = self.manager.lock().expect("lock");
         manager.as_ref().is_some_and(|m| !m.names().is_empty())
     }
+    fn place_ends_alone(&self) -> bool {
+        self.ends_alone.load(Ordering::Relaxed)
+    }
     fn start_net_helper(&self, _: &Host) -> Result<(), String> {
         self.event("net helper");
         let between = self.at_net_helper.lock().expect("lock").take();
@@ -436,6 +441,7 @@ impl World {
             store: Mutex::new(None),
             at_sync: Mutex::new(None),
             at_net_helper: Mutex::new(None),
+            ends_alone: AtomicBool::new(false),
             at_services: Mutex::new(None),
             panics: Mutex::new(None),
             keeper_dies_at: Mutex::new(None),

@@ -20,6 +20,7 @@
 //! the whole cage.
 
 mod files;
+mod group;
 mod privileges;
 mod syscalls;
 mod verdict;
@@ -31,6 +32,7 @@ use hebe_api::{CagePart, CageReport};
 
 use crate::log;
 
+pub use group::{Awaited, Confined};
 pub(crate) use syscalls::has_filters;
 pub use syscalls::{narrow_device, narrow_vcpu};
 pub use verdict::EXIT_STATUS;
@@ -56,31 +58,33 @@ pub struct CageError(String);
 
 /// Confines this thread, and all that it starts from now on. Whatever is open
 /// stays usable. With `word`, whoever started this process tells there that it is in its
-/// control group, and whether that has limits: it is waited for, because a VM that was
-/// made before has threads of the kernel that stay behind.
+/// control group, and whether that has limits: it is waited for at the end, because a VM
+/// that is made before has threads of the kernel that stay behind.
 ///
 /// # Errors
 /// With [`Wish::Required`], that a part cannot be had. The thread is then
 /// confined as far as it could be.
 pub fn enter(wish: Wish, word: Option<impl Read>) -> Result<CageReport, CageError> {
-    let group = word.map(|word| part("control group", heard(word)));
+    let group = |word: Option<_>| word.map(|word| group::of(group::heard(word)));
     if wish == Wish::Off {
         log::log_error(
             "NOT CAGED: by --no-sandbox this VMM has all rights of whoever started it; a guest that breaks out has them too",
         );
+        group(word);
         return Ok(CageReport::default());
     }
     // Capabilities go after what needs them, system calls after all that
     // makes calls which a VMM never makes.
-    let mut parts: Vec<CagePart> = group.into_iter().collect();
-    parts.extend([
+    let mut parts = vec![
         part("limits", privileges::limit()),
         part("namespaces", privileges::leave_namespaces()),
         part("user", privileges::become_nobody_else()),
         part("capabilities", privileges::drop_capabilities()),
         part("landlock", files::confine()),
         part("seccomp", syscalls::confine()),
-    ]);
+    ];
+    // Its place is found meanwhile.
+    parts.splice(0..0, group(word));
     let report = CageReport { parts };
     for open in report.open() {
         log::log_error(&format!(
@@ -94,18 +98,6 @@ pub fn enter(wish: Wish, word: Option<impl Read>) -> Result<CageReport, CageErro
     Ok(report)
 }
 
-/// "on" or "off", and more about it.
-fn heard(mut word: impl Read) -> Result<String, String> {
-    let mut text = String::new();
-    // What cannot be read is as good as nothing said.
-    let _ = word.read_to_string(&mut text);
-    match text.split_once(' ') {
-        Some(("on", more)) => Ok(more.to_owned()),
-        Some(("off", why)) => Err(why.to_owned()),
-        _ => Err("whoever started this VMM ended before that was known".to_owned()),
-    }
-}
-
 /// `outcome`: how far it holds, or why it does not.
 fn part(name: &str, outcome: Result<String, String>) -> CagePart {
     let on = outcome.is_ok();
@@ -114,19 +106,5 @@ fn part(name: &str, outcome: Result<String, String>) -> CagePart {
         name: name.to_owned(),
         on,
         detail,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn limits_are_there_only_where_that_is_said() {
-        assert_eq!(heard(&b"on 256 threads"[..]), Ok("256 threads".into()));
-        assert_eq!(heard(&b"off no room"[..]), Err("no room".into()));
-        for silence in [&b""[..], b"on", b"o", b"\xff\xff on x"] {
-            assert!(heard(silence).is_err_and(|why| why.contains("ended")));
-        }
     }
 }
