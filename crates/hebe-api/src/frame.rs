@@ -224,6 +224,7 @@ mod tests {
             stopped_devices: vec!["\x07".into(); 10_000],
             ram_meter: RamMeter::default(),
             disk_request_ns: None,
+            disk_rings: vec![true; 10_000],
             first_tx: None,
             resume: None,
             cage: None,
@@ -244,6 +245,7 @@ mod tests {
         let words = format!("{}{:?}", status.version, status.failed);
         assert!(!words.contains(char::is_control), "{words:?}");
         assert!(status.stopped_devices.len() < 1000);
+        assert!(status.disk_rings.len() < 1000);
         let message = "\x1b[2Jno".into();
         write_frame(&mut peer, &Response::Failed { message }).expect("answer");
         let refused = client.call(&Request::Freeze).expect_err("refused");

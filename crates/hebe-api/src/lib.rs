@@ -150,6 +150,11 @@ pub struct VmStatus {
     /// release that did not tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_request_ns: Option<u64>,
+    /// For each disk, in the order of the definition, whether reads that must
+    /// wait for it are under way beside each other, by io_uring. Empty from a
+    /// release that did not tell.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disk_rings: Vec<bool>,
     /// Stamp of the first frame that the guest sent after the last resume or start.
     pub first_tx: Option<Stamp>,
     /// Stamps of the last resume, if the VM was resumed.

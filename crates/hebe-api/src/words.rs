@@ -108,6 +108,7 @@ impl VmStatus {
         self.version = plain(&self.version);
         self.failed = self.failed.as_deref().map(plain);
         self.stopped_devices.truncate(LIST_LEN_MAX);
+        self.disk_rings.truncate(LIST_LEN_MAX);
         for device in &mut self.stopped_devices {
             *device = plain(device);
         }

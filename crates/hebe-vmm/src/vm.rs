@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use hebe_api::{RamMeter, ResumeReport, ResumeSteps, VmStatus, VmmState};
+use hebe_block::BlockBackend;
 use hebe_boot::{AcpiError, AcpiPlan, BootError, BootPlan, Entry};
 use hebe_devices::{ConsoleHub, DeviceError, VirtioPci};
 use hebe_kvm::{BootRegisters, ClockPlan, Machine, MachineError, Stop, Vcpu, VcpuError};
@@ -506,6 +507,7 @@ impl Vm {
             stopped_devices: self.devices.iter().filter_map(stopped).collect(),
             ram_meter: self.meter(),
             disk_request_ns: self.devices.iter().filter_map(|d| d.request_ns()).max(),
+            disk_rings: self.held.disks.iter().map(BlockBackend::has_ring).collect(),
             first_tx: self
                 .devices
                 .iter()

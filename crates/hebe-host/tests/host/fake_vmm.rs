@@ -298,6 +298,7 @@ impl Fake {
             stopped_devices: Vec::new(),
             ram_meter: RamMeter::default(),
             disk_request_ns: None,
+            disk_rings: Vec::new(),
             first_tx: self.resume.as_ref().map(|r| r.running),
             resume: self.resume.clone(),
             cage: None,

@@ -95,6 +95,7 @@ fn every_thread_of_a_vmm_is_in_the_cage_and_the_status_says_so() {
     let log = vmm.log();
     let ways = [": reads by io_uring", ": reads one by one, because "];
     assert!(ways.iter().any(|way| log.contains(way)), "{log}");
+    assert_eq!(status.disk_rings, [log.contains(ways[0])]);
     let (mut vcpus, mut devices) = (0, 0);
     let tasks = format!("/proc/{}/task", vmm.child.id());
     wait_for_threads(&tasks);

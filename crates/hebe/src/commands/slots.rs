@@ -481,6 +481,7 @@ mod tests {
                 stopped_devices: Vec::new(),
                 ram_meter: RamMeter::default(),
                 disk_request_ns: None,
+                disk_rings: Vec::new(),
                 first_tx: None,
                 resume: None,
                 cage: None,

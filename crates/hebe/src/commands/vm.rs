@@ -316,12 +316,18 @@ fn show_text(show: &Show) -> String {
         let kernel = config.kernel.as_ref().map(|k| k.display().to_string());
         lines.push(("kernel", kernel.unwrap_or_else(of_disk)));
         lines.push(("command line", config.cmdline.clone()));
-        for disk in &config.disks {
+        let status = row.status.as_ref();
+        for (n, disk) in config.disks.iter().enumerate() {
+            let way = match status.and_then(|status| status.disk_rings.get(n)) {
+                Some(true) => ", read by io_uring",
+                Some(false) => ", read one by one",
+                None => "",
+            };
             let kept = match disk.snapshot {
                 true => ", which keeps nothing of what is written",
                 false => "",
             };
-            lines.push(("disk", format!("{}{kept}", disk.path.display())));
+            lines.push(("disk", format!("{}{way}{kept}", disk.path.display())));
         }
     }
     for nic in &show.nics {
