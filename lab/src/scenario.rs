@@ -28,6 +28,8 @@ use crate::{disk, initramfs, peer, probe, serial, tools};
 pub const BOOT_LIMIT: Duration = Duration::from_secs(180);
 /// The same for a host with systemd.
 const SYSTEM_BOOT_LIMIT: Duration = Duration::from_secs(420);
+/// The same for the first start of one that starts by itself, which is tried again.
+const FIRST_START_LIMIT: Duration = Duration::from_secs(200);
 /// Longest time a guest may take to answer.
 pub const GUEST_LIMIT: Duration = Duration::from_secs(240);
 /// Longest wait for guests that were just started, and the part of each.
@@ -384,7 +386,7 @@ impl Lab {
         });
         let start = Instant::now();
         let mut machine = Machine::start(&qemu, &config)?;
-        let boot = machine.wait_for_boot(None, options.boot_limit())?;
+        let boot = first_boot(&mut machine, &options)?;
         Ok(Self {
             machine,
             options,
@@ -631,6 +633,19 @@ impl Lab {
 pub fn host_files(kernel: KernelName) -> (String, String) {
     let folder = format!("/data/boot/{kernel}");
     (format!("{folder}/vmlinuz"), format!("{folder}/initrd.img"))
+}
+
+/// Waits for the first boot. One that starts by itself has nothing of the product in
+/// it yet, so that where it does not come up the emulator failed.
+fn first_boot(machine: &mut Machine, options: &LabOptions) -> Result<HostStatus> {
+    if !options.starts_by_itself() {
+        return machine.wait_for_boot(None, options.boot_limit());
+    }
+    let boot = machine.wait_for_boot(None, FIRST_START_LIMIT);
+    boot.map_err(|error| {
+        let failure = machine.shut_down("the lab host");
+        failure.context(format!("{error:#}"))
+    })
 }
 
 /// What a reset starts; its initramfs is written to `initrd`.

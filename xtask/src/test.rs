@@ -172,6 +172,11 @@ const CHECKS: &[Check] = &[
         run: lab_tests::systemd::run,
     },
     Check {
+        name: "lab: a host that starts by GRUB",
+        lab_minutes: 5,
+        run: lab_tests::boot_loader::run,
+    },
+    Check {
         name: "lab: damage and kills",
         lab_minutes: 3,
         run: lab_tests::faults::run,

@@ -4,6 +4,7 @@
 pub mod ageing;
 pub mod agent;
 pub mod balloon;
+pub mod boot_loader;
 pub mod debian;
 pub mod faults;
 pub mod fleet;

@@ -27,8 +27,16 @@ pub fn system() -> System {
 }
 
 /// Installs the package, which from then on is all of the product that the
-/// host has.
+/// host has, and once more, as an upgrade.
 pub fn install(lab: &Lab) -> Result<()> {
+    put(lab)?;
+    // It changes nothing.
+    lab.machine.exec_ok(&["dpkg", "-i", "/data/hebe.deb"])?;
+    active(lab)
+}
+
+/// Installs the package, once.
+pub fn put(lab: &Lab) -> Result<()> {
     let root = workspace_root();
     let package = deb::pack(&root.join(BUILT), &root.join("target/lab/deb"))?;
     let bytes = fs::read(&package).context("no package")?;
@@ -39,10 +47,7 @@ pub fn install(lab: &Lab) -> Result<()> {
     }
     lab.machine.exec_ok(&["dpkg", "-i", "/data/hebe.deb"])?;
     active(lab)?;
-    enabled(lab)?;
-    // Once more changes nothing, as an upgrade.
-    lab.machine.exec_ok(&["dpkg", "-i", "/data/hebe.deb"])?;
-    active(lab)
+    enabled(lab)
 }
 
 /// Has `hebe host setup` enable what somebody disabled. The lab reserves the
