@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use hebe_state::v1::machine::{CpuidEntryV1, VcpuV1};
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, Xsave, kvm_fpu, kvm_mp_state, kvm_msr_entry, kvm_regs,
-    kvm_segment, kvm_xsave, kvm_xsave2,
+    kvm_segment, kvm_sregs, kvm_xsave, kvm_xsave2,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::fam::FamStruct;
@@ -17,6 +17,8 @@ use crate::settle::{settle_timer, timer_may_be_pending};
 use crate::tsc::ClockPlan;
 use crate::{cpuid, machine};
 
+/// Long mode is active, in EFER.
+const EFER_LMA: u64 = 1 << 10;
 /// `IA32_TSC`.
 const MSR_TSC: u32 = 0x10;
 /// `IA32_TSC_DEADLINE`.
@@ -505,7 +507,7 @@ impl Vcpu {
             .set_regs(&from_bytes(&saved.regs)?)
             .map_err(kvm("set the registers"))?;
         self.fd
-            .set_sregs(&from_bytes(&saved.sregs)?)
+            .set_sregs(&settable_sregs(from_bytes(&saved.sregs)?))
             .map_err(kvm("set the segments"))?;
         self.write_xsave(&saved.xsave)?;
         if !saved.xcrs.is_empty() {
@@ -659,6 +661,16 @@ impl Drop for Vcpu {
         target.immediate_exit = 0;
         target.tid = None;
     }
+}
+
+/// Outside of long mode the L bit of a code segment means nothing, and a guest
+/// may have loaded one that has it; but KVM refuses to set it
+/// (`kvm_is_valid_sregs`).
+fn settable_sregs(mut sregs: kvm_sregs) -> kvm_sregs {
+    if sregs.efer & EFER_LMA == 0 {
+        sregs.cs.l = 0;
+    }
+    sregs
 }
 
 fn guest_can_read(msr: u32, cpuid: &[CpuidEntryV1]) -> bool {

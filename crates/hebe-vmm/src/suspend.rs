@@ -459,6 +459,37 @@ mod tests {
         }
     }
 
+    /// Loads a code segment whose L bit is set, in 32-bit mode, where that bit
+    /// means nothing (and that of 32 bits is clear), tells that it did by port
+    /// 0x505, and halts: `ljmp 0x10, 1f; 1: mov dx, 0x505; mov al, 1; out dx, al;
+    /// 2: hlt; data32 jmp 2b`.
+    const LOADS_A_LONG_SEGMENT: &[u8] = &[
+        0xea, 0x07, 0, 0x10, 0, 0x10, 0, 0xba, 0x05, 0x05, 0xb0, 0x01, 0xee, 0xf4, 0x66, 0xeb, 0xfc,
+    ];
+
+    #[test]
+    fn a_guest_with_a_segment_that_kvm_does_not_take_back_is_resumed() {
+        if guest::cannot_run() {
+            return;
+        }
+        let dir = tempfile::tempdir().expect("dir");
+        let (events, _inbox) = mpsc::channel();
+        let (code, more) = (LOADS_A_LONG_SEGMENT, "pvpanic = true\n");
+        let (mut vm, segment) = testing::running_code(code, dir.path(), more, &events).expect("vm");
+        let until = std::time::Instant::now() + Duration::from_secs(10);
+        while !vm.status().guest_panicked {
+            assert!(std::time::Instant::now() < until, "nothing is told");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        vm.freeze().expect("freeze");
+        let id = vm.status().id;
+        drop(vm);
+        let state = segment.exec().load().expect("state");
+        let run_dir = dir.path().to_owned();
+        let mut vm = Vm::resume(id, run_dir, segment, &state, &events).expect("resumed");
+        vm.start().expect("it runs");
+    }
+
     /// Reads register 9 of the clock, the year, into EAX over and over: what
     /// it read last is in AL. `mov al, 9; out 0x70, al; in al, 0x71; jmp`.
     const READS_THE_YEAR: &[u8] = &[0xb0, 0x09, 0xe6, 0x70, 0xe4, 0x71, 0xeb, 0xf8];
