@@ -281,6 +281,8 @@ fn help_completions_and_manual_pages_are_there() {
         ("hebe.1", "hebe\\-reboot(1)"),
         ("hebe-reboot.1", "dry"),
         ("hebe-store-init.1", "namespace"),
+        // An inventory keeps its lines.
+        ("hebe-fleet-roll.1", ".SH NOTES\n.nf\n"),
     ] {
         let text = fs::read_to_string(Path::new(&dir).join(page)).expect(page);
         assert!(text.contains(words), "{page}: {text}");

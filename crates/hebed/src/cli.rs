@@ -84,7 +84,12 @@ pub struct Args {
 /// # Errors
 /// `to` cannot be written to.
 pub fn write_manual(to: &mut dyn Write) -> io::Result<()> {
-    Man::new(Args::command()).section("8").render(to)
+    let mut page = Vec::new();
+    Man::new(Args::command()).section("8").render(&mut page)?;
+    let page = String::from_utf8(page).map_err(io::Error::other)?;
+    // Examples have lines of their own.
+    let page = page.replacen(".SH EXTRA\n", ".SH NOTES\n.nf\n", 1);
+    to.write_all(page.as_bytes())
 }
 
 impl Args {
@@ -124,6 +129,7 @@ mod tests {
         write_manual(&mut page).expect("written");
         let page = String::from_utf8(page).expect("text");
         assert!(page.contains(".TH hebed 8"), "{page}");
+        assert!(page.contains(".SH NOTES\n.nf\n"), "{page}");
         // As roff writes a hyphen.
         for flag in ["client\\-ca", "sample\\-every"] {
             assert!(page.contains(flag), "{flag}: {page}");
