@@ -30,8 +30,13 @@ pub fn run(args: &Args, systemd: Systemd, handed: Vec<UnixListener>) -> Result<(
     let host = Host::here();
     let own = host.layout.run.join("hebed");
     let run_dir = &host.layout.run;
-    std::fs::create_dir_all(run_dir)
-        .map_err(|e| format!("cannot make {}: {}", run_dir.display(), with_cause(&e)))?;
+    std::fs::create_dir_all(run_dir).map_err(|e| {
+        format!(
+            "cannot make {}: run hebed as root, or name another directory in HEBE_RUN_DIR ({})",
+            run_dir.display(),
+            with_cause(&e)
+        )
+    })?;
     let _only_one = match VmLock::take(&own) {
         Ok(Some(lock)) => lock,
         Ok(None) => return Err("another hebed is at work on this host: stop it first".into()),
