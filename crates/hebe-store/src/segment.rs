@@ -19,9 +19,14 @@ use rustix::mm::Advice;
 use crate::StoreError;
 use crate::exec::ExecArea;
 use crate::hold;
+use crate::layout::HEAD_LEN;
 use crate::mapping::Mapping;
 use crate::spec::{Placement, SegmentSpec};
 use crate::store::backing;
+use crate::table;
+
+/// Stands for the store of a segment that is a memfd of its own.
+const NO_STORE: [u8; 16] = [0; 16];
 
 /// One contiguous range of guest RAM in this process's address space.
 #[derive(Debug)]
@@ -66,7 +71,8 @@ impl Segment {
     /// [`StoreError::BadSpec`] for a table that is not safe to map,
     /// [`StoreError::BeyondEnd`] when the device or file is too short (a later
     /// access would be SIGBUS), [`StoreError::Held`] while another process has
-    /// it mapped.
+    /// it mapped, [`StoreError::Reused`] where the store has no such segment any
+    /// more.
     pub fn map(fd: OwnedFd, spec: &SegmentSpec) -> Result<Self, StoreError> {
         let file = File::from(fd);
         let size = backing(&file, Path::new("the store's descriptor"))?.size;
@@ -74,6 +80,13 @@ impl Segment {
         // Lasts as long as the mapping, though the descriptor is closed here.
         hold::take(file.as_fd(), spec.id, &[spec.exec])?;
         let segment = Self::map_from(&[(file.as_fd(), size)], spec)?;
+        // Whoever drops a segment takes that lock before its record changes: one
+        // that is there now stays as long as it is held here. One that is being
+        // dropped, and whose dropper was killed, is zeroed by the next manager,
+        // though its state may still look whole.
+        if spec.store_uuid != NO_STORE {
+            table::check_live(&head_of(&file)?, size, spec)?;
+        }
         drop(file);
         Ok(segment)
     }
@@ -258,6 +271,15 @@ impl Segment {
     }
 }
 
+/// The head of the store, to be read.
+fn head_of(file: &File) -> Result<Mapping, StoreError> {
+    let head = Extent {
+        offset: 0,
+        len: HEAD_LEN,
+    };
+    Mapping::of(file.as_fd(), head, false).map_err(StoreError::media("map"))
+}
+
 /// Length of a file that holds a part of a segment.
 pub(crate) fn file_len(fd: BorrowedFd<'_>) -> Result<u64, StoreError> {
     let stat = rustix::fs::fstat(fd).map_err(|e| StoreError::media("look at")(e.into()))?;
@@ -309,7 +331,7 @@ pub(crate) fn memfd_spec(vm: VmId, name: &VmName, memory: ByteSize) -> SegmentSp
         id: SegmentId(0),
         vm,
         name: name.clone(),
-        store_uuid: [0; 16],
+        store_uuid: NO_STORE,
         ram: ram.collect(),
         exec: Extent {
             offset: 0,

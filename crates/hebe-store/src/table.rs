@@ -13,7 +13,8 @@ use zerocopy::IntoBytes;
 use crate::alloc::{self, NoRoom};
 use crate::exec::{self, ExecStatus, Whose};
 use crate::layout::{
-    Owner, PLACES, Record, RecordV1, SEGMENTS_MAX, SUPERBLOCK, SuperblockV2, record_place,
+    Bounds, HEAD_LEN, Owner, PLACES, Record, RecordV1, SEGMENTS_MAX, SUPERBLOCK, SuperblockV2,
+    record_place,
 };
 use crate::media::Media;
 use crate::mirror::{self, COPY_LEN_MAX, Reading};
@@ -181,6 +182,34 @@ fn has_traces(media: &impl Media) -> io::Result<bool> {
         }
     }
     Ok(false)
+}
+
+/// Whether the store, of which `head` is the head and which ends before `end`,
+/// still has that segment.
+///
+/// # Errors
+/// [`StoreError::Reused`] where it does not, or where its record cannot be read.
+pub(crate) fn check_live(
+    head: &impl Media,
+    end: u64,
+    spec: &SegmentSpec,
+) -> Result<(), StoreError> {
+    let slot = spec.id.0;
+    let bounds = Bounds {
+        uuid: Some(spec.store_uuid),
+        start: HEAD_LEN,
+        end,
+    };
+    if slot < SEGMENTS_MAX {
+        let read = mirror::read(head, &record_place(slot)).map_err(StoreError::media("read"))?;
+        if let Reading::Valid { payload, .. } = read
+            && let Ok(Record::Live(owner)) = RecordV1::decode(&payload, slot, &bounds)
+            && owner.spec == *spec
+        {
+            return Ok(());
+        }
+    }
+    Err(StoreError::Reused(spec.id))
 }
 
 /// Writes an empty store. The superblock goes first and comes last, so that a

@@ -599,6 +599,27 @@ fn a_segment_has_one_holder_as_long_as_it_is_mapped() {
     store.drop_segment(other.id, Some(other.vm)).expect("free");
 }
 
+/// Who looked before it was dropped has a description of memory that is another
+/// VM's by now.
+#[test]
+fn a_segment_that_was_dropped_since_it_was_listed_is_not_mapped() {
+    let bench = formatted(8);
+    let mut store = manage(&bench.path);
+    let old = store
+        .create(VmId([1; 16]), &name("a"), ByteSize(GRANULE))
+        .expect("create");
+    store.drop_segment(old.id, Some(old.vm)).expect("drop");
+    let refused = Segment::map(fd(&bench.path), &old).map(|_| ());
+    assert!(matches!(refused, Err(StoreError::Reused(_))), "{refused:?}");
+    let new = store
+        .create(VmId([2; 16]), &name("a"), ByteSize(GRANULE))
+        .expect("create");
+    assert_eq!((new.id, new.exec), (old.id, old.exec), "the same place");
+    let refused = Segment::map(fd(&bench.path), &old).map(|_| ());
+    assert!(matches!(refused, Err(StoreError::Reused(_))), "{refused:?}");
+    Segment::map(fd(&bench.path), &new).expect("its own");
+}
+
 /// Nobody can tell which memory a damaged record owns: none that is mapped and
 /// has no other owner is given away with it.
 #[test]
