@@ -135,7 +135,11 @@ impl std::fmt::Display for Refused {
             (Life::Running, Order::Start | Order::StartAfresh | Order::Resume | Order::Restore) => {
                 "it runs already: nothing to do"
             }
-            (Life::Frozen | Life::Held, Order::Start | Order::StartAfresh) => {
+            // Its VMM answers to nothing else.
+            (Life::Held, _) => {
+                "it is frozen, and its VMM holds it: `hebe resume NAME` continues it, and `hebe stop NAME` ends it then"
+            }
+            (Life::Frozen, Order::Start | Order::StartAfresh) => {
                 "it is frozen in memory: `hebe resume NAME` continues it, `hebe drop NAME --yes` gives it up"
             }
             (Life::Saved | Life::SavedHeld, Order::Start | Order::StartAfresh) => {

@@ -129,6 +129,11 @@ pub fn resolve(config: &mut VmConfig, folder: &Path) -> io::Result<()> {
 
 /// One that is found by its file's name.
 fn read_named(path: PathBuf, name: &VmName) -> Result<VmConfig, DefinitionError> {
+    // A pipe would keep whoever looks at all VMs waiting.
+    if fs::metadata(&path).is_ok_and(|found| !found.is_file()) {
+        let source = io::Error::other("it is not a regular file");
+        return Err(DefinitionError::Unreadable { path, source });
+    }
     let config = read_own(&path)?;
     if config.name != *name {
         let name = config.name;
@@ -320,6 +325,22 @@ mod tests {
             .to_string();
         assert!(error.contains("kernel /k"), "{error}");
     }
+
+    #[test]
+    fn a_pipe_among_the_definitions_keeps_nobody_waiting() {
+        let root = tempfile::tempdir().expect("dir");
+        let layout = Layout::below(root.path());
+        let name: VmName = "web".parse().expect("name");
+        let path = expected_path(&layout, &name);
+        fs::create_dir_all(path.parent().expect("parent")).expect("mkdir");
+        let mode = rustix::fs::Mode::RUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0)
+            .expect("a pipe");
+        let listed = all(&layout).remove(&name).expect("listed");
+        let error = listed.expect_err("no file").to_string();
+        assert!(error.contains("web.toml"), "{error}");
+    }
+
     #[test]
     fn paths_are_meant_from_the_folder_of_the_definition() {
         let root = tempfile::tempdir().expect("dir");

@@ -126,7 +126,7 @@ pub enum VmError {
     NoFiles,
     /// The memory of a frozen VM would end with its VMM.
     #[error(
-        "the VM is frozen in memory that ends with its VMM: `hebe resume` lets it run again, `hebe drop --yes` gives it up"
+        "the VM is frozen in memory that ends with its VMM: `hebe resume` lets it run again, and `hebe stop` ends it then"
     )]
     LastHolder,
     /// It was not defined with one.
