@@ -184,6 +184,14 @@ impl Rig {
         self.issued = 0;
     }
 
+    /// That each is done, with what is on the disk.
+    fn check_reads(&self, reads: &[Request]) {
+        for read in reads {
+            assert_eq!(read.status(&self.machine.ram), 0);
+            assert!(read.data(&self.machine.ram) == self.model[read.offset..][..read.len]);
+        }
+    }
+
     /// Requests that do not touch each other's part of the disk, whose order
     /// does not matter then.
     fn batch(&mut self, dice: &mut Dice) -> Vec<(Request, u8)> {
@@ -305,10 +313,7 @@ fn a_pause_waits_for_what_is_under_way_and_then_nothing_arrives() {
         }
         rig.device.resume();
         rig.wait();
-        for read in &reads {
-            assert_eq!(read.status(&rig.machine.ram), 0);
-            assert!(read.data(&rig.machine.ram) == rig.model[read.offset..][..read.len]);
-        }
+        rig.check_reads(&reads);
     }
 }
 
@@ -334,10 +339,7 @@ fn after_a_reset_nothing_arrives_and_the_next_driver_is_served() {
         let reads = many_reads(&mut rig);
         rig.kick();
         rig.wait();
-        for read in &reads {
-            assert_eq!(read.status(&rig.machine.ram), 0);
-            assert!(read.data(&rig.machine.ram) == rig.model[read.offset..][..read.len]);
-        }
+        rig.check_reads(&reads);
     }
 }
 
@@ -420,10 +422,7 @@ fn a_ring_that_breaks_costs_no_request() {
         let reads = many_reads(&mut rig);
         rig.kick();
         rig.wait();
-        for read in &reads {
-            assert_eq!(read.status(&rig.machine.ram), 0);
-            assert!(read.data(&rig.machine.ram) == rig.model[read.offset..][..read.len]);
-        }
+        rig.check_reads(&reads);
     }
     rig.device.pause().expect("pause");
     rig.device.save().expect("save");

@@ -10,7 +10,7 @@ use lab::scenario::{GuestSpec, Lab, LabOptions};
 use lab::trial::{self, Method, Trial};
 use serde_json::Value;
 
-use super::{package, state};
+use super::{package, state, systemd};
 use crate::demo;
 use crate::test::Scene;
 
@@ -233,25 +233,7 @@ fn found_in_the_initramfs(lab: &Lab) -> Result<()> {
         devices.lines().any(|name| name == "dax0.0"),
         "no device of the range in the initramfs: {devices}"
     );
-    tell_start(lab)
-}
-
-/// What lies between the kernel's entry and the resume, for docs/operating.md.
-fn tell_start(lab: &Lab) -> Result<()> {
-    let of = |words: &[&str], property: &str| -> Result<f64> {
-        let property = format!("--property={property}");
-        let argv = [&["systemctl", "show", "--value", &property], words].concat();
-        let us: f64 = lab.machine.exec_ok(&argv)?.trim().parse()?;
-        Ok(us / 1e6)
-    };
-    let unit = ["hebe-resume.service"];
-    println!(
-        "    after the kernel's entry: systemd at {:.1} s, the resume from {:.1} s to {:.1} s (emulated)",
-        of(&[], "UserspaceTimestampMonotonic")?,
-        of(&unit, "ExecMainStartTimestampMonotonic")?,
-        of(&unit, "ExecMainExitTimestampMonotonic")?,
-    );
-    Ok(())
+    systemd::tell_start(lab)
 }
 
 fn checks(lab: &Lab) -> Result<Value> {

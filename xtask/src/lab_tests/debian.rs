@@ -16,7 +16,7 @@ use lab::scenario::{Lab, LabOptions, guest_disk_path};
 use lab::system;
 use serde_json::Value;
 
-use super::package;
+use super::{package, systemd};
 use crate::test::Scene;
 
 const OLD: KernelName = KernelName::V6_1Cloud;
@@ -168,7 +168,7 @@ pub fn run(scene: &Scene) -> Result<()> {
 
     by_its_unit(&lab)?;
     kexec(&mut lab, scene)?;
-    tell_start(&lab)?;
+    systemd::tell_start(&lab)?;
     tell_pause(&lab)?;
     let listed_after = self::listed(&lab)
         .context("after the reboot")
@@ -249,25 +249,6 @@ fn kexec(lab: &mut Lab, scene: &Scene) -> Result<()> {
         "{} came after {}",
         new.kernel,
         old.kernel
-    );
-    Ok(())
-}
-
-/// What lies between the new kernel's entry and the resume, for
-/// docs/operating.md ("No VM is resumed in the initramfs").
-fn tell_start(lab: &Lab) -> Result<()> {
-    let of = |words: &[&str], property: &str| -> Result<f64> {
-        let property = format!("--property={property}");
-        let argv = [&["systemctl", "show", "--value", &property], words].concat();
-        let us: f64 = lab.machine.exec_ok(&argv)?.trim().parse()?;
-        Ok(us / 1e6)
-    };
-    let unit = ["hebe-resume.service"];
-    println!(
-        "    after the kernel's entry: systemd at {:.1} s, the resume from {:.1} s to {:.1} s (emulated)",
-        of(&[], "UserspaceTimestampMonotonic")?,
-        of(&unit, "ExecMainStartTimestampMonotonic")?,
-        of(&unit, "ExecMainExitTimestampMonotonic")?,
     );
     Ok(())
 }

@@ -323,3 +323,22 @@ fn check(lab: &Lab, trial: &Trial, version: &str, what: &str) -> Result<()> {
         .exec_ok(&["systemctl", "start", "ordinary.service"])
         .map(drop)
 }
+
+/// What lies between the new kernel's entry and the resume, for
+/// docs/operating.md ("No VM is resumed in the initramfs").
+pub(super) fn tell_start(lab: &Lab) -> Result<()> {
+    let of = |words: &[&str], property: &str| -> Result<f64> {
+        let property = format!("--property={property}");
+        let argv = [&["systemctl", "show", "--value", &property], words].concat();
+        let us: f64 = lab.machine.exec_ok(&argv)?.trim().parse()?;
+        Ok(us / 1e6)
+    };
+    let unit = ["hebe-resume.service"];
+    println!(
+        "    after the kernel's entry: systemd at {:.1} s, the resume from {:.1} s to {:.1} s (emulated)",
+        of(&[], "UserspaceTimestampMonotonic")?,
+        of(&unit, "ExecMainStartTimestampMonotonic")?,
+        of(&unit, "ExecMainExitTimestampMonotonic")?,
+    );
+    Ok(())
+}
