@@ -7,10 +7,13 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use hebe_state::v2::devices::DiskIdentityV2;
 use hebe_types::{DiskConfig, DiskFormat};
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
 
 use crate::clear;
 use crate::identity;
@@ -19,6 +22,10 @@ use crate::reads::Reads;
 
 /// Bytes per sector, as virtio counts (virtio 1.2, 5.2.5).
 pub const SECTOR_SIZE: u64 = 512;
+/// How long a taken lock is asked for. Where one who held it looked at the disk
+/// and forked just then, as a daemon does that starts VMs, the child has the
+/// lock until it calls `execve`.
+const FORKED_WAIT: Duration = Duration::from_millis(200);
 
 /// Why a disk cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -602,19 +609,25 @@ fn lock(file: &File, path: &Path, readonly: bool) -> Result<(), BlockError> {
     } else {
         FlockOperation::NonBlockingLockExclusive
     };
-    rustix::fs::flock(file, how).map_err(|errno| match errno {
-        rustix::io::Errno::WOULDBLOCK => BlockError::Busy(path.to_owned()),
-        other => BlockError::Lock {
-            path: path.to_owned(),
-            source: other.into(),
-        },
-    })
+    let deadline = Instant::now() + FORKED_WAIT;
+    loop {
+        return match rustix::fs::flock(file, how) {
+            Ok(()) => Ok(()),
+            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                thread::sleep(FORKED_WAIT / 100);
+                continue;
+            }
+            Err(Errno::WOULDBLOCK) => Err(BlockError::Busy(path.to_owned())),
+            Err(errno) => Err(BlockError::Lock {
+                path: path.to_owned(),
+                source: errno.into(),
+            }),
+        };
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
-
     use super::*;
     use crate::{DiskChange, disk_change};
 
@@ -804,6 +817,20 @@ mod tests {
         assert!(busy(false));
         drop(readers);
         assert!(!busy(false));
+    }
+
+    #[test]
+    fn a_disk_that_a_forked_child_still_has_for_an_instant_is_waited_for() {
+        let file = disk(512);
+        let of_child = OpenOptions::new().write(true).open(file.path());
+        let of_child = of_child.expect("open");
+        rustix::fs::flock(&of_child, FlockOperation::NonBlockingLockExclusive).expect("free");
+        let child = thread::spawn(move || {
+            thread::sleep(FORKED_WAIT / 10);
+            drop(of_child);
+        });
+        BlockBackend::open(file.path(), false).expect("waited for");
+        child.join().expect("join");
     }
 
     #[test]

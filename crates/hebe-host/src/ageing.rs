@@ -21,6 +21,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use hebe_policy::ageing::{Indicator, Reading, Sample};
+use hebe_sys::lock::FileLock;
 
 use crate::files;
 
@@ -77,7 +78,7 @@ pub struct SampleStore {
     /// Number of the newest sample; 0 for none.
     newest: u64,
     /// Held as long as the store is.
-    _lock: File,
+    _lock: FileLock,
 }
 
 impl SampleStore {
@@ -90,7 +91,7 @@ impl SampleStore {
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir).map_err(io)?;
         }
-        let lock = hebe_sys::lock::lock_file(&path.with_extension("lock")).map_err(io)?;
+        let lock = FileLock::open(&path.with_extension("lock")).map_err(io)?;
         let lock = lock.ok_or_else(|| AgeingError::Owned(path.to_owned()))?;
         if !path.try_exists().map_err(io)? {
             files::write_durably(path, &header(slots)).map_err(io)?;

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,8 @@ const LOOKERS_WAIT: Duration = Duration::from_millis(200);
 pub struct VmLock {
     file: File,
     dir: PathBuf,
+    /// A VMM has it, too.
+    shared: AtomicBool,
 }
 
 impl VmLock {
@@ -78,7 +81,8 @@ impl VmLock {
             let inode = file.metadata()?.ino();
             if fs::metadata(&path).is_ok_and(|m| m.ino() == inode) {
                 let dir = dir.to_owned();
-                return Ok(Some(Self { file, dir }));
+                let shared = AtomicBool::new(false);
+                return Ok(Some(Self { file, dir, shared }));
             }
         }
     }
@@ -96,6 +100,7 @@ impl VmLock {
 
     /// A second descriptor of the same lock, to be passed to the VMM.
     pub fn share(&self) -> io::Result<OwnedFd> {
+        self.shared.store(true, Ordering::Relaxed);
         self.file.as_fd().try_clone_to_owned()
     }
 
@@ -122,6 +127,18 @@ impl VmLock {
         match gone(fs::remove_dir(&self.dir)) {
             Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
             other => other,
+        }
+    }
+}
+
+/// A lock that was not shared is let go at once: a child that another thread
+/// has forked and that has not called `execve` yet holds a duplicate of the
+/// descriptor, and would keep the VM from the next one for that instant.
+impl Drop for VmLock {
+    fn drop(&mut self) {
+        if !self.shared.load(Ordering::Relaxed) {
+            // A held lock can be let go; the descriptor's end is the rest.
+            let _ = flock(&self.file, FlockOperation::Unlock);
         }
     }
 }
@@ -234,9 +251,27 @@ mod tests {
         drop(lock);
         assert!(VmLock::is_held(&dir), "the VMM's copy keeps it");
         drop(shared);
-        assert!(!VmLock::is_held(&dir));
+        // A child that another test has just forked may have it for an instant.
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while VmLock::is_held(&dir) {
+            assert!(Instant::now() < deadline, "nobody lets it go");
+            thread::yield_now();
+        }
         let lock = VmLock::take(&dir).expect("io").expect("free again");
         lock.remove_dir().expect("remove");
         assert!(!dir.exists());
+    }
+
+    /// As a child has one that was forked and has not called `execve` yet.
+    #[test]
+    fn a_duplicate_that_no_vmm_was_given_keeps_it_from_nobody() {
+        let root = tempfile::tempdir().expect("dir");
+        let dir = root.path().join("vms/web");
+        let lock = VmLock::take(&dir).expect("io").expect("free");
+        let copy = lock.file.try_clone().expect("dup");
+        drop(lock);
+        assert!(!VmLock::is_held(&dir));
+        assert!(VmLock::take(&dir).expect("io").is_some());
+        drop(copy);
     }
 }

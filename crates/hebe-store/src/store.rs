@@ -12,7 +12,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use hebe_sys::dax;
-use hebe_sys::lock;
+use hebe_sys::lock::FileLock;
 use hebe_types::{ByteSize, Extent, GRANULE, SegmentId, VmId, VmName};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -73,7 +73,7 @@ pub struct Store {
     path: PathBuf,
     table: Table<Device>,
     /// Held by a manager; see the module's head.
-    lock: Option<File>,
+    lock: Option<FileLock>,
 }
 
 /// The device or file as [`Media`]: the head stays mapped, the rest is mapped
@@ -140,13 +140,9 @@ fn open_file(path: &Path, write: bool) -> Result<File, StoreError> {
     })
 }
 
-fn take_lock(path: &Path) -> Result<File, StoreError> {
-    let file = open_file(path, true)?;
-    match lock::try_lock_exclusive(file.as_fd()) {
-        Ok(true) => Ok(file),
-        Ok(false) => Err(StoreError::Busy(path.to_owned())),
-        Err(e) => Err(StoreError::media("lock")(e)),
-    }
+fn take_lock(path: &Path) -> Result<FileLock, StoreError> {
+    let taken = FileLock::take(open_file(path, true)?).map_err(StoreError::media("lock"))?;
+    taken.ok_or_else(|| StoreError::Busy(path.to_owned()))
 }
 
 impl Device {

@@ -31,16 +31,41 @@ pub fn try_lock_exclusive(fd: BorrowedFd<'_>) -> io::Result<bool> {
     }
 }
 
-/// Opens (or creates) a lock file and takes its lock; `None` if another holds
-/// it. The lock lasts as long as the file that is returned and its duplicates.
+/// An exclusive `flock(2)` on a file, let go when this is dropped.
 ///
-/// # Errors
-/// The system's, but for the lock being taken.
-pub fn lock_file(path: &Path) -> io::Result<Option<File>> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false);
-    let file = options.open(path)?;
-    Ok(try_lock_exclusive(file.as_fd())?.then_some(file))
+/// Closing the descriptor would not do: a child that another thread has forked
+/// and that has not called `execve` yet holds a duplicate, and with it the
+/// lock, for that instant. So nobody else may be given the file to hold on to.
+#[derive(Debug)]
+pub struct FileLock(File);
+
+impl FileLock {
+    /// Takes the lock of an open file; `None` if another holds it.
+    ///
+    /// # Errors
+    /// The system's, but for the lock being taken.
+    pub fn take(file: File) -> io::Result<Option<Self>> {
+        Ok(try_lock_exclusive(file.as_fd())?.then_some(Self(file)))
+    }
+
+    /// Opens (or creates) a lock file and takes its lock; `None` if another
+    /// holds it.
+    ///
+    /// # Errors
+    /// The system's, but for the lock being taken.
+    pub fn open(path: &Path) -> io::Result<Option<Self>> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        Self::take(options.open(path)?)
+    }
+}
+
+impl Drop for FileLock {
+    fn drop(&mut self) {
+        // It cannot fail for a lock that is held; if it did, the last
+        // descriptor's end would let go of it.
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
 }
 
 /// Takes the exclusive lock on `len` bytes from `start` on; `false` if another
@@ -159,16 +184,17 @@ mod tests {
         assert!(try_lock_range(other.as_fd(), start, 4096).expect("free"));
     }
 
+    /// As a child has one that was forked and has not called `execve` yet.
     #[test]
-    fn one_holder_at_a_time_and_duplicates_share_it() {
+    fn one_holder_at_a_time_and_no_duplicate_keeps_it() {
         let dir = tempfile::tempdir().expect("dir");
         let path = dir.path().join("lock");
-        let held = lock_file(&path).expect("open").expect("free");
-        assert!(lock_file(&path).expect("open").is_none());
-        let copy = held.try_clone().expect("dup");
+        let held = FileLock::open(&path).expect("open").expect("free");
+        assert!(FileLock::open(&path).expect("open").is_none());
+        let copy = held.0.try_clone().expect("dup");
         drop(held);
-        assert!(lock_file(&path).expect("the duplicate holds it").is_none());
+        assert!(FileLock::open(&path).expect("open").is_some());
         drop(copy);
-        assert!(lock_file(&path).expect("open").is_some());
+        assert!(FileLock::open(&path).expect("open").is_some());
     }
 }
