@@ -13,6 +13,7 @@ use hebe_sys::link;
 use hebe_sys::proc::since_boot_ns;
 use hebe_sys::tap::{make_bridge, set_up};
 use hebe_types::{Forward, MacAddr, NAT_BRIDGE, NetConfig, Network, VmName};
+use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::dir::{Dir, take};
@@ -62,9 +63,17 @@ pub(crate) struct Admitted {
     pub(crate) remarks: Vec<String>,
 }
 
-/// The network's lock.
+/// The network's lock, let go in so many words: a child that another thread has
+/// forked has the descriptor, too, until it calls `execve`.
 #[derive(Debug)]
-pub(crate) struct Held(#[expect(dead_code, reason = "held, not used")] OwnedFd);
+pub(crate) struct Held(OwnedFd);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // A held lock can be let go; the descriptor's end is the rest.
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
+}
 
 impl Place {
     /// With the run directory and the state directory of a host.

@@ -362,7 +362,11 @@ impl World {
     /// As when the VMM ends, however it does.
     pub fn release(&self, name: &str) {
         let mut locks = self.locks.lock().expect("lock");
-        locks.retain(|(vm, _)| vm.as_str() != name);
+        // In so many words: a child that another test has just forked has the
+        // descriptor, too.
+        for (_, lock) in locks.extract_if(.., |(vm, _)| vm.as_str() == name) {
+            flock(&lock, FlockOperation::Unlock).expect("held");
+        }
     }
 
     pub fn plug(&self, port: &Port, care: Care) -> Result<Vec<String>, NetworkError> {
