@@ -617,6 +617,7 @@ fn lock(file: &File, path: &Path, readonly: bool) -> Result<(), BlockError> {
                 thread::sleep(FORKED_WAIT / 100);
                 continue;
             }
+            Err(Errno::INTR) => continue,
             Err(Errno::WOULDBLOCK) => Err(BlockError::Busy(path.to_owned())),
             Err(errno) => Err(BlockError::Lock {
                 path: path.to_owned(),

@@ -99,6 +99,18 @@ fn keep_payloads(vm: &VmFd) -> Result<(), MachineError> {
         .map_err(kvm("keep the payloads of exceptions"))
 }
 
+/// `KVM_CREATE_VM`, which says `EINTR` where anything at all is to be done for
+/// the thread just then (a signal, an end of an `io_uring` request): it watches
+/// the process's memory, and does not wait for all of its locks in that case.
+fn create_vm(kvm_fd: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    loop {
+        match kvm_fd.create_vm() {
+            Err(e) if e.errno() == libc::EINTR => {}
+            made => return made,
+        }
+    }
+}
+
 /// `/dev/kvm`, open: what VMs are made with where nothing can be opened any
 /// more.
 #[derive(Debug)]
@@ -152,7 +164,7 @@ impl Machine {
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(kvm("list CPUID"))?;
         let msr_list = kvm_fd.get_msr_index_list().map_err(kvm("list MSRs"))?;
-        let vm = Arc::new(kvm_fd.create_vm().map_err(kvm("create a VM"))?);
+        let vm = Arc::new(create_vm(&kvm_fd).map_err(kvm("create a VM"))?);
         vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
             .map_err(kvm("place the identity map"))?;
         vm.set_tss_address(TSS_ADDRESS)
@@ -356,4 +368,48 @@ pub fn host_can_run() -> Result<(), MachineError> {
     let cpuid = machine.guest_cpuid(0, 1);
     vcpu.prepare_boot(&cpuid, None)
         .map_err(|_| MachineError::Lacks("a usable vCPU"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+
+    /// A VM that is resumed in such a moment would stay frozen.
+    #[test]
+    fn vms_are_made_while_signals_come_in() {
+        let kvm_fd = match Kvm::new() {
+            Ok(kvm_fd) => kvm_fd,
+            Err(e) => return eprintln!("skipped: /dev/kvm: {e}"),
+        };
+        crate::install_kick_handler().expect("a handler");
+        let done = AtomicBool::new(false);
+        // SAFETY: asks for this thread's number.
+        let tid = unsafe { libc::gettid() };
+        let mut made = Vec::new();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                // A slow computer may get nowhere while they come in.
+                for _ in 0..20_000 {
+                    if done.load(Ordering::Acquire) {
+                        break;
+                    }
+                    // SAFETY: sends a signal, for which a handler is installed,
+                    // to a thread of this process that waits for this one.
+                    unsafe {
+                        libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, libc::SIGRTMIN())
+                    };
+                    thread::sleep(Duration::from_micros(5));
+                }
+            });
+            made.extend((0..300).map(|_| create_vm(&kvm_fd).map(drop)));
+            done.store(true, Ordering::Release);
+        });
+        for vm in made {
+            vm.expect("a VM");
+        }
+    }
 }
