@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use hebe_types::{
-    BalloonConfig, ByteSize, ConsoleConfig, DiskConfig, MacAddr, NetConfig, RestartPolicy,
-    StoreKind, VmConfig, VmName, VsockConfig,
+    BalloonConfig, ByteSize, DiskConfig, MacAddr, NetConfig, StoreKind, VmConfig, VsockConfig,
 };
 use lab_guest::proto::HostStatus;
 use lab_guest::status::GuestStatus;
@@ -261,22 +260,12 @@ impl GuestSpec {
         let byte = FIRST_GUEST_BYTE + self.index;
         let mac = [0x52, 0x54, 0x00, 0x6c, 0x61, byte];
         let config = VmConfig {
-            name: self.name.parse::<VmName>()?,
-            memory: ByteSize::mib(self.memory_mib),
             vcpus: self.vcpus,
             store: self.store,
-            hugepages: false,
             kernel: Some(format!("{folder}/vmlinuz").into()),
             initrd: Some(format!("{folder}/initrd.img").into()),
             cmdline: self.cmdline(),
             autostart: self.autostart,
-            restart: RestartPolicy::Never,
-            restart_limit: None,
-            cpu_weight: None,
-            cpu_limit: None,
-            io_weight: None,
-            after: Vec::new(),
-            console: ConsoleConfig::default(),
             rtc: self.agent,
             pvpanic: self.agent,
             generation_id: self.agent || self.generation_id,
@@ -287,6 +276,7 @@ impl GuestSpec {
                 mac: Some(MacAddr(mac)),
                 ..NetConfig::tap(format!("tap{byte}"), Some("br0".to_owned()))
             }],
+            ..VmConfig::minimal(self.name.parse()?, ByteSize::mib(self.memory_mib))
         };
         config.validate()?;
         Ok(config)

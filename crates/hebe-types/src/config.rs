@@ -356,6 +356,35 @@ pub enum ConfigError {
 }
 
 impl VmConfig {
+    /// What a definition means that says these two things alone.
+    pub fn minimal(name: VmName, memory: ByteSize) -> Self {
+        Self {
+            name,
+            memory,
+            vcpus: one(),
+            store: StoreKind::default(),
+            hugepages: false,
+            kernel: None,
+            initrd: None,
+            cmdline: String::new(),
+            autostart: false,
+            restart: RestartPolicy::default(),
+            restart_limit: None,
+            after: Vec::new(),
+            cpu_weight: None,
+            cpu_limit: None,
+            io_weight: None,
+            rtc: false,
+            pvpanic: false,
+            generation_id: false,
+            console: ConsoleConfig::default(),
+            vsock: None,
+            balloon: None,
+            disks: Vec::new(),
+            nets: Vec::new(),
+        }
+    }
+
     /// Every file of the host that it names.
     pub fn paths_mut(&mut self) -> impl Iterator<Item = &mut PathBuf> {
         let boot = self.kernel.iter_mut().chain(&mut self.initrd);
@@ -473,30 +502,20 @@ mod tests {
 
     fn sample() -> VmConfig {
         VmConfig {
-            name: "web".parse().expect("name"),
-            memory: ByteSize::mib(256),
             vcpus: 2,
-            store: StoreKind::Auto,
-            hugepages: false,
             kernel: Some("/k".into()),
-            initrd: None,
-            cmdline: String::new(),
-            autostart: false,
-            restart: RestartPolicy::Never,
-            restart_limit: None,
-            cpu_weight: None,
-            cpu_limit: None,
-            io_weight: None,
-            after: Vec::new(),
-            console: ConsoleConfig::default(),
-            rtc: false,
-            pvpanic: false,
-            generation_id: false,
-            vsock: None,
-            balloon: None,
             disks: vec![DiskConfig::raw("/d".into(), false)],
             nets: vec![NetConfig::tap("tap0".into(), None)],
+            ..VmConfig::minimal("web".parse().expect("name"), ByteSize::mib(256))
         }
+    }
+
+    #[test]
+    fn a_minimal_one_is_what_two_lines_mean() {
+        let text = "name = \"web\"\nmemory = \"256MiB\"\n";
+        let read: VmConfig = toml::from_str(text).expect("a definition");
+        let made = VmConfig::minimal("web".parse().expect("name"), ByteSize::mib(256));
+        assert_eq!(read, made);
     }
 
     fn refused(change: fn(&mut VmConfig)) -> String {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use hebe_api::FreezeReport;
 use hebe_store::{ExecStatus, Segment};
-use hebe_types::{ByteSize, ConsoleConfig, RestartPolicy, StoreKind, VmConfig, VmId};
+use hebe_types::{ByteSize, StoreKind, VmConfig, VmId};
 use hebe_vmm::{Event, Identity, Vm, VmError};
 
 use crate::environment;
@@ -130,29 +130,11 @@ impl Rig {
         // Counted once all descriptors that are not a VM's are there.
         let idle = Footprint::now()?;
         let config = VmConfig {
-            name,
-            memory: plan.memory,
             vcpus: plan.vcpus,
             store: StoreKind::Memfd,
-            hugepages: false,
             kernel: Some(kernel),
-            initrd: None,
             cmdline: plan.cmdline(),
-            autostart: false,
-            restart: RestartPolicy::Never,
-            restart_limit: None,
-            cpu_weight: None,
-            cpu_limit: None,
-            io_weight: None,
-            after: Vec::new(),
-            console: ConsoleConfig::default(),
-            rtc: false,
-            pvpanic: false,
-            generation_id: false,
-            vsock: None,
-            balloon: None,
-            disks: Vec::new(),
-            nets: Vec::new(),
+            ..VmConfig::minimal(name, plan.memory)
         };
         config.validate()?;
         let identity = Identity {

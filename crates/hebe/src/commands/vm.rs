@@ -12,8 +12,8 @@ use hebe_host::network::{self, NicView};
 use hebe_host::ops::{self, StopOptions};
 use hebe_host::{Host, HostError};
 use hebe_types::{
-    BalloonConfig, ConsoleConfig, DiskConfig, DiskFormat, Forward, NetConfig, Network,
-    RestartPolicy, StoreKind, VmConfig, VmId, VmName, VsockConfig,
+    BalloonConfig, DiskConfig, DiskFormat, Forward, NetConfig, Network, StoreKind, VmConfig, VmId,
+    VmName, VsockConfig,
 };
 use serde::Serialize;
 
@@ -77,9 +77,8 @@ fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
         ..DiskConfig::raw(path, false)
     };
     let nets = nets(args.net, args.forward)?;
+    let name = args.name.ok_or_else(|| missing("name"))?;
     Ok(VmConfig {
-        name: args.name.ok_or_else(|| missing("name"))?,
-        memory: args.memory,
         vcpus: args.vcpus,
         store: match args.store {
             StoreArg::Auto => StoreKind::Auto,
@@ -87,25 +86,14 @@ fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
             StoreArg::Luo => StoreKind::Luo,
             StoreArg::Memfd => StoreKind::Memfd,
         },
-        hugepages: false,
         kernel: args.kernel,
         initrd: args.initrd,
         cmdline: args.cmdline,
-        autostart: false,
-        restart: RestartPolicy::Never,
-        restart_limit: None,
-        cpu_weight: None,
-        cpu_limit: None,
-        io_weight: None,
-        after: Vec::new(),
-        console: ConsoleConfig::default(),
-        rtc: false,
-        pvpanic: false,
-        generation_id: false,
         vsock: args.vsock.then(VsockConfig::default),
         balloon: args.balloon.then(BalloonConfig::default),
         disks: args.disk.into_iter().map(disk).collect(),
         nets,
+        ..VmConfig::minimal(name, args.memory)
     })
 }
 
