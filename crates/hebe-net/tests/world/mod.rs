@@ -417,6 +417,9 @@ impl World {
                 "--exact",
                 "rules_that_somebody_flushes_come_back",
                 "--nocapture",
+                // One that runs alone is announced on its line, where the helper's
+                // word is to stand.
+                "--test-threads=2",
             ])
             .env(HELPER, self.root.path())
             .env(STATE, self.state.path())
