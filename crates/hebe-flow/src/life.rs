@@ -12,12 +12,14 @@
 //!     │                 └ up ─▶ Running
 //!     │   Running/Paused ─save─▶ Saving ─durable─▶ SavedHeld ─quit─▶ Saved ─restore─▶ Restoring ─▶ Running
 //!     ├── drop ── Frozen, Saved, Crashed, Lost
+//!     ├── stop ── Failed ◀─KVM gives it up─ Running, Paused, Freezing, Saving, Stopping
 //!     └── start afresh: Lost ─▶ Starting
 //! ```
 //!
 //! `Held` is a frozen VM whose VMM still lives and can thaw it; `SavedHeld`
-//! the same for a saved one. `Crashed` is a VM that ran when its VMM or host
-//! stopped; `Lost` one that was frozen in a store that this kernel does not
+//! the same for a saved one. `Failed` is a VM with which KVM cannot go on: its
+//! VMM stands, and has nothing that could be kept. `Crashed` is a VM that ran
+//! when its VMM or host stopped, or failed before; `Lost` one that was frozen in a store that this kernel does not
 //! have: it can be started afresh or dropped, and either gives that memory up
 //! for good. The owner of a VM's state is the holder of its lock: the VMM while
 //! there is one, and the host program that starts it before that.
@@ -55,7 +57,9 @@ pub enum Life {
     Restoring,
     /// The guest was asked to shut down.
     Stopping,
-    /// It ran when its VMM or host stopped.
+    /// KVM cannot go on with it: it never runs again, and its VMM lives.
+    Failed,
+    /// It ran when its VMM or host stopped, or had failed.
     Crashed,
     /// Frozen in a store that is not here.
     Lost,
@@ -100,6 +104,8 @@ pub enum Happening {
     Failed,
     /// The guest powered itself off.
     GuestOff,
+    /// KVM cannot go on with it.
+    GivenUp,
     /// The VMM is gone.
     VmmGone,
 }
@@ -147,6 +153,9 @@ impl std::fmt::Display for Refused {
             }
             (Life::Running | Life::Paused, Order::Drop) => {
                 "it is up: stop it first with `hebe stop NAME`"
+            }
+            (Life::Failed, _) => {
+                "it failed and cannot run again: `hebe stop NAME` ends it, and `hebe start NAME` boots it then"
             }
             (Life::Absent, _) => "it is not up: `hebe start NAME` boots it",
             (Life::Crashed, _) => {
@@ -201,7 +210,7 @@ impl Life {
             (Self::Saved, Order::Restore | Order::Resume) => {
                 (Self::Restoring, Effect::LaunchRestore)
             }
-            (Self::Running | Self::Paused, Order::Stop) => (Self::Stopping, ask),
+            (Self::Running | Self::Paused | Self::Failed, Order::Stop) => (Self::Stopping, ask),
             (Self::Frozen | Self::Saved | Self::Crashed | Self::Lost, Order::Drop) => {
                 (Self::Absent, Effect::Free)
             }
@@ -211,7 +220,7 @@ impl Life {
 
     /// Takes what happened; gives the state after it.
     pub fn after(self, happening: Happening) -> Life {
-        use Happening::{Failed, GuestOff, Succeeded, VmmGone};
+        use Happening::{Failed, GivenUp, GuestOff, Succeeded, VmmGone};
         match (self, happening) {
             (Self::Starting | Self::Resuming | Self::Restoring, Succeeded) => Self::Running,
             (Self::Freezing, Succeeded) => Self::Held,
@@ -223,6 +232,11 @@ impl Life {
             (Self::Restoring, Failed) => Self::Saved,
             (Self::Freezing | Self::Saving | Self::Stopping, Failed) => Self::Running,
             (Self::Running | Self::Paused | Self::Stopping, GuestOff) => Self::Absent,
+            // What is committed stays so, and is continued elsewhere.
+            (
+                Self::Running | Self::Paused | Self::Freezing | Self::Saving | Self::Stopping,
+                GivenUp,
+            ) => Self::Failed,
             (Self::Held, VmmGone) => Self::Frozen,
             (Self::SavedHeld, VmmGone) => Self::Saved,
             // Between two writes: what the segment says decides; a state that
@@ -234,7 +248,8 @@ impl Life {
                 | Self::Saving
                 | Self::Stopping
                 | Self::Resuming
-                | Self::Restoring,
+                | Self::Restoring
+                | Self::Failed,
                 VmmGone,
             ) => Self::Crashed,
             (life, _) => life,
@@ -251,7 +266,7 @@ impl Life {
 
     /// Whether the VM's work would be lost if its memory or file were freed.
     pub fn is_precious(self) -> bool {
-        !matches!(self, Self::Absent | Self::Crashed)
+        !matches!(self, Self::Absent | Self::Failed | Self::Crashed)
     }
 }
 
@@ -259,7 +274,7 @@ impl Life {
 mod tests {
     use super::*;
 
-    const ALL: [Life; 15] = [
+    const ALL: [Life; 16] = [
         Life::Absent,
         Life::Starting,
         Life::Running,
@@ -273,6 +288,7 @@ mod tests {
         Life::Saved,
         Life::Restoring,
         Life::Stopping,
+        Life::Failed,
         Life::Crashed,
         Life::Lost,
     ];
@@ -335,7 +351,7 @@ mod tests {
                     assert!(!life.has_vmm());
                 }
             }
-            for happening in [Happening::Failed, Happening::VmmGone] {
+            for happening in [Happening::Failed, Happening::GivenUp, Happening::VmmGone] {
                 if life.is_precious() && life.after(happening) == Life::Absent {
                     assert_eq!(life, Life::Starting, "{life:?} {happening:?}");
                 }
@@ -357,6 +373,22 @@ mod tests {
         let sentence = refused.sentence(&name);
         assert!(sentence.contains("`hebe resume web`"), "{sentence}");
         assert!(sentence.contains("`hebe drop web --yes`"), "{sentence}");
+    }
+
+    #[test]
+    fn a_vm_that_kvm_gave_up_can_be_ended_and_nothing_else() {
+        for life in [Life::Running, Life::Paused, Life::Freezing] {
+            assert_eq!(life.after(Happening::GivenUp), Life::Failed);
+        }
+        for life in [Life::Held, Life::SavedHeld] {
+            assert_eq!(life.after(Happening::GivenUp), life, "it is committed");
+        }
+        for order in ORDERS {
+            let admitted = Life::Failed.order(order).is_ok();
+            assert_eq!(admitted, order == Order::Stop, "{order:?}");
+        }
+        assert!(Life::Failed.has_vmm() && !Life::Failed.is_precious());
+        assert_eq!(Life::Failed.after(Happening::VmmGone), Life::Crashed);
     }
 
     /// Its memory may still be there, where this kernel cannot see it.

@@ -25,6 +25,8 @@
 //!   took away, in the order that makes downtime least (running VMs first).
 //! - A VM whose answer never came counts as "perhaps suspended" and is thawed
 //!   like the others.
+//! - A VM with which KVM cannot go on, before or while it is to be suspended,
+//!   holds up nobody: there is nothing of it that an undo could bring back.
 //! - The machine ends in [`Phase::Ended`] with every VM running or listed with
 //!   the reason why it is not.
 
@@ -43,6 +45,9 @@ pub enum Fate {
     Save,
     /// Shut down, and booted afterwards.
     ShutDown,
+    /// Its VMM ends, and nothing is kept: KVM gave the VM up, so that there is
+    /// nothing that could go on. What boots it again is its owner's affair.
+    End,
 }
 
 /// Where one VM stands in this reboot.
@@ -52,8 +57,10 @@ pub enum VmPhase {
     Running,
     /// Its effect was ordered; no answer yet.
     Pending,
-    /// Frozen, saved or off, as its fate says.
+    /// Frozen, saved, off or ended, as its fate says.
     Suspended,
+    /// It failed instead, or crashed, for this reason: it never runs again.
+    Over(String),
     /// It refused and runs on.
     Refused(String),
     /// Nobody knows: no answer came.
@@ -137,6 +144,13 @@ pub enum Input {
     Failed(String),
     /// The VM's effect succeeded.
     VmDone(VmName),
+    /// The VM itself failed or crashed: it has nothing left that could be kept.
+    VmOver {
+        /// Which VM.
+        vm: VmName,
+        /// Why, in one sentence.
+        why: String,
+    },
     /// The VM's effect failed.
     VmFailed {
         /// Which VM.
@@ -230,7 +244,7 @@ impl Reboot {
             return Some(Outcome::Refused(why));
         }
         let stranded = |(name, (_, phase)): (&VmName, &(Fate, VmPhase))| match phase {
-            VmPhase::Stranded(place) => Some((name.clone(), place.clone())),
+            VmPhase::Stranded(place) | VmPhase::Over(place) => Some((name.clone(), place.clone())),
             _ => None,
         };
         Some(Outcome::Aborted {
@@ -256,6 +270,10 @@ impl Reboot {
             }
             (Phase::SetAside | Phase::Freeze, Input::VmDone(vm)) => {
                 self.answer(&vm, VmPhase::Pending, VmPhase::Suspended)?;
+                self.after_suspends()
+            }
+            (Phase::SetAside | Phase::Freeze, Input::VmOver { vm, why }) => {
+                self.answer(&vm, VmPhase::Pending, VmPhase::Over(why))?;
                 self.after_suspends()
             }
             (Phase::SetAside | Phase::Freeze, Input::VmFailed { vm, why, certain }) => {
@@ -381,7 +399,7 @@ impl Reboot {
         match phase {
             Phase::SetAside => self.order(|fate| fate != Fate::Keep),
             Phase::Freeze => self.order(|fate| fate == Fate::Keep),
-            Phase::Thaw => self.bring_back(|fate| fate != Fate::ShutDown),
+            Phase::Thaw => self.bring_back(|fate| matches!(fate, Fate::Keep | Fate::Save)),
             Phase::Boot => self.bring_back(|fate| fate == Fate::ShutDown),
             Phase::StartServices if undone_from < Phase::StopServices => self.enter(Phase::Boot),
             Phase::Unprepare if undone_from < Phase::Prepare => self.enter(Phase::Unload),
@@ -514,6 +532,44 @@ mod tests {
             notes: vec![],
         };
         assert_eq!(reboot.outcome(), Some(expected));
+    }
+
+    /// One that had failed before is ended with those that take long; one that
+    /// fails while it is to be frozen is as little a reason to turn back. Neither
+    /// comes back when something else is one.
+    #[test]
+    fn a_vm_that_kvm_gives_up_holds_up_nobody() {
+        let vms = [
+            (name("a"), Fate::Keep),
+            (name("b"), Fate::Keep),
+            (name("dead"), Fate::End),
+        ];
+        let done = || Input::Done;
+        let inputs = [done(), done(), done(), done()];
+        let (reboot, effects) = run(Reboot::new(vms, true), &inputs);
+        assert_eq!(effects, [Effect::Suspend(name("dead"), Fate::End)]);
+        let (reboot, effects) = reboot.step(Input::VmDone(name("dead"))).expect("ended");
+        assert_eq!(effects.len(), 2, "the others freeze");
+        let over = Input::VmOver {
+            vm: name("b"),
+            why: "KVM gave it up".into(),
+        };
+        let (reboot, _) = reboot.step(over).expect("b");
+        let (reboot, effects) = reboot.step(Input::VmDone(name("a"))).expect("a");
+        assert_eq!(effects, [Effect::Record], "it goes on");
+        let failed = Input::Failed("no room".into());
+        let (reboot, effects) = reboot.step(failed).expect("record");
+        assert_eq!(effects, [Effect::Thaw(name("a"), Fate::Keep)]);
+        let (reboot, _) = reboot.step(Input::VmDone(name("a"))).expect("back");
+        let (reboot, effects) = reboot.step(done()).expect("services");
+        assert_eq!(effects, [Effect::Unprepare], "nothing is booted");
+        let (reboot, _) = reboot.step(done()).expect("withdrawn");
+        let (reboot, _) = reboot.step(done()).expect("unloaded");
+        let Some(Outcome::Aborted { stranded, .. }) = reboot.outcome() else {
+            panic!("{reboot:?}");
+        };
+        // What ran when it began, and does not now, is told.
+        assert_eq!(stranded, [(name("b"), "KVM gave it up".to_owned())]);
     }
 
     #[test]

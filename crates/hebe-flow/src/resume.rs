@@ -39,6 +39,8 @@
 //! | none; frozen in a store that is not here | – | any | lost: never booted unasked |
 //! | none; frozen in a store that is not here | file | any | left: a person must choose |
 //! | any, mapped by a VMM that nobody can reach | any | any | left, whatever the segment says |
+//! | running, ended or none; it failed before the host's reboot | – | yes | boot |
+//! | running, ended or none; it failed before the host's reboot | – | no | lost, for that reason |
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -106,6 +108,8 @@ pub struct Facts {
     /// Frozen VMs of which no note says whether they were started since; with
     /// one sentence that says so and the ways out.
     pub unnoted: BTreeMap<VmName, String>,
+    /// VMs that failed and were ended by a reboot of the host; each with why.
+    pub failed: BTreeMap<VmName, String>,
 }
 
 /// What to do with one VM.
@@ -164,6 +168,7 @@ pub fn plan(facts: &Facts) -> BTreeMap<VmName, Decision> {
         .chain(&facts.alive)
         .chain(facts.stranded.keys())
         .chain(facts.elsewhere.keys())
+        .chain(facts.failed.keys())
         .collect();
     names
         .into_iter()
@@ -204,6 +209,13 @@ fn decide(facts: &Facts, name: &VmName, segments: &[&SegmentFact]) -> Decision {
         (_, Decision::Resume { .. }) if facts.unnoted.contains_key(name) => Decision::Leave {
             reason: facts.unnoted[name].clone(),
         },
+        (_, Decision::Boot { .. } | Decision::Clean { .. } | Decision::Lost { .. })
+            if !boot && facts.failed.contains_key(name) =>
+        {
+            Decision::Lost {
+                reason: ended(name, &facts.failed[name]),
+            }
+        }
         (_, decision) => decision,
     }
 }
@@ -270,6 +282,12 @@ fn with_segment(
     }
 }
 
+fn ended(name: &VmName, why: &str) -> String {
+    format!(
+        "{why}: `hebe start {name}` boots it, `hebe drop {name}` forgets it and frees its memory"
+    )
+}
+
 /// What is said of a VM whose frozen memory was given up while its store was
 /// not there.
 pub fn given_up(name: &VmName, segment: SegmentId) -> String {
@@ -327,6 +345,44 @@ mod tests {
         assert_eq!(plan(&facts)[&web], Decision::Leave { reason });
         facts.alive.insert(web.clone());
         assert_eq!(plan(&facts)[&web], Decision::Already);
+    }
+
+    /// What had failed before the host's reboot is treated as what crashed: it is
+    /// booted where something says so, and otherwise listed with the reason.
+    #[test]
+    fn a_vm_that_failed_is_booted_by_its_rules_alone_and_never_forgotten() {
+        let web = name();
+        for exec in [None, Some(ExecFact::Running), Some(ExecFact::Ended)] {
+            let mut facts = Facts {
+                segments: exec.clone().map(segment).into_iter().collect(),
+                failed: BTreeMap::from([(web.clone(), "KVM gave it up".to_owned())]),
+                ..Facts::default()
+            };
+            let Decision::Lost { reason } = &plan(&facts)[&web] else {
+                panic!("{exec:?}: {:?}", plan(&facts));
+            };
+            assert!(reason.contains("KVM gave it up") && reason.contains("hebe start web"));
+            for list in ["pending", "autostart"] {
+                let set = BTreeSet::from([web.clone()]);
+                let (pending, autostart) = match list {
+                    "pending" => (set, BTreeSet::new()),
+                    _ => (BTreeSet::new(), set),
+                };
+                let facts = Facts {
+                    pending,
+                    autostart,
+                    ..facts.clone()
+                };
+                let decision = &plan(&facts)[&web];
+                assert!(matches!(decision, Decision::Boot { .. }), "{decision:?}");
+            }
+            // A state that can be continued is of another life, and is.
+            facts.segments = vec![segment(ExecFact::Frozen)];
+            assert!(matches!(plan(&facts)[&web], Decision::Resume { .. }));
+            facts.segments.clear();
+            facts.saved = BTreeMap::from([(web.clone(), SavedFact::Complete)]);
+            assert!(matches!(plan(&facts)[&web], Decision::Restore { .. }));
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //!                  │            │
 //!                  ▼            ▼          each VM, in its own chain of fates:
 //!              save / shut    freeze ─fails─▶ save ─fails─▶ shut down ─fails─▶ stranded
+//!              / end
 //! ```
 //!
 //! A reboot that Hebe carries out itself ([`crate::reboot`]) has a way back: if
@@ -139,6 +140,10 @@ pub fn chain(life: Life, memory: Memory, ground: &Ground) -> Vec<Fate> {
     }
     if !frozen && !life.has_vmm() {
         return Vec::new();
+    }
+    // KVM gave it up: nothing of it could go on.
+    if life == Life::Failed {
+        return vec![Fate::End];
     }
     match ground.ordered {
         // Its owner did not want its guest to go on: it is not woken for that.

@@ -82,6 +82,12 @@ fn what_is_tried_follows_from_where_memory_lies() {
     ] {
         assert!(of(life, Memory::Store, &COLD).is_empty(), "{life:?}");
     }
+    // What KVM gave up is not asked for anything, wherever it lies.
+    for memory in [Memory::Store, Memory::Files, Memory::Process] {
+        for ground in [&WARM, &COLD, &shutdown] {
+            assert_eq!(of(Life::Failed, memory, ground), [Fate::End]);
+        }
+    }
     let ordered = |method| Ground {
         ordered: Some(method),
         ..WARM

@@ -22,6 +22,10 @@ enum Real {
     Rests,
     /// Shut down, can be booted.
     Off,
+    /// KVM gave it up, and its VMM stands.
+    Failed,
+    /// It had failed, and its VMM was ended.
+    Ended,
 }
 
 /// What happens to one effect.
@@ -34,6 +38,8 @@ enum Luck {
     AnswerLost,
     /// Done, and then the VMM died.
     VmmDied,
+    /// The guest brings KVM to give its VM up.
+    GivenUp,
 }
 
 #[derive(Debug)]
@@ -104,9 +110,14 @@ impl World {
     fn suspend(&mut self, vm: &VmName, fate: Fate, luck: Luck) -> Input {
         self.services_stopped_before_suspend &= !self.services;
         let real = self.vms.get_mut(vm).expect("known");
-        assert_eq!(*real, Real::Running, "{vm} is suspended once");
+        let before = match fate {
+            Fate::End => Real::Failed,
+            _ => Real::Running,
+        };
+        assert_eq!(*real, before, "{vm} is suspended once");
         if luck != Luck::Refused {
             *real = match (fate, luck) {
+                (Fate::End, _) | (Fate::Keep | Fate::Save, Luck::GivenUp) => Real::Ended,
                 (Fate::ShutDown, _) => Real::Off,
                 (_, Luck::VmmDied) => Real::Rests,
                 _ => Real::Held,
@@ -114,6 +125,14 @@ impl World {
         }
         match luck {
             Luck::Works => Input::VmDone(vm.clone()),
+            // One that was to be shut down is down.
+            Luck::GivenUp if matches!(fate, Fate::End | Fate::ShutDown) => {
+                Input::VmDone(vm.clone())
+            }
+            Luck::GivenUp => Input::VmOver {
+                vm: vm.clone(),
+                why: "KVM gave it up".into(),
+            },
             luck => Input::VmFailed {
                 vm: vm.clone(),
                 why: "bad luck".into(),
@@ -124,6 +143,7 @@ impl World {
 
     fn bring_back(&mut self, vm: &VmName, luck: Luck) -> Input {
         let real = self.vms.get_mut(vm).expect("known");
+        assert!(!matches!(*real, Real::Failed | Real::Ended), "{vm} is over");
         // An executor looks first; one that runs is left alone, so that it
         // never runs twice.
         if luck == Luck::Works {
@@ -143,8 +163,20 @@ fn name(i: usize) -> VmName {
 }
 
 fn fates() -> impl Strategy<Value = Vec<Fate>> {
-    let fate = prop_oneof![Just(Fate::Keep), Just(Fate::Save), Just(Fate::ShutDown)];
+    let fate = prop_oneof![
+        Just(Fate::Keep),
+        Just(Fate::Save),
+        Just(Fate::ShutDown),
+        Just(Fate::End)
+    ];
     prop::collection::vec(fate, 0..6)
+}
+
+fn at_first(fate: Fate) -> Real {
+    match fate {
+        Fate::End => Real::Failed,
+        _ => Real::Running,
+    }
 }
 
 fn luck() -> impl Strategy<Value = Luck> {
@@ -153,6 +185,7 @@ fn luck() -> impl Strategy<Value = Luck> {
         1 => Just(Luck::Refused),
         1 => Just(Luck::AnswerLost),
         1 => Just(Luck::VmmDied),
+        1 => Just(Luck::GivenUp),
     ]
 }
 
@@ -168,13 +201,14 @@ proptest! {
         let vms: Vec<(VmName, Fate)> =
             fates.iter().enumerate().map(|(i, f)| (name(i), *f)).collect();
         let mut world = World {
-            vms: vms.iter().map(|(n, _)| (n.clone(), Real::Running)).collect(),
+            vms: vms.iter().map(|(n, fate)| (n.clone(), at_first(*fate))).collect(),
             image: false,
             services: true,
             prepared: false,
             jumped: false,
             services_stopped_before_suspend: true,
         };
+        let fates = vms.clone();
         let mut machine = Reboot::new(vms, uses_image);
         let mut effects = machine.begin();
         let (mut lucks, mut order) = (lucks.into_iter(), order.into_iter());
@@ -202,19 +236,25 @@ proptest! {
         }
         prop_assert!(world.services_stopped_before_suspend, "R-22");
         if world.jumped {
-            prop_assert!(world.vms.values().all(|v| *v != Real::Running));
+            let down = |v: &Real| !matches!(v, Real::Running | Real::Failed);
+            prop_assert!(world.vms.values().all(down));
             prop_assert_eq!(world.image, uses_image);
             return Ok(());
         }
         match machine.outcome().expect("ended") {
             Outcome::Refused(_) => {
                 prop_assert!(world.services && !world.image && !world.prepared);
-                prop_assert!(world.vms.values().all(|v| *v == Real::Running));
+                for (vm, fate) in &fates {
+                    prop_assert_eq!(world.vms[vm], at_first(*fate));
+                }
             }
             Outcome::Aborted { stranded, notes, .. } => {
-                for (vm, real) in &world.vms {
+                for (vm, fate) in &fates {
+                    let real = world.vms[vm];
                     let listed = stranded.iter().any(|(name, _)| name == vm);
-                    prop_assert_eq!(*real != Real::Running, listed, "{} {:?}", vm, real);
+                    // One that had failed before it began is no loss of its.
+                    let lost = real != Real::Running && *fate != Fate::End;
+                    prop_assert_eq!(lost, listed, "{} {:?}", vm, real);
                 }
                 if notes.is_empty() {
                     prop_assert!(world.services && !world.image && !world.prepared);

@@ -378,7 +378,7 @@ pub(crate) fn vms(host: &Host, survey: &Survey, verdicts: &[VmVerdict]) -> Vec<C
         checks.extend(half_saved(host, survey, name));
         checks.extend(failed(survey, vm));
         checks.extend(unkept(survey, vm));
-        if vm.fate.is_some() {
+        if vm.fate.is_some_and(|fate| fate != Fate::End) {
             checks.extend(files_of(host, survey, vm));
             checks.extend(thrown_away(host, vm));
         }
@@ -401,16 +401,22 @@ fn half_saved(host: &Host, survey: &Survey, name: &VmName) -> Option<Check> {
     })
 }
 
-/// A VM with which KVM cannot go on has no state that could be kept.
+/// A VM with which KVM cannot go on has no state that could be kept. Its guest
+/// may have brought that about, and must not hold up the host with it.
 fn failed(survey: &Survey, vm: &VmVerdict) -> Option<Check> {
     let name = &vm.vm;
-    let why = survey.rows.get(name)?.status.as_ref()?.failed.as_ref()?;
-    matches!(vm.fate, Some(Fate::Keep | Fate::Save)).then(|| {
+    let status = survey.rows.get(name)?.status.as_ref()?;
+    let why = status.failed.as_deref().unwrap_or("it does not say why");
+    (vm.fate == Some(Fate::End)).then(|| {
         Check::bad(
             format!("failed:{name}"),
-            Level::Fail,
-            format!("VM '{name}' failed and cannot run again: {why}"),
-            format!("`hebe stop {name}` ends it"),
+            Level::Warn,
+            format!(
+                "VM '{name}' failed and cannot run again ({why}): it is ended, and 'crashed' after the reboot"
+            ),
+            format!(
+                "nothing to do for the reboot; `hebe stop {name}` and `hebe start {name}` boot it before that"
+            ),
         )
     })
 }

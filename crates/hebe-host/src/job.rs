@@ -1,8 +1,8 @@
 //! What a reboot does to one VM, forward and back; each in a thread of its own.
 
 use std::sync::Arc;
-
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use hebe_api::{ClientError, FreezeReport, SaveReport, VmmState};
 use hebe_flow::life::Life;
@@ -10,14 +10,16 @@ use hebe_flow::reboot::Fate;
 use hebe_flow::resume::SavedFact;
 use hebe_store::ExecStatus;
 use hebe_store::luo::SegmentFiles;
-use hebe_types::{Stamp, VmName};
+use hebe_types::{Stamp, VmId, VmName};
 
+use crate::failed;
 use crate::host::{Host, HostError};
-use crate::launch::ExitRecord;
+use crate::launch::{ExitRecord, Instance};
 use crate::listing::{VmRow, VmState, with_cause};
 use crate::lock::VmLock;
 use crate::luo;
 use crate::luo::carry::Carried;
+use crate::notes;
 use crate::ops::{self, StopOptions};
 use crate::pending;
 use crate::resuming::{ResumeOptions, resume_one};
@@ -28,6 +30,9 @@ use crate::vmm;
 
 /// How long a VMM that takes no request any more may need to be gone.
 const ENDING_WAIT: Duration = Duration::from_secs(1);
+/// How long a VMM that refused to suspend its VM may need to find out that KVM
+/// cannot go on with it: its vCPUs run, and fail, again.
+const FAILING_WAIT: Duration = Duration::from_millis(200);
 
 /// Instants that a VM's effect found, to be noted in the timeline.
 pub(crate) enum Note {
@@ -40,6 +45,8 @@ pub(crate) enum Note {
     },
     /// Its guest powered itself off before it was asked anything.
     Ended(VmName),
+    /// It failed, for this reason, and is ended.
+    Over(VmName, String),
 }
 
 /// Why a VM's effect failed.
@@ -48,6 +55,8 @@ pub(crate) struct Trouble {
     pub(crate) certain: bool,
     /// Nobody was there to be asked.
     unasked: bool,
+    /// The VM failed: it has nothing left that could be kept.
+    pub(crate) over: bool,
 }
 
 impl Trouble {
@@ -56,6 +65,7 @@ impl Trouble {
             why: why.into(),
             certain: true,
             unasked: false,
+            over: false,
         }
     }
 }
@@ -66,11 +76,13 @@ impl From<HostError> for Trouble {
             HostError::Vmm { source, .. } => Self {
                 certain: vmm::is_refusal(source),
                 unasked: is_unasked(source),
+                over: false,
                 why: with_cause(source),
             },
             _ => Self {
                 certain: false,
                 unasked: false,
+                over: false,
                 why: with_cause(&error),
             },
         }
@@ -104,6 +116,7 @@ impl Job {
             Fate::Keep => self.freeze(),
             Fate::Save => self.save(),
             Fate::ShutDown => self.shut_down(),
+            Fate::End => self.end(),
         };
         match result {
             Ok(note) => (Ok(()), Some(note)),
@@ -115,7 +128,70 @@ impl Job {
             {
                 self.ended(fate)
             }
+            Err(trouble) if matches!(fate, Fate::Keep | Fate::Save) => self.over(trouble),
+            // It was to be down, and is.
+            Err(trouble) if trouble.unasked && self.crash().is_some() => (Ok(()), None),
             Err(trouble) => (Err(trouble), None),
+        }
+    }
+
+    /// It was not suspended for `trouble`. Whether that is because it failed: its
+    /// guest brought KVM to give it up, or its VMM to an end. Such a VM holds up
+    /// nobody.
+    fn over(&self, trouble: Trouble) -> (Result<(), Trouble>, Option<Note>) {
+        let ended = match self.failure(&trouble) {
+            Some((vm, why)) => self.end_failed(vm, why),
+            None => return (Err(trouble), None),
+        };
+        match ended {
+            Ok(Note::Over(vm, why)) => {
+                let over = Trouble {
+                    over: true,
+                    ..Trouble::certain(why.clone())
+                };
+                (Err(over), Some(Note::Over(vm, why)))
+            }
+            // It could not be ended, so that it may do whatever it does.
+            _ => (Err(trouble), None),
+        }
+    }
+
+    /// Its guest brought its VMM to an end, since the survey.
+    pub(crate) fn crashed(&self) -> Option<Note> {
+        let (vm, why) = self.crash()?;
+        self.end_failed(vm, why).ok()
+    }
+
+    fn crash(&self) -> Option<(VmId, String)> {
+        let dir = self.host.layout.vm_dir(&self.vm);
+        // What is committed is continued, whatever became of its VMM.
+        if VmLock::is_held(&dir) || self.is_committed() {
+            return None;
+        }
+        let record = ExitRecord::read(&dir).filter(ExitRecord::is_failure_of_guest)?;
+        let vm = Instance::read(&dir)?.vm;
+        Some((vm, record.words().to_owned()))
+    }
+
+    /// Which life failed, and why.
+    fn failure(&self, trouble: &Trouble) -> Option<(VmId, String)> {
+        if !trouble.certain {
+            return self.crash();
+        }
+        let began = Instant::now();
+        loop {
+            let status = vmm::status_of(&self.host, &self.vm, vmm::STATUS_WAIT);
+            let Ok(status) = status else {
+                // It may have ended since it refused.
+                return self.crash();
+            };
+            if let Some(why) = status.failed {
+                return Some((status.id, why));
+            }
+            if began.elapsed() >= FAILING_WAIT {
+                return None;
+            }
+            thread::sleep(Duration::from_millis(5));
         }
     }
 
@@ -151,6 +227,7 @@ impl Job {
             (Ok(()), note) => (Ok(fate), note),
             // The answer is missing, or its VMM; what counts is there.
             (Err(_), note) if fate == Fate::Keep && self.is_committed() => (Ok(fate), note),
+            (Err(trouble), note) if trouble.over => (Ok(Fate::End), note),
             (Err(trouble), note) => (Err(trouble.why), note),
         }
     }
@@ -229,7 +306,7 @@ impl Job {
     fn ended(&self, fate: Fate) -> (Result<(), Trouble>, Option<Note>) {
         let settled = match fate {
             Fate::ShutDown => pending::settle(&self.host, &self.vm),
-            Fate::Keep | Fate::Save => Ok(()),
+            Fate::Keep | Fate::Save | Fate::End => Ok(()),
         };
         let done = settled.map_err(|e| Trouble::certain(with_cause(&e)));
         (done, Some(Note::Ended(self.vm.clone())))
@@ -265,6 +342,7 @@ impl Job {
             Err(error) => Err(Trouble {
                 certain: vmm::is_refusal(&error),
                 unasked: is_unasked(&error),
+                over: false,
                 why: with_cause(&error),
             }),
         }
@@ -285,6 +363,37 @@ impl Job {
             asked,
             off: self.host.system.stamp(),
         })
+    }
+
+    /// Ends a VM that failed.
+    fn end(&self) -> Result<Note, Trouble> {
+        let found = vmm::status_of(&self.host, &self.vm, vmm::STATUS_WAIT);
+        // One that does not answer any more, or is gone, said it before.
+        let status = match found {
+            Ok(status) => status,
+            Err(error) => {
+                (self.row()?.status.clone()).ok_or_else(|| Trouble::certain(with_cause(&error)))?
+            }
+        };
+        let why = status.failed.ok_or_else(|| {
+            Trouble::certain("it had failed, and does not say so any more: see `hebe list`")
+        })?;
+        self.end_failed(status.id, why)
+    }
+
+    /// The VMM of a failed VM, if it stands, alone knows why: that is noted first.
+    /// Its disks were drained when it failed, and are closed in order.
+    fn end_failed(&self, vm: VmId, why: String) -> Result<Note, Trouble> {
+        let mut said = why.clone();
+        if let Err(error) = failed::note(&self.host, &self.vm, vm, &why) {
+            said.push_str(&format!("; that is not noted: {}", with_cause(&error)));
+        }
+        // What was to be frozen is not.
+        notes::forget_here(&self.host, &self.vm, vm);
+        if VmLock::is_held(&self.host.layout.vm_dir(&self.vm)) {
+            ops::end_vmm(&self.host, self.row()?)?;
+        }
+        Ok(Note::Over(self.vm.clone(), said))
     }
 
     /// Brings a frozen or saved VM back, wherever it is.

@@ -89,6 +89,12 @@ impl ExitRecord {
     pub fn is_clean_end(&self) -> bool {
         matches!(self.reason.as_str(), "power-off" | "quit")
     }
+
+    /// The guest brought its VMM to an end: it ran, and its processor shut down,
+    /// or it reset itself and does not boot again.
+    pub fn is_failure_of_guest(&self) -> bool {
+        self.ran == Some(true) && matches!(self.reason.as_str(), "triple-fault" | "error")
+    }
 }
 
 /// What the host remembers of a VM that is up (`instance.json`).

@@ -28,6 +28,7 @@ pub mod check;
 mod checks;
 pub mod cmdline;
 pub mod definitions;
+mod failed;
 pub mod files;
 pub mod gantt;
 pub mod host;

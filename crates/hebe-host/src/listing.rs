@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use crate::answering::DIED;
 use crate::definitions::{self, DefinitionError};
+use crate::failed::{self, Failed};
 use crate::files;
 use crate::host::{Host, HostError};
 use crate::launch::{ExitRecord, Instance, killed_by_cage, last_words};
@@ -124,12 +125,14 @@ pub fn survey(host: &Host) -> Survey {
     let definitions = definitions::all(&host.layout);
     let saved = saved::all(&host.layout);
     let noted = notes::all(&host.layout);
+    let failed = failed::all(&host.layout);
     let elsewhere: BTreeMap<&VmName, &FrozenNote> = notes::elsewhere(&noted, store.as_ref())
         .map(|note| (&note.name, note))
         .collect();
     let mut names: BTreeSet<VmName> = definitions.keys().cloned().collect();
     names.extend(saved.keys().cloned());
     names.extend(elsewhere.keys().copied().cloned());
+    names.extend(failed.keys().cloned());
     names.extend(run_dirs(host));
     let segments = store.iter().flat_map(|s| &s.segments);
     names.extend(segments.filter_map(|s| s.name.clone()));
@@ -139,6 +142,7 @@ pub fn survey(host: &Host) -> Survey {
             saved: saved.get(name).copied(),
             definition: definitions.get(name),
             elsewhere: elsewhere.get(name).copied(),
+            failed: failed.get(name),
         };
         row(host, name.clone(), &known)
     };
@@ -216,6 +220,7 @@ struct Known<'a> {
     saved: Option<SavedFact>,
     definition: Option<&'a Definition>,
     elsewhere: Option<&'a FrozenNote>,
+    failed: Option<&'a Failed>,
 }
 
 fn row(host: &Host, name: VmName, known: &Known) -> VmRow {
@@ -257,7 +262,7 @@ fn row(host: &Host, name: VmName, known: &Known) -> VmRow {
                 row.pid = pid;
                 (VmState::Unresponsive, Life::Starting, Some(why.to_string()))
             }
-            None => at_rest(host, &row.name, segment, instance.is_some(), known),
+            None => at_rest(host, &row.name, segment, instance.as_ref(), known),
         },
     };
     (row.state, row.life, row.detail) = (state, life, detail);
@@ -319,6 +324,11 @@ fn alive(status: &VmStatus) -> Found {
         VmmState::Frozen => (VmState::Frozen, Life::Held),
         VmmState::Saved => (VmState::Saved, Life::SavedHeld),
     };
+    let stands = matches!(life, Life::Running | Life::Paused);
+    let life = match status.failed {
+        Some(_) if stands => Life::Failed,
+        _ => life,
+    };
     let detail = if let Some(why) = &status.failed {
         Some(format!("failed, and cannot run again: {why}"))
     } else if status.guest_panicked {
@@ -338,7 +348,7 @@ fn at_rest(
     host: &Host,
     name: &VmName,
     segment: Option<&SegmentView>,
-    was_up: bool,
+    instance: Option<&Instance>,
     known: &Known,
 ) -> Found {
     let dir = &host.layout.vm_dir(name);
@@ -357,6 +367,12 @@ fn at_rest(
         let text = note.sentence(host, &notes::afresh(name));
         return (VmState::Lost, Life::Lost, Some(text));
     }
+    let last = segment.and_then(|s| s.vm).or(instance.map(|i| i.vm));
+    if let Some(failed) = known.failed.filter(|failed| failed.is_of(last)) {
+        let text = failed.sentence.clone();
+        return (VmState::Crashed, Life::Crashed, Some(text));
+    }
+    let was_up = instance.is_some();
     let exit = ExitRecord::read(dir);
     let ran = matches!(segment.map(|s| &s.exec), Some(ExecView::Running { .. }))
         || (was_up && segment.is_none());

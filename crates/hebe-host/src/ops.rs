@@ -17,6 +17,7 @@ use hebe_flow::resume::SavedFact;
 use hebe_types::{StoreKind, VmConfig, VmId, VmName};
 
 use crate::definitions;
+use crate::failed;
 use crate::host::{Host, HostError};
 use crate::launch::{ExitRecord, LAUNCH_WAIT, Launch, LaunchError, Memory, Origin, launch};
 use crate::listing::{self, VmRow, VmState};
@@ -193,6 +194,7 @@ fn boot_locked(host: &Host, lock: &VmLock, config: &VmConfig) -> Result<VmStatus
         Ok(_) => {
             overlays::forget(&host.layout, name, Some(vm));
             saved::forget_lives(&host.layout, name, Some(vm));
+            failed::forget(&host.layout, name);
         }
         Err(error) => {
             overlays::end(&host.layout, name, vm);
@@ -382,6 +384,12 @@ pub fn power_off(host: &Host, row: &VmRow, options: StopOptions) -> Result<(), H
             seconds: options.timeout.as_secs(),
         });
     }
+    end_vmm(host, row)
+}
+
+/// Ends a VMM whose VM is to be no more: by order, or else by force.
+pub(crate) fn end_vmm(host: &Host, row: &VmRow) -> Result<(), HostError> {
+    let name = &row.name;
     if vmm::quit(host, name, None).is_err() || !ended_within(host, name, END_WAIT) {
         kill(host, row);
     }
@@ -460,6 +468,7 @@ fn free(host: &Host, lock: VmLock, name: &VmName) -> Result<(), HostError> {
         overlays::forget(&host.layout, name, None);
         definitions::forget_transient(&host.layout, name);
     }
+    failed::forget(&host.layout, name);
     luo::forget_ended(host, name);
     let dir = host.layout.vm_dir(name);
     lock.remove_dir().map_err(HostError::file("remove", &dir))
@@ -596,6 +605,7 @@ fn drop_as(host: &Host, name: &VmName, meant: bool) -> Result<(), HostError> {
     }
     overlays::forget(&host.layout, name, None);
     definitions::forget_transient(&host.layout, name);
+    failed::forget(&host.layout, name);
     let dir = host.layout.vm_dir(name);
     lock.remove_dir().map_err(HostError::file("remove", &dir))
 }

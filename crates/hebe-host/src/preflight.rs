@@ -294,6 +294,12 @@ fn fate(method: RebootMethod, row: &VmRow) -> (Option<Fate>, String) {
         (_, Life::Saved | Life::SavedHeld) => {
             return (None, "is saved in a file already".into());
         }
+        // Whatever the method: there is nothing that could go on, and nobody to
+        // be asked to shut down.
+        (_, Life::Failed) => (
+            Fate::End,
+            "failed and cannot run again: it is ended, and `crashed` afterwards",
+        ),
         _ if !up => return (None, format!("is {}: nothing to do", row.state.as_str())),
         (RebootMethod::Warm, _) if row.segment.is_some() => (
             Fate::Keep,

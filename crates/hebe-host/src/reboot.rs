@@ -13,7 +13,7 @@
 //! not repeat it, but in the host it may still lie in the page cache, which
 //! ends with this kernel.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::convert::Infallible;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
@@ -229,6 +229,8 @@ pub(crate) struct Driver<'a> {
     not_booted: BTreeSet<VmName>,
     /// VMs whose guests powered themselves off meanwhile, and which stay so.
     ended: BTreeSet<VmName>,
+    /// VMs that failed or crashed, each with why.
+    over: BTreeMap<VmName, String>,
 }
 
 impl<'a> Driver<'a> {
@@ -260,6 +262,7 @@ impl<'a> Driver<'a> {
             carry: None,
             not_booted: BTreeSet::new(),
             ended: BTreeSet::new(),
+            over: BTreeMap::new(),
         }
     }
 
@@ -319,6 +322,13 @@ impl<'a> Driver<'a> {
             Note::Ended(vm) => {
                 self.ended.insert(vm);
             }
+            Note::Over(vm, why) => {
+                let note = format!("VM '{vm}' failed, and is ended: {why}");
+                (self.say)(&note);
+                self.timeline.notes.push(note);
+                self.give_up(&vm);
+                self.over.insert(vm, why);
+            }
             Note::Off { vm, asked, off } => {
                 let instants = [
                     (asked, EventKind::SuspendAsked),
@@ -338,6 +348,10 @@ impl<'a> Driver<'a> {
                 if self.ended.contains(&vm) =>
             {
                 return Some(Input::VmDone(vm));
+            }
+            Effect::Suspend(vm, _) if self.over.contains_key(&vm) => {
+                let why = self.over[&vm].clone();
+                return Some(Input::VmOver { vm, why });
             }
             Effect::Suspend(vm, fate) => {
                 self.in_thread(vm, sender, move |job| job.suspend(fate));
@@ -396,6 +410,7 @@ impl<'a> Driver<'a> {
             let (result, note) = work(&job);
             let input = match result {
                 Ok(()) => Input::VmDone(vm),
+                Err(Trouble { why, over, .. }) if over => Input::VmOver { vm, why },
                 Err(Trouble { why, certain, .. }) => Input::VmFailed { vm, why, certain },
             };
             Answer {
@@ -417,6 +432,18 @@ impl<'a> Driver<'a> {
             },
             keeps: true,
             vm: vm.clone(),
+        }
+    }
+
+    /// Nothing of a VM that is kept in another way, or not at all, goes along.
+    pub(crate) fn give_up(&mut self, vm: &VmName) {
+        let carry = self.carry.as_mut();
+        let given_up = carry.map(|carry| carry.give_up(self.host, vm));
+        if let Some(Err(why)) = given_up {
+            let note =
+                format!("the next kernel gets memory of '{vm}' that is not to be used: {why}");
+            (self.say)(&note);
+            self.timeline.notes.push(note);
         }
     }
 
@@ -508,12 +535,19 @@ impl<'a> Driver<'a> {
         Ok(())
     }
 
-    /// VMs whose guests ended by themselves since the survey.
+    /// VMs whose guests ended by themselves since the survey, or crashed.
     pub(crate) fn reap(&mut self) -> Result<(), String> {
         let ended = ops::reap(self.host).map_err(|e| with_cause(&e))?;
         self.ended.extend(ended);
+        let kept = |v: &&VmVerdict| matches!(v.fate, Some(Fate::Keep | Fate::Save));
+        let kept = self.verdict.vms.iter().filter(kept);
+        let crashed: Vec<Note> = kept.filter_map(|v| self.job(&v.vm).crashed()).collect();
+        for note in crashed {
+            self.take_note(note);
+        }
         // Nothing is done to them any more, and nothing noted of them.
-        self.verdict.vms.retain(|v| !self.ended.contains(&v.vm));
+        let gone = |vm: &VmName| self.ended.contains(vm) || self.over.contains_key(vm);
+        self.verdict.vms.retain(|v| !gone(&v.vm));
         Ok(())
     }
 
@@ -654,6 +688,7 @@ pub(crate) fn fate_words(fate: Fate) -> &'static str {
         Fate::Keep => "freezing in memory",
         Fate::Save => "saving to a file",
         Fate::ShutDown => "shutting the guest down",
+        Fate::End => "ending what failed",
     }
 }
 

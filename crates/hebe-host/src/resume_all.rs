@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use crate::answering::DIED;
 use crate::definitions;
+use crate::failed;
 use crate::host::{Host, HostError};
 use crate::launch;
 use crate::listing::with_cause;
@@ -250,10 +251,17 @@ fn facts(
     let elsewhere: BTreeMap<VmName, String> = notes::elsewhere(&noted, store)
         .map(|n| (n.name.clone(), n.sentence(host, &notes::afresh(&n.name))))
         .collect();
+    let last = |name: &VmName| store?.segment_of(name)?.vm;
+    let failed: BTreeMap<VmName, String> = failed::all(&host.layout)
+        .into_iter()
+        .filter(|(name, failed)| failed.is_of(last(name)))
+        .map(|(name, failed)| (name, failed.sentence))
+        .collect();
     let names = found
         .iter()
         .filter_map(|s| s.name.as_ref())
         .chain(saved.keys())
+        .chain(failed.keys())
         .chain(configs.keys());
     let mut alive = BTreeSet::new();
     let mut stranded = BTreeMap::new();
@@ -273,6 +281,7 @@ fn facts(
         stranded,
         elsewhere,
         unnoted,
+        failed,
     };
     (facts, configs)
 }

@@ -21,6 +21,7 @@ use hebe_flow::resume::SavedFact;
 use hebe_snapshot::SavedFile;
 use hebe_types::{ByteSize, VmName};
 
+use crate::failed;
 use crate::host::{Host, HostError};
 use crate::launch::{Instance, LAUNCH_WAIT, Launch, LaunchError, Memory, Origin, launch};
 use crate::luo;
@@ -57,6 +58,7 @@ pub(crate) fn restore_with(
     order.accept_changed_disk = accept_changed_disk;
     match launch(host, &lock, &order, LAUNCH_WAIT * 10) {
         Ok(status) => {
+            failed::forget(&host.layout, name);
             paths.withdraw()?;
             Ok(status)
         }

@@ -358,7 +358,7 @@ impl<'a> Event<'a> {
                     }
                     if let Input::VmFailed(vm, why) = &answer.input {
                         (self.driver.say)(&format!("{vm}: {why}"));
-                        self.give_up(vm);
+                        self.driver.give_up(vm);
                     }
                     answer.input
                 }
@@ -468,19 +468,6 @@ impl<'a> Event<'a> {
         match told.is_empty() {
             true => Ok(()),
             false => Err(told.join("; ")),
-        }
-    }
-
-    /// Nothing of a VM that is kept in another way goes along.
-    fn give_up(&mut self, vm: &VmName) {
-        let host = self.driver.host;
-        let carry = self.driver.carry.as_mut();
-        let given_up = carry.map(|carry| carry.give_up(host, vm));
-        if let Some(Err(why)) = given_up {
-            let note =
-                format!("the next kernel gets memory of '{vm}' that is not to be used: {why}");
-            (self.driver.say)(&note);
-            self.driver.timeline.notes.push(note);
         }
     }
 
@@ -607,6 +594,7 @@ fn kept(end: &VmEnd) -> Kept {
         Some(Fate::Keep) => "frozen in memory".to_owned(),
         Some(Fate::Save) => "saved to a file".to_owned(),
         Some(Fate::ShutDown) => "shut down, and booted again when the host is up".to_owned(),
+        Some(Fate::End) => "ended: it had failed, and cannot run again".to_owned(),
         None => "not kept: it ends with the host".to_owned(),
     };
     for (fate, why) in &end.failures {

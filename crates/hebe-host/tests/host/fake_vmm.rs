@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{self, ExitCode};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hebe_api::{
     FreezeReport, RamMeter, Request, Response, ResumeReport, SaveReport, VmStatus, VmmState,
@@ -31,6 +31,8 @@ struct Fake {
     segment: Option<Segment>,
     state: VmmState,
     resume: Option<ResumeReport>,
+    /// KVM gives it up at this instant.
+    fails_at: Option<Instant>,
 }
 
 /// Runs one; returns its exit status.
@@ -100,6 +102,7 @@ fn start(
         segment,
         state: VmmState::Running,
         resume: None,
+        fails_at: None,
     };
     let process_started = stamp_now();
     if fake.told("say-bridge") && hebe_sys::link::index(hebe_types::NAT_BRIDGE).is_some() {
@@ -203,6 +206,12 @@ impl Fake {
         };
         match request {
             Request::Status => Response::Status(self.status()),
+            Request::Freeze | Request::Thaw | Request::Unpause | Request::Pause
+                if self.has_failed() =>
+            {
+                failed("the VM failed and cannot run again (KVM gave it up)")
+            }
+            Request::Pause if self.told("triple-fault") => self.triple_fault(),
             Request::Freeze => self.freeze(),
             Request::Thaw if self.state == VmmState::Frozen => {
                 if self.told("refuse-thaw") {
@@ -219,6 +228,8 @@ impl Fake {
                 self.run_guest();
                 Response::Done
             }
+            // No guest is left that could see it.
+            Request::PowerButton if self.has_failed() => self.leave("quit"),
             Request::PowerButton if self.told("ignore-button") => Response::Done,
             Request::PowerButton if self.told("power-off-late") => {
                 let (dir, marked) = (self.dir.clone(), self.segment.take());
@@ -268,6 +279,17 @@ impl Fake {
         process::exit(0)
     }
 
+    fn has_failed(&self) -> bool {
+        let failing = self.fails_at.is_some_and(|at| at <= Instant::now());
+        failing || self.told("failed")
+    }
+
+    /// The segment goes on saying that it ran.
+    fn triple_fault(&self) -> ! {
+        end(&self.dir, "triple-fault", "");
+        process::exit(11)
+    }
+
     fn status(&self) -> VmStatus {
         VmStatus {
             name: if self.told("another-name") {
@@ -280,7 +302,7 @@ impl Fake {
             } else {
                 self.id
             },
-            state: if self.told("failed") {
+            state: if self.has_failed() {
                 VmmState::Paused
             } else {
                 self.state
@@ -293,7 +315,7 @@ impl Fake {
             },
             version: "fake".into(),
             resumes: u32::from(self.resume.is_some()),
-            failed: self.told("failed").then(|| "KVM gave it up".into()),
+            failed: self.has_failed().then(|| "KVM gave it up".into()),
             guest_panicked: false,
             stopped_devices: Vec::new(),
             ram_meter: RamMeter::default(),
@@ -317,6 +339,16 @@ impl Fake {
             return Response::Failed {
                 message: "a disk request hangs".into(),
             };
+        }
+        if self.told("fail-at-freeze") {
+            // Its vCPU is let run once more before that is found out.
+            self.fails_at = Some(Instant::now() + Duration::from_millis(20));
+            return Response::Failed {
+                message: "vCPU 0 cannot be stopped cleanly".into(),
+            };
+        }
+        if self.told("triple-fault") {
+            self.triple_fault();
         }
         if self.told("die-before-commit") {
             process::abort();
@@ -347,6 +379,11 @@ impl Fake {
     }
 
     fn save(&mut self, mut file: File) -> Response {
+        if self.has_failed() {
+            return Response::Failed {
+                message: "the VM failed and cannot run again (KVM gave it up)".into(),
+            };
+        }
         if self.told("refuse-save") {
             // Late enough for what befalls other VMs meanwhile.
             std::thread::sleep(std::time::Duration::from_millis(300));

@@ -5,6 +5,7 @@
 //! states, and has no guest.
 
 mod elsewhere;
+mod failing;
 mod fake_vmm;
 mod kills;
 mod life;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         steps::CASES,
         stopping::CASES,
         elsewhere::CASES,
+        failing::CASES,
         kills::CASES,
         live_update::CASES,
         luo_faults::CASES,

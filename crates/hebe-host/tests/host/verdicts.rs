@@ -4,7 +4,6 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use hebe_flow::reboot::Fate;
-use hebe_host::listing;
 use hebe_host::ops;
 use hebe_host::preflight::{Level, Verdict, preflight};
 use hebe_host::reboot::{RebootEnd, reboot};
@@ -20,7 +19,6 @@ pub const CASES: &[crate::Case] = &[
     ("saved_vms_need_room_on_a_disk", room),
     ("a_missing_disk_is_refused", disk),
     ("a_reset_is_refused_while_a_vm_is_frozen", reset),
-    ("a_vm_that_failed_is_named_and_stops_a_reboot", given_up),
     ("vms_that_a_killed_manager_left_standing", left_standing),
     ("a_store_in_a_file_in_memory_is_refused", store_in_memory),
     ("what_this_process_may_not_do_is_found_out_first", may_not),
@@ -70,20 +68,6 @@ fn verdicts() {
     options.kernel = None;
     let (cold, _) = preflight(&world.host, &options, true);
     assert_eq!(cold.leave, "reset");
-}
-
-fn given_up() {
-    let world = World::new();
-    world.start(&["web"]);
-    world.tell("web", "failed");
-    let survey = listing::survey(&world.host);
-    let detail = survey.rows[&name("web")].detail.clone().expect("detail");
-    assert!(detail.contains("KVM gave it up"), "{detail}");
-    for method in [RebootMethod::Warm, RebootMethod::Saved] {
-        assert_eq!(failed(&verdict(&world, method)), ["failed:web"]);
-    }
-    assert!(verdict(&world, RebootMethod::Cold).passes());
-    world.tell("web", "");
 }
 
 fn reservation() {
@@ -344,7 +328,7 @@ fn refused() {
 fn shapes() {
     let world = World::new();
     world.start(&["web"]);
-    let survey = listing::survey(&world.host);
+    let survey = hebe_host::listing::survey(&world.host);
     let row = serde_json::to_value(&survey.rows[&name("web")]).expect("json");
     assert_eq!(row["name"], "web");
     assert_eq!(row["state"], "running");

@@ -233,6 +233,7 @@ fn verdict_text(verdict: &Verdict) -> String {
             Some(Fate::Keep) => "keep",
             Some(Fate::Save) => "save",
             Some(Fate::ShutDown) => "shut down",
+            Some(Fate::End) => "end",
             None => "-",
         };
         text.push_str(&format!(
