@@ -633,6 +633,37 @@ fn packet_socket(name: &str) -> OwnedFd {
     socket
 }
 
+/// A passt that ends is told of, once; the NIC goes on without.
+#[test]
+fn a_network_that_ends_is_told_of_once() {
+    let (near, far) = UnixStream::pair().expect("pair");
+    let machine = Machine::new(&new_ram());
+    let kind = DeviceKind::Net {
+        wire: NetBackend::stream(near),
+        mac: MAC,
+    };
+    let device = machine.add(SLOT, kind);
+    let mut queues = Driver::new(&machine, SLOT).start(0);
+    queues[0].add(&machine.ram, &[(DATA, 2048, true)]);
+    Driver::new(&machine, SLOT).kick(&queues[0]);
+    drop(far);
+    let told = || machine.log.0.lock().expect("log").clone();
+    wait("a word about it", || !told().is_empty());
+    for n in 1..=3 {
+        put(&machine.ram, HEADER, &[0; 112]);
+        queues[1].add(&machine.ram, &[(HEADER, 112, false)]);
+        queues[0].add(&machine.ram, &[(DATA, 2048, true)]);
+        Driver::new(&machine, SLOT).kick(&queues[0]);
+        Driver::new(&machine, SLOT).kick(&queues[1]);
+        queues[1].wait_used(&machine.ram, n);
+    }
+    let told = told();
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(told[0].1.contains("passt ended"), "{told:?}");
+    assert_eq!(device.stopped_reason(), None);
+    assert_eq!(device.counters().dropped, 3);
+}
+
 #[test]
 fn what_a_client_types_reaches_the_guest_and_no_byte_is_lost() {
     let subject = ConsoleSubject::new();

@@ -7,7 +7,8 @@
 //!    the new one starts, so that nothing old is taken for an answer;
 //! 3. the networks that Hebe makes for it are there before it runs; of one that is
 //!    resumed with others, the bridge, which passes nothing on before its rules are
-//!    in ([`hebe_net::Expected`]);
+//!    in ([`hebe_net::Expected`]); of one that goes on, passt's socket, in which what
+//!    its guest sends waits until passt reads ([`hebe_net::passt::begin`]);
 //! 4. the locked descriptor passes to the VMM; this process lets go of its own
 //!    only after the VMM answers, so that there is no instant without an owner;
 //! 5. the device descriptor is given to the one child it is meant for, and is
@@ -324,9 +325,11 @@ pub fn launch(
     let limits = Limits::of(host, order);
     // The VMM's turn with PID 1 comes last, for it is the one that waits.
     passts.adopt(host, &order.name);
-    let adopted = host.system.adopt(&order.name, child.id(), &limits);
-    confined.tell(host, child.id(), adopted);
-    wait_until_up(host, &dir, order, child, wait)
+    passts.look_after_while(host, &order.name, || {
+        let adopted = host.system.adopt(&order.name, child.id(), &limits);
+        confined.tell(host, child.id(), adopted);
+        wait_until_up(host, &dir, order, child, wait)
+    })
 }
 
 fn directory_error(path: &Path) -> impl FnOnce(io::Error) -> LaunchError {

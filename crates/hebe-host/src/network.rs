@@ -7,14 +7,16 @@
 //! not be had is said.
 
 use std::collections::BTreeSet;
+use std::fmt::Display;
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 
-use hebe_net::passt::{self, PasstError};
+use hebe_net::passt::{self, Coming, Passt, PasstError};
 use hebe_net::{Care, NetworkError, Place, Port, serve};
 use hebe_sys::proc;
 use hebe_types::{NetConfig, Network, Stamp, VmConfig, VmId, VmName};
@@ -168,6 +170,8 @@ pub(crate) struct Passts {
     pub(crate) ends: Vec<(usize, OwnedFd)>,
     /// Processes that are needed as long as the VMM, whoever started that.
     pids: Vec<u32>,
+    /// Those that come up beside the VMM.
+    coming: Vec<Coming>,
 }
 
 impl Passts {
@@ -177,6 +181,61 @@ impl Passts {
         for pid in &self.pids {
             let _ = host.system.adopt_passt(vm, *pid);
         }
+    }
+
+    /// Starts one. Whoever boots waits for it; who goes on does not.
+    fn start(
+        &mut self,
+        nic: usize,
+        net: &NetConfig,
+        log: &Path,
+        boots: bool,
+    ) -> Result<(), PasstError> {
+        let (end, pid) = if boots {
+            let Passt { end, pid } = passt::start(net, log)?;
+            (end, pid)
+        } else {
+            let (end, coming) = passt::begin(net, log)?;
+            let pid = coming.pid();
+            self.coming.push(coming);
+            (end, pid)
+        };
+        self.pids.push(pid);
+        self.ends.push((nic, end));
+        Ok(())
+    }
+
+    /// Does `work`, which has the VMM come up, and looks after those that come up
+    /// beside it. What keeps one from serving is said, unless the VM is not up either.
+    pub(crate) fn look_after_while<T, E>(
+        self,
+        host: &Host,
+        vm: &VmName,
+        work: impl FnOnce() -> Result<T, E>,
+    ) -> Result<T, E> {
+        let failed = AtomicBool::new(false);
+        let look_after = |coming: Coming| {
+            let goes_on = || !failed.load(Ordering::Acquire);
+            let adopt = |pid| {
+                let _ = host.system.adopt_passt(vm, pid);
+            };
+            if let Err(error) = coming.finish(&goes_on, &adopt)
+                && goes_on()
+            {
+                remark_part(host, vm, &error);
+            }
+        };
+        thread::scope(|scope| {
+            let look_after = &look_after;
+            for coming in self.coming {
+                // Where no thread can be had, nobody starts one anew or tells of it.
+                let thread = thread::Builder::new();
+                let _ = thread.spawn_scoped(scope, move || look_after(coming));
+            }
+            let done = work();
+            failed.store(done.is_err(), Ordering::Release);
+            done
+        })
     }
 }
 
@@ -205,11 +264,8 @@ pub(crate) fn connect(host: &Host, order: &Launch) -> Result<Passts, LaunchError
                 .layout
                 .vm_dir(&order.name)
                 .join(format!("passt{index}.log"));
-            let started = passt::start(net, &log).map_err(LaunchError::from);
-            if let Some(passt) = bear(host, boots, started, &order.name)? {
-                passts.pids.push(passt.pid);
-                passts.ends.push((index, passt.end));
-            }
+            let started = passts.start(index, net, &log, boots);
+            bear(host, boots, started.map_err(LaunchError::from), &order.name)?;
         }
     }
     Ok(passts)
@@ -226,13 +282,17 @@ fn bear<T>(
         Ok(value) => Ok(Some(value)),
         Err(error) if boots => Err(error),
         Err(error) => {
-            if let Ok(place) = place(&host.layout) {
-                place.remark(&format!(
-                    "VM '{name}' goes on without a part of its network: {error}"
-                ));
-            }
+            remark_part(host, name, &error);
             Ok(None)
         }
+    }
+}
+
+fn remark_part(host: &Host, name: &VmName, error: &dyn Display) {
+    if let Ok(place) = place(&host.layout) {
+        place.remark(&format!(
+            "VM '{name}' goes on without a part of its network, until it is suspended and resumed again: {error}"
+        ));
     }
 }
 

@@ -55,6 +55,8 @@ const NUM_BUFFERS_AT: usize = 10;
 const ROOM: usize = HEADER_LEN + FRAME_MAX;
 /// Frames dropped in a row before anything else has its turn.
 const DROPS_MAX: usize = 64;
+/// A NIC has nothing behind it any more.
+const LOST: &str = "its network is gone (passt ended, or the tap was removed): suspend and resume the VM to connect it again";
 /// An Ethernet header.
 const ETHERNET_LEN: usize = 14;
 
@@ -62,6 +64,8 @@ pub(crate) struct Net {
     wire: NetBackend,
     /// The wire failed: it is not asked again.
     wire_gone: bool,
+    /// It failed, and nobody was told.
+    loss_untold: bool,
     mac: MacAddr,
     status: u16,
     /// What the driver accepted; 0 before it did.
@@ -84,6 +88,7 @@ impl Net {
         Self {
             wire,
             wire_gone: false,
+            loss_untold: false,
             mac,
             status: S_LINK_UP,
             features: 0,
@@ -151,6 +156,9 @@ impl Net {
                 }
             }
         })?;
+        if std::mem::take(&mut self.loss_untold) {
+            queues.shared().report(LOST);
+        }
         // With a buffer left the tap brings us back; without one the driver's
         // kick does.
         self.has_room = starved || next == Next::Again;
@@ -215,6 +223,7 @@ impl Net {
                 Received::Nothing => return None,
                 Received::Gone => {
                     self.wire_gone = true;
+                    self.loss_untold = !matches!(self.wire, NetBackend::Nothing);
                     return None;
                 }
             };
