@@ -52,6 +52,23 @@ pub fn write_frame<T: Serialize>(stream: &mut impl Write, message: &T) -> io::Re
     stream.write_all(&frame)
 }
 
+/// Whether a message is short enough for a frame, as [`write_frame`] writes it.
+pub fn fits_a_frame<T: Serialize>(message: &T) -> bool {
+    struct Room(usize);
+    impl Write for Room {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let left = self.0.checked_sub(bytes.len());
+            self.0 = left.ok_or(io::ErrorKind::StorageFull)?;
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    serde_json::to_writer(Room(FRAME_LEN_MAX), message).is_ok()
+}
+
 /// Why a request got no good answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 pub use balloon::{BalloonStatus, GuestMemory};
 pub use cage::{CagePart, CageReport};
-pub use frame::{Client, ClientError, FRAME_LEN_MAX, read_frame, write_frame};
+pub use frame::{Client, ClientError, FRAME_LEN_MAX, fits_a_frame, read_frame, write_frame};
 pub use order::{Deadline, Order};
 pub use words::plain;
 

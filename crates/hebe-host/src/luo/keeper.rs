@@ -31,7 +31,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use hebe_api::{read_frame, write_frame};
+use hebe_api::{fits_a_frame, read_frame, write_frame};
 use hebe_store::SegmentSpec;
 use hebe_store::luo::{self, Arrival, ArrivedHost, ArrivedVm, Lost};
 use hebe_sys::fdstore::Notify;
@@ -452,12 +452,19 @@ impl Holding {
         }
     }
 
+    /// What a client is told, in one frame. The report comes from the memory of the
+    /// kernel before, and a text of control characters is six times as long when it
+    /// is written down as JSON: it is left out rather than the VMs.
     fn listing(&self) -> Listing {
-        Listing {
+        let mut listing = Listing {
             kernel: self.kernel.clone(),
             report: self.report.clone(),
             vms: self.vms.iter().map(|(id, held)| kept(*id, held)).collect(),
+        };
+        if !fits_a_frame(&listing) {
+            listing.report = None;
         }
+        listing
     }
 }
 
@@ -600,6 +607,46 @@ mod tests {
     use hebe_store::luo::SegmentFiles;
 
     use super::*;
+
+    /// As many VMs as there can be, with the longest names, and the longest report:
+    /// the VMs are listed whatever it holds, and the report unless it is none.
+    #[test]
+    fn the_vms_are_listed_whatever_the_report_of_the_kernel_before_holds() {
+        let root = tempfile::tempdir().expect("dir");
+        let awaited = |slot: u32| {
+            let name: VmName = format!("{slot:x<32}").parse().expect("name");
+            let vm = VmId([0xff; 16]);
+            // Below and above the hole under 4 GiB.
+            let files = SegmentFiles::create(vm, &name, ByteSize::gib(6)).expect("files");
+            let held = Held {
+                name: Some(name),
+                vm: Some(vm),
+                memory: Content::Awaited(Box::new(files.spec().clone())),
+            };
+            (SegmentId(FIRST_KEPT + slot), held)
+        };
+        let mut holding = Holding {
+            kernel: Some("7".repeat(56)),
+            report: None,
+            vms: (0..luo::VMS_MAX).map(awaited).collect(),
+            arrivals: Arrivals::begin(&root.path().join("arrivals.json"), [1; 16]),
+            listed: true,
+            all: false,
+        };
+        // What JSON itself is made of becomes twice as long.
+        for (text, is_told) in [("\"", true), ("\n", true), ("x", true), ("\u{1}", false)] {
+            holding.report = Some(text.repeat(hebe_store::REPORT_LEN_MAX));
+            let mut frame = Vec::new();
+            write_frame(&mut frame, &holding.listing()).expect("it is told");
+            let told: Listing = read_frame(&mut frame.as_slice())
+                .expect("a frame")
+                .expect("one");
+            assert_eq!(told.vms.len(), luo::VMS_MAX as usize);
+            let report = told.report.as_ref();
+            assert_eq!(report.is_some(), is_told, "{text:?}");
+            assert!(report.is_none_or(|r| Some(r) == holding.report.as_ref()));
+        }
+    }
 
     /// What a panic at one VM comes to is told by that VM; this is what nobody
     /// thought of.
