@@ -1,4 +1,5 @@
-//! The rules in nftables: two tables of Hebe's own, replaced as wholes.
+//! The rules in nftables: tables of Hebe's own. Two are replaced as wholes; the third
+//! counts what each guest has, and keeps that over every change of its rules.
 
 use std::env;
 use std::fmt::Write;
@@ -13,9 +14,22 @@ use crate::{Care, NetworkError, Port, hush};
 
 /// The table's name, in each family.
 const TABLE: &str = "hebe";
+/// The name of the one that counts.
+const COUNTING: &str = "hebe_guests";
+
+/// Connections that a guest begins and that are not closed, at most: an eighth of
+/// what a host with more than 1 GiB of memory tracks, a thirty-second part of what
+/// one with more than 4 GiB does (Linux since 5.15, `nf_conntrack_max`).
+const CONNECTIONS_MAX: u32 = 8192;
+/// Connections that a guest begins in a second, at most, and at once. Each of them
+/// has the kernel go through those that it has (`nf_conncount`, once a tick), and one
+/// that is refused stays in that list for some ticks: without this bound, who begins
+/// them without end would have the list grow without end.
+const CONNECTIONS_PER_SECOND: u32 = 1000;
+const CONNECTIONS_AT_ONCE: u32 = 5000;
 
 /// What the kernel needs for the rules.
-const MODULES: [&str; 8] = [
+const MODULES: [&str; 9] = [
     "nf_tables",
     "nft_chain_nat",
     "nft_nat",
@@ -24,10 +38,12 @@ const MODULES: [&str; 8] = [
     "nft_fib_ipv4",
     "nft_meta_bridge",
     "nft_limit",
+    "nft_connlimit",
 ];
 
-/// Takes both tables away.
-pub(crate) const NOTHING: [&str; 2] = [
+/// Takes the tables away.
+pub(crate) const NOTHING: [&str; 3] = [
+    "table ip hebe_guests\ndelete table ip hebe_guests\n",
     "table ip hebe\ndelete table ip hebe\n",
     "table bridge hebe\ndelete table bridge hebe\n",
 ];
@@ -141,6 +157,38 @@ pub(crate) fn own_questions(ports: &[Port]) -> String {
     )
 }
 
+/// How many connections a guest may have the host track: the table of all of them is
+/// the host's and its guests', and with it full nobody gets a new one. Before routing,
+/// so that connections to the host itself count, too; only what begins one is looked
+/// at. An addition that not every kernel may take: it needs `nft_limit` and
+/// `nft_connlimit`.
+///
+/// Only the rules are replaced: in new sets a guest would begin at nothing again.
+pub(crate) fn own_connections(range: Range) -> String {
+    format!(
+        "table ip {COUNTING} {{
+  set begun {{ type ipv4_addr; size 512; flags dynamic,timeout; timeout 1m; }}
+  set open {{ type ipv4_addr; size 512; flags dynamic; }}
+  chain prerouting {{
+    type filter hook prerouting priority -150; policy accept;
+  }}
+}}
+flush chain ip {COUNTING} prerouting
+table ip {COUNTING} {{
+  chain prerouting {{
+    iifname != \"{NAT_BRIDGE}\" accept
+    ct state != new accept
+    ct status confirmed accept
+    ip saddr 0.0.0.0 udp sport 68 udp dport 67 accept
+    ip saddr != {range} drop
+    update @begun {{ ip saddr limit rate over {CONNECTIONS_PER_SECOND}/second burst {CONNECTIONS_AT_ONCE} packets }} counter drop
+    add @open {{ ip saddr ct count over {CONNECTIONS_MAX} }} counter drop
+  }}
+}}
+"
+    )
+}
+
 /// Names go into rules as they are.
 pub(crate) fn check_name(tap: &str) -> Result<(), NetworkError> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
@@ -216,24 +264,60 @@ pub(crate) fn apply(script: &str) -> Result<(), NetworkError> {
     Err(NetworkError::Rules(first.chars().take(200).collect()))
 }
 
-/// Puts translation into effect, and with it, as far as that can be had, who sends
-/// from which address and how often a guest may ask for its own; why the second
-/// could not. One program for all where all go: VMs that are resumed wait for it.
-pub(crate) fn apply_all(
-    translation: &str,
-    own_addresses: &str,
-    own_questions: &str,
-) -> Result<Option<NetworkError>, NetworkError> {
-    if apply(&format!("{translation}{own_addresses}{own_questions}")).is_ok() {
-        return Ok(None);
+/// All of the rules.
+pub(crate) struct Rules {
+    translation: String,
+    own_addresses: String,
+    own_questions: String,
+    own_connections: String,
+}
+
+impl Rules {
+    /// For these guests.
+    pub(crate) fn of(range: Range, ports: &[Port]) -> Self {
+        Self {
+            translation: translation(range, ports),
+            own_addresses: own_addresses(ports),
+            own_questions: own_questions(ports),
+            own_connections: own_connections(range),
+        }
     }
-    apply(translation)?;
-    if let Err(error) = apply(own_addresses) {
-        return Ok(Some(error));
+
+    /// As one script.
+    pub(crate) fn text(&self) -> String {
+        let Self {
+            translation,
+            own_addresses,
+            own_questions,
+            own_connections,
+        } = self;
+        format!("{translation}{own_addresses}{own_questions}{own_connections}")
     }
-    // A kernel without nft_limit: who asks without end has others wait.
-    let _ = apply(own_questions);
-    Ok(None)
+
+    /// Puts translation into effect, and with it, as far as that can be had, what
+    /// holds guests to what is theirs; in words what could not. One program for all
+    /// where all go: VMs that are resumed wait for it.
+    pub(crate) fn apply(&self) -> Result<Vec<String>, NetworkError> {
+        if apply(&self.text()).is_ok() {
+            return Ok(Vec::new());
+        }
+        apply(&self.translation)?;
+        let mut unheld = Vec::new();
+        match apply(&self.own_addresses) {
+            // A guest may then pass for its neighbour, and goes on all the same.
+            Err(error) => unheld.push(format!(
+                "guests are not held to their own addresses: {error}"
+            )),
+            // A kernel without nft_limit: who asks without end has others wait.
+            Ok(()) => drop(apply(&self.own_questions)),
+        }
+        if let Err(error) = apply(&self.own_connections) {
+            unheld.push(format!(
+                "a guest that begins connections without end can take the network from its neighbours and the host, for want of nft_limit or nft_connlimit: {error}"
+            ));
+        }
+        Ok(unheld)
+    }
 }
 
 /// Whether the table of translation is there: others may flush all rules.
@@ -288,5 +372,54 @@ mod tests {
         for bad in ["", "a\"b", "a;b", "a b", "a\nb"] {
             assert!(check_name(bad).is_err(), "{bad}");
         }
+    }
+
+    /// As on a kernel that lacks one of the modules: what it refuses is another rule
+    /// here.
+    #[test]
+    fn what_the_kernel_refuses_is_said_and_the_rest_is_put_in() {
+        const APART: &str = "HEBE_TEST_RULES_APART";
+        if env::var_os(APART).is_none() {
+            let this = env::current_exe().expect("this program");
+            let mut again = Command::new("unshare");
+            again.arg("--net").arg(this).arg("--exact");
+            again.arg("rules::tests::what_the_kernel_refuses_is_said_and_the_rest_is_put_in");
+            let again = again.env(APART, "yes").output();
+            let mut able = Command::new("unshare");
+            able.args(["--net", "nft", "list", "ruleset"]);
+            if !able.output().is_ok_and(|o| o.status.success()) {
+                let mut stderr = io::stderr();
+                writeln!(
+                    stderr,
+                    "skipped: rules: no nftables, or no network of its own"
+                )
+                .expect("stderr");
+                return;
+            }
+            let again = again.expect("unshare");
+            let said = [again.stdout, again.stderr].concat();
+            let said = String::from_utf8_lossy(&said);
+            assert!(
+                again.status.success() && said.contains("1 passed"),
+                "{said}"
+            );
+            return;
+        }
+        let range = Range::of(Ipv4Addr::new(10, 86, 0, 0));
+        let mut rules = Rules::of(range, &[]);
+        assert_eq!(rules.apply().expect("all of it"), Vec::<String>::new());
+        let none = "table ip hebe_none { chain c { jump nowhere; } }\n";
+        rules.own_connections = none.to_owned();
+        let said = rules.apply().expect("the rest");
+        assert_eq!(said.len(), 1, "{said:?}");
+        assert!(said[0].contains("nft_connlimit"), "{said:?}");
+        assert!(are_there());
+        rules.translation = none.to_owned();
+        assert!(rules.apply().is_err());
+        for script in NOTHING {
+            apply(script).expect("taken away");
+        }
+        let left = nft(&["list", "ruleset"]).output().expect("nft").stdout;
+        assert!(left.is_empty(), "{}", String::from_utf8_lossy(&left));
     }
 }

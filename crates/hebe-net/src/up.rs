@@ -18,7 +18,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::dir::{Dir, take};
 use crate::range::{Block, Book, PREFIX, Range, routes};
-use crate::rules;
+use crate::rules::{self, Rules};
 use crate::{NetworkError, Port};
 
 /// The bridge's Ethernet address, the same on each host and in each kernel:
@@ -284,10 +284,8 @@ impl Place {
         care: Care,
     ) -> Result<Vec<String>, NetworkError> {
         let mut remarks = Vec::new();
-        let text = rules::translation(range, ports);
-        let own = rules::own_addresses(ports);
-        let questions = rules::own_questions(ports);
-        let wanted = format!("{text}{own}{questions}");
+        let rules = Rules::of(range, ports);
+        let wanted = rules.text();
         let last = self.net.read(RULES).ok().flatten();
         if !anew && last.as_deref() == Some(wanted.as_bytes()) {
             remarks.extend(allow_forwarding());
@@ -298,16 +296,11 @@ impl Place {
         }
         // Not said before it is true.
         let _ = self.net.remove(RULES);
-        match rules::apply_all(&text, &own, &questions) {
+        match rules.apply() {
             Err(error) if care == Care::WhatThereIs => remarks.push(error.to_string()),
             Err(error) => return Err(error),
             Ok(unheld) => {
-                // A guest may then pass for its neighbour, and goes on all the same.
-                remarks.extend(
-                    unheld.map(|error| {
-                        format!("guests are not held to their own addresses: {error}")
-                    }),
-                );
+                remarks.extend(unheld);
                 let _ = self.net.write(RULES, wanted.as_bytes());
                 // Not before: a packet that goes out untranslated has the kernel
                 // leave its whole connection so.

@@ -5,9 +5,11 @@
 
 mod world;
 
-use std::net::Ipv4Addr;
+use std::io::Write;
+use std::net::{Ipv4Addr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::time::Duration;
+use std::{fs, io, thread};
 
 use hebe_net::{Care, NetworkError, Place};
 use hebe_types::{NetConfig, Network};
@@ -563,6 +565,86 @@ fn a_guest_that_asks_without_end_keeps_no_other_from_its_address() {
         let given = other.dhcp(&world);
         assert_eq!(given[0], db.address.to_string());
     });
+}
+
+/// What the host tracks now.
+fn tracked(world: &World) -> u32 {
+    let path = "/proc/sys/net/netfilter/nf_conntrack_count";
+    let text = world.host.within(|| fs::read_to_string(path));
+    text.expect("a count").trim().parse().expect("a number")
+}
+
+#[test]
+fn a_guest_that_connects_without_end_takes_no_connection_from_others() {
+    /// What a guest may have, and what else there is in such a short time.
+    const MAX: u32 = 8192 + 64;
+    let Some(world) = World::new("connections") else {
+        return;
+    };
+    let (web, db) = (world.port("web", &[]), world.port("db", &[]));
+    world.plug(&web, Care::Whole).expect("plugged");
+    let said = world.plug(&db, Care::Whole).expect("plugged");
+    if said.iter().any(|words| words.contains("nft_connlimit")) {
+        let mut stderr = io::stderr();
+        writeln!(stderr, "skipped: connections without end: {said:?}").expect("stderr");
+        return;
+    }
+    let (evil, other) = (world.guest(&web), world.guest(&db));
+    evil.dhcp(&world);
+    other.dhcp(&world);
+    let _peers = world.outside.serve_peers(9000);
+    let at = (world.outside_address, 9000);
+    assert!(
+        evil.space.ask(at, b"").is_some(),
+        "it is held before it began"
+    );
+    // One that lasts, and that both ends have spoken through.
+    let _udp = world.outside.serve_udp(53, WORD);
+    let lasting = evil
+        .space
+        .within(|| UdpSocket::bind("0.0.0.0:0"))
+        .expect("a socket");
+    let goes_on = || {
+        eventually(|| {
+            lasting
+                .set_read_timeout(Some(Duration::from_millis(500)))
+                .ok()?;
+            lasting.send_to(b"?", (world.outside_address, 53)).ok()?;
+            lasting.recv_from(&mut [0; 64]).ok()
+        })
+    };
+    assert!(goes_on().is_some());
+    // To the world and to the host in turn, from ports of its own.
+    let begin = |sockets: u32| {
+        evil.space.within(|| {
+            for n in 0..sockets {
+                let to = [at.0, Ipv4Addr::new(10, 86, 0, 1)][n as usize % 2];
+                let socket = UdpSocket::bind("0.0.0.0:0").expect("a port");
+                for port in 20_000..20_500 {
+                    let _ = socket.send_to(b"x", (to, port));
+                }
+            }
+        });
+    };
+    // It had 157500 in six seconds where there was no bound.
+    let filled = eventually(|| {
+        begin(20);
+        (tracked(&world) >= 8192).then_some(())
+    });
+    assert!(filled.is_some(), "{}", tracked(&world));
+    // Another VM comes: what is there counts still.
+    let third = world.port("third", &[]);
+    world.plug(&third, Care::Whole).expect("plugged");
+    begin(200);
+    let had = tracked(&world);
+    assert!(had < MAX, "{had}");
+    assert!(goes_on().is_some(), "what it had is gone");
+    assert!(
+        other.space.ask(at, b"").is_some(),
+        "its neighbour has no network"
+    );
+    assert!(world.host.ask(at, b"").is_some(), "the host has no network");
+    assert_eq!(evil.space.ask(at, b""), None, "there is no bound");
 }
 
 #[test]
