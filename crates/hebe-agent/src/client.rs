@@ -9,7 +9,7 @@ use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::lines::{LineError, Lines, Wire};
-use crate::protocol::{Done, Facts, Order, Request, SAID_LEN_MAX, Said};
+use crate::protocol::{Done, Facts, Order, REQUEST_LEN_MAX, Request, SAID_LEN_MAX, Said};
 use crate::{PORT, PROTOCOL};
 
 /// Most lines that are read for one answer: beats may come between.
@@ -29,6 +29,9 @@ pub enum ClientError {
     /// It speaks, and not so that it could be understood.
     #[error("what answers in the guest is no agent that this release understands: {0}")]
     Senseless(String),
+    /// No agent would do it: nothing was asked.
+    #[error("no agent does that: {0}")]
+    Impossible(String),
     /// It says no.
     #[error("the agent in the guest says: {0}")]
     Refused(String),
@@ -112,19 +115,31 @@ impl<W: Wire> Client<W> {
         &self.hello
     }
 
+    /// From now on there is `limit` for all that is said.
+    pub fn give(&mut self, limit: Duration) {
+        self.until = Instant::now() + limit;
+    }
+
     /// Orders something, and waits for the answer.
     ///
     /// # Errors
     /// See [`ClientError`].
     pub fn order(&mut self, order: Order) -> Result<Done, ClientError> {
+        order.check().map_err(ClientError::Impossible)?;
         self.last_id += 1;
         let request = Request {
             id: self.last_id,
             order,
         };
         let text = serde_json::to_string(&request).map_err(io::Error::other);
+        let text = text.map_err(LineError::Io)?;
+        if text.len() > REQUEST_LEN_MAX {
+            let len = text.len();
+            let why = format!("the order has {len} bytes, and at most {REQUEST_LEN_MAX} are taken");
+            return Err(ClientError::Impossible(why));
+        }
         let left = self.until.saturating_duration_since(Instant::now());
-        self.lines.say(&text.map_err(LineError::Io)?, left)?;
+        self.lines.say(&text, left)?;
         for _ in 0..LINES_MAX {
             match self.hear()? {
                 Said::Done { id, result } if id == request.id => return Ok(result),

@@ -37,6 +37,7 @@ Exit status:
   3  a check does not hold; nothing was touched
   4  a reboot was undone, and every VM runs again
   5  some VM needs attention: it is listed with the reason
+  `hebe agent NAME exec` ends as its program does, and with 255 where that did not run
 
 Environment:
   HEBE_RUN_DIR     sockets, locks and logs of VMs that are up  [/run/hebe]
@@ -122,7 +123,8 @@ Examples:
 Examples:
   hebe agent web ping
   hebe agent web time                  # set its clock to the host's
-  hebe agent web freeze --for 20 && cp disk.img copy.img && hebe agent web thaw")]
+  hebe agent web freeze --for 20 && cp disk.img copy.img && hebe agent web thaw
+  hebe agent web exec -- df -h /")]
     Agent(AgentArgs),
     /// Look at a VM's balloon, or set it.
     #[command(after_help = "\
@@ -499,6 +501,9 @@ mod tests {
             "hebe agent web ping",
             "hebe agent web freeze --for 60",
             "hebe agent web shutdown --reboot",
+            "hebe agent web exec uname -a",
+            "hebe agent web exec -- uname -s",
+            "hebe agent web exec --timeout 300 --json -- uname",
             "hebe logs web --follow --lines 7",
             "hebe logs web --console --raw",
             "hebe logs web --json",
@@ -537,6 +542,10 @@ mod tests {
             "hebe top web",
             "hebe dashboard --port 70000",
             "hebe agent web freeze --for 61",
+            "hebe agent web exec",
+            "hebe agent web exec --",
+            "hebe agent web exec --timeout 0 -- uname",
+            "hebe agent web exec --timeout 301 -- uname",
             "hebe reboot --method lukewarm",
             "hebe reboot --svg x.svg",
             "hebe reboot --report --dry-run",

@@ -6,6 +6,7 @@ mod commands;
 #[cfg(test)]
 mod hints;
 mod output;
+mod plain;
 
 use std::process::ExitCode;
 

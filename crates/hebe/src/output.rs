@@ -8,6 +8,8 @@ use hebe_host::HostError;
 use hebe_host::listing::with_cause;
 use serde::Serialize;
 
+use crate::plain::steers;
+
 /// How a command ended. The numbers are part of the interface; `hebe --help`
 /// lists them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +24,8 @@ pub enum Exit {
     Undone,
     /// Some VM needs attention.
     Attention,
+    /// As a program in a guest did.
+    Passed(u8),
 }
 
 impl From<Exit> for ExitCode {
@@ -32,6 +36,7 @@ impl From<Exit> for ExitCode {
             Exit::CheckFailed => 3,
             Exit::Undone => 4,
             Exit::Attention => 5,
+            Exit::Passed(status) => status,
         })
     }
 }
@@ -93,7 +98,7 @@ impl Output {
     /// The one answer of a command: `value` as JSON, or `text`.
     pub fn answer(&self, value: &impl Serialize, text: impl FnOnce() -> String) {
         let mut answer = if self.json {
-            serde_json::to_string_pretty(value).unwrap_or_default()
+            escaped(serde_json::to_string_pretty(value).unwrap_or_default())
         } else {
             text()
         };
@@ -112,6 +117,11 @@ impl Output {
         {
             let _ = UNWRITTEN.set(error.to_string());
         }
+    }
+
+    /// Raw bytes to stderr.
+    pub fn raw_aside(&self, bytes: &[u8]) {
+        let _ = io::stderr().lock().write_all(bytes);
     }
 
     /// A step of something that takes long; to stderr, so that stdout holds
@@ -146,6 +156,23 @@ impl Output {
     }
 }
 
+/// JSON in which what would steer a terminal is escaped: a guest's words may stand
+/// in it. Line feeds are between its values only, and stay.
+fn escaped(json: String) -> String {
+    if !json.contains(|c| c != '\n' && steers(c)) {
+        return json;
+    }
+    let mut text = String::with_capacity(json.len());
+    for c in json.chars() {
+        match c {
+            // All that steers has four digits at most.
+            c if c != '\n' && steers(c) => text.push_str(&format!("\\u{:04x}", u32::from(c))),
+            c => text.push(c),
+        }
+    }
+    text
+}
+
 /// A table with aligned columns and a heading.
 pub fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
     let mut widths: Vec<usize> = heading.iter().map(|h| h.chars().count()).collect();
@@ -171,6 +198,15 @@ pub fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_steers_a_terminal_is_escaped_in_json_and_means_the_same() {
+        let said = serde_json::json!({"a": ["\u{9b}31m\u{202e}\u{7f}\u{1b}[m\n", "Grüße"]});
+        let text = escaped(serde_json::to_string_pretty(&said).expect("JSON"));
+        assert!(!text.contains(|c| c != '\n' && steers(c)), "{text:?}");
+        let read: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!(read, said);
+    }
 
     #[test]
     fn columns_are_aligned() {

@@ -3,6 +3,19 @@
 use clap::{Args, Subcommand};
 use hebe_types::VmName;
 
+const EXEC_HELP: &str = "\
+The program runs as the agent does, which is root with the bounds of the agent's unit. It
+has no input. The first 16 KiB of each of its outputs are shown when it has ended.
+
+Exit status: the program's own; 255 if it did not run, or did not end by itself, with one
+sentence on stderr. With --json the program's stands in the answer, too.
+
+Examples:
+  hebe agent web exec -- df -h /
+  hebe agent web exec --timeout 120 -- apt-get update
+  hebe agent web exec -- sh -c 'journalctl -n 20 | grep -i error'
+  hebe agent web exec --json -- uname -r";
+
 /// Flags of `agent`.
 #[derive(Debug, Args)]
 pub struct AgentArgs {
@@ -14,7 +27,7 @@ pub struct AgentArgs {
 }
 
 /// What an agent is to do.
-#[derive(Clone, Copy, Debug, Subcommand)]
+#[derive(Clone, Debug, Subcommand)]
 pub enum AgentOrder {
     /// Is it there, and how is its guest?
     #[command(after_help = "Example:\n  hebe agent web ping")]
@@ -41,5 +54,16 @@ pub enum AgentOrder {
         /// Boot it again.
         #[arg(long)]
         reboot: bool,
+    },
+    /// Run a program in the guest, if its agent was started with --allow-exec.
+    #[command(after_help = EXEC_HELP)]
+    Exec {
+        /// How long the program may take, in seconds, 1 to 300: then it is killed.
+        #[arg(long, value_name = "SECONDS", default_value_t = 60,
+              value_parser = clap::value_parser!(u32).range(1..=300))]
+        timeout: u32,
+        /// The program and its arguments, as they are: no shell looks at them.
+        #[arg(required = true, trailing_var_arg = true, value_name = "PROGRAM")]
+        words: Vec<String>,
     },
 }

@@ -1,6 +1,9 @@
 //! `agent`: speaks with the agent in a guest, which is not trusted: it may say
 //! anything, or nothing, and its words are made plain before they are shown.
 
+mod exec;
+
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use hebe_agent::{Client, ClientError, Done, Facts, Order};
@@ -27,6 +30,33 @@ struct Answer<'a> {
 /// `hebe agent`.
 pub fn agent(host: &Host, args: &AgentArgs, out: &Output) -> Outcome {
     let name = &args.name;
+    let order = || match args.order {
+        AgentOrder::Ping => Order::Ping,
+        AgentOrder::Time => Order::Time {
+            realtime_ns: hebe_sys::clock::stamp_now().realtime_ns,
+        },
+        AgentOrder::Freeze { seconds } => Order::Freeze { for_s: seconds },
+        AgentOrder::Thaw => Order::Thaw,
+        AgentOrder::Shutdown { reboot } => Order::Shutdown { reboot },
+        AgentOrder::Exec { timeout, ref words } => Order::Exec {
+            words: words.clone(),
+            for_s: timeout,
+        },
+    };
+    if let AgentOrder::Exec { timeout, .. } = args.order {
+        return Ok(exec::exec(host, name, (order(), timeout), out));
+    }
+    let mut client = reach(host, name)?;
+    // Made last: what it takes to reach the agent is no part of the time it sets.
+    let done = client.order(order());
+    let done = made_plain(done.map_err(|e| failed(name, &e))?);
+    let text = shown(&done);
+    out.answer(&Answer { name, done }, || format!("{name}: {text}"));
+    Ok(Exit::Done)
+}
+
+/// The agent of a VM that is up.
+fn reach(host: &Host, name: &VmName) -> Result<Client<UnixStream>, Failure> {
     let survey = listing::survey(host);
     let row = survey.row(host, name)?;
     if !row.life.has_vmm() {
@@ -35,26 +65,12 @@ pub fn agent(host: &Host, args: &AgentArgs, out: &Output) -> Outcome {
             "VM '{name}' is {state}: no agent answers while it does not run"
         )));
     }
-    let done = order(host, args).map_err(|e| Failure(format!("'{name}': {}", told(&e))))?;
-    let text = shown(&done);
-    out.answer(&Answer { name, done }, || format!("{name}: {text}"));
-    Ok(Exit::Done)
+    let socket = host.layout.vm_dir(name).join("vsock.sock");
+    Client::connect(&socket, ORDER_MAX).map_err(|e| failed(name, &e))
 }
 
-fn order(host: &Host, args: &AgentArgs) -> Result<Done, ClientError> {
-    let socket = host.layout.vm_dir(&args.name).join("vsock.sock");
-    let mut client = Client::connect(&socket, ORDER_MAX)?;
-    let done = client.order(match args.order {
-        AgentOrder::Ping => Order::Ping,
-        // Taken last: what it takes to reach the agent is no part of it.
-        AgentOrder::Time => Order::Time {
-            realtime_ns: hebe_sys::clock::stamp_now().realtime_ns,
-        },
-        AgentOrder::Freeze { seconds } => Order::Freeze { for_s: seconds },
-        AgentOrder::Thaw => Order::Thaw,
-        AgentOrder::Shutdown { reboot } => Order::Shutdown { reboot },
-    })?;
-    Ok(made_plain(done))
+fn failed(name: &VmName, error: &ClientError) -> Failure {
+    Failure(format!("'{name}': {}", told(error)))
 }
 
 /// An error and its cause, made plain.
@@ -66,17 +82,7 @@ fn told(error: &ClientError) -> String {
 fn made_plain(done: Done) -> Done {
     match done {
         Done::Facts(facts) => Done::Facts(plain_facts(&facts)),
-        Done::Ended {
-            status,
-            stdout,
-            stderr,
-            cut,
-        } => Done::Ended {
-            status,
-            stdout: plain(&stdout),
-            stderr: plain(&stderr),
-            cut,
-        },
+        // What a program writes is shown by `exec`, with its lines.
         other => other,
     }
 }

@@ -4,8 +4,6 @@
 //! came last. Both are untrusted: a console is a guest's, and a guest may have
 //! taken its VMM over. Neither gets a terminal to steer, unless `--raw` is said.
 
-mod plain;
-
 use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -21,7 +19,7 @@ use serde_json::{Value, json};
 
 use crate::cli::LogsArgs;
 use crate::output::{Exit, Failure, Outcome, Output};
-use plain::{Plain, steers};
+use crate::plain::{Plain, steers};
 
 /// How often it is looked for more.
 const LOOK_EVERY: Duration = Duration::from_millis(200);

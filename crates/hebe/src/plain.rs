@@ -1,5 +1,5 @@
-//! Text out of what a guest writes to its console, without what steers a
-//! terminal.
+//! Text out of what a guest says, on its console or as a program's output,
+//! without what steers a terminal.
 //!
 //! A guest's bytes are untrusted, and a terminal that is sent them as they are
 //! can be made to lie about what stands on it, or to type. So escape sequences
