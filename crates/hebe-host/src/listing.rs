@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 
 use hebe_api::{VmStatus, VmmState};
@@ -17,7 +17,7 @@ use crate::answering::DIED;
 use crate::definitions::{self, DefinitionError};
 use crate::failed::{self, Failed};
 use crate::files;
-use crate::host::{Host, HostError};
+use crate::host::{Host, HostError, Layout};
 use crate::launch::{ExitRecord, Instance, killed_by_cage, last_words};
 use crate::limits::killed;
 use crate::lock::VmLock;
@@ -91,7 +91,23 @@ pub struct VmRow {
     /// Where it stands for orders.
     pub life: Life,
     /// What its VMM says.
+    #[serde(serialize_with = "shown")]
     pub status: Option<VmStatus>,
+}
+
+/// What a VMM says, as people and programs get to read it: with the identity as it
+/// is written elsewhere. Between `hebe` and a VMM, which may be of other releases,
+/// it is a list of bytes, and stays so.
+fn shown<S: serde::Serializer>(
+    status: &Option<VmStatus>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    let Some(status) = status else {
+        return serializer.serialize_none();
+    };
+    let mut value = serde_json::to_value(status).map_err(serde::ser::Error::custom)?;
+    value["id"] = status.id.to_string().into();
+    value.serialize(serializer)
 }
 
 /// Everything that is known about the host's VMs.
@@ -169,6 +185,31 @@ pub fn survey(host: &Host) -> Survey {
         rows,
         definitions,
     }
+}
+
+/// Names of VMs as names of files tell them, in no time: nothing is opened, and
+/// nobody is asked. A VM that the store alone knows is not among them.
+pub fn names(layout: &Layout) -> BTreeSet<VmName> {
+    let places: [(PathBuf, &[&str]); 5] = [
+        (layout.config.join("vms"), &[".toml"]),
+        (layout.state.join("vms"), &[".toml"]),
+        (layout.state.join("saved"), &[".hebe", ".restoring"]),
+        (layout.state.join("frozen"), &[".json"]),
+        (layout.run.join("vms"), &[""]),
+    ];
+    let mut names = BTreeSet::new();
+    for (dir, endings) in places {
+        for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+            let file = entry.file_name();
+            let file = file.to_str().unwrap_or_default();
+            // No name has a dot; an id may follow it.
+            let stem = file.split('.').next().unwrap_or_default();
+            if endings.iter().any(|ending| file.ends_with(ending)) {
+                names.extend(stem.parse::<VmName>());
+            }
+        }
+    }
+    names
 }
 
 /// Of a VM at which looking panicked. Left out, it would be thought not to be
@@ -448,5 +489,32 @@ fn from_persistent(segment: Option<&SegmentView>, saved: Option<SavedFact>) -> O
             Some((VmState::Saved, Life::Saved, Some(text.into())))
         }
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_told_by_files_alone() {
+        let dir = tempfile::tempdir().expect("dir");
+        let layout = Layout::below(dir.path());
+        assert!(names(&layout).is_empty(), "nothing is there");
+        let file = |place: &Path, name: &str| {
+            fs::create_dir_all(place).expect("mkdir");
+            fs::write(place.join(name), "no definition").expect("write");
+        };
+        let id = hebe_types::VmId([7; 16]);
+        file(&layout.config.join("vms"), "a.toml");
+        file(&layout.config.join("vms"), "no.toml.bak");
+        file(&layout.config.join("vms"), "No.toml");
+        file(&layout.state.join("vms"), "b.toml");
+        file(&layout.state.join("saved"), "c.hebe");
+        file(&layout.state.join("saved"), "c2.hebe.part");
+        file(&layout.state.join("frozen"), &format!("d.{id}.json"));
+        fs::create_dir_all(layout.vm_dir(&"e".parse().expect("name"))).expect("mkdir");
+        let told: Vec<String> = names(&layout).iter().map(ToString::to_string).collect();
+        assert_eq!(told, ["a", "b", "c", "d", "e"]);
     }
 }

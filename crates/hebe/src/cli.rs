@@ -93,7 +93,11 @@ Examples:
     Stop(StopArgs),
     /// List VMs and how each is.
     #[command(after_help = "Examples:\n  hebe list\n  hebe list --json")]
-    List,
+    List {
+        /// Names alone, as far as files tell them: for completions, in no time.
+        #[arg(long, hide = true)]
+        names: bool,
+    },
     /// Show everything about one VM.
     #[command(after_help = "Example:\n  hebe show web")]
     Show {

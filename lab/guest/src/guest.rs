@@ -75,7 +75,8 @@ pub fn run(userspace_tsc: u64) -> Result<()> {
     slow::start(&findings, number("lab.slow_work", 0));
     if sys::cmdline_value("lab.agent").is_some() {
         modules::load("agent");
-        if let Err(e) = Command::new("/bin/hebe-agent").spawn() {
+        let exec = sys::cmdline_value("lab.exec").map(|_| "--allow-exec");
+        if let Err(e) = Command::new("/bin/hebe-agent").args(exec).spawn() {
             println!("LAB: agent: {e}");
         }
     }

@@ -25,7 +25,7 @@ const FROZEN: Duration = Duration::from_secs(3);
 pub fn run(scene: &Scene) -> Result<()> {
     let first = GuestSpec {
         disk: true,
-        append: "lab.disk_ms=200".to_owned(),
+        append: "lab.disk_ms=200 lab.exec=1".to_owned(),
         agent: true,
         ..GuestSpec::numbered(0, OLD)
     };
@@ -63,7 +63,8 @@ pub fn run(scene: &Scene) -> Result<()> {
 
     scene
         .progress
-        .note("  frozen file systems, the clock, a panic");
+        .note("  a program, frozen file systems, the clock, a panic");
+    programs(&lab)?;
     frozen_file_systems(&lab, &guests[0])?;
     let ahead = order(&lab, "vm1", &["time"])?;
     let ns = ahead["was-ahead"]["ns"].as_i64();
@@ -111,6 +112,24 @@ fn ping_all(lab: &mut Lab, guests: &[GuestSpec]) -> Result<Vec<String>> {
             Ok(boot.to_owned())
         })
         .collect()
+}
+
+/// A program runs in the guest that allows it; its outputs and its end are passed on.
+fn programs(lab: &Lab) -> Result<()> {
+    let program = "/bin/hebe-agent";
+    let order = ["hebe", "agent", "vm1", "exec", "--", program, "--version"];
+    let text = lab.machine.exec_ok(&order)?;
+    ensure!(text.starts_with("hebe-agent "), "it wrote: {text}");
+    let order = ["hebe", "agent", "vm1", "exec", "--", program, "--no-such"];
+    let output = lab.machine.exec(&order)?;
+    ensure!(
+        output.code == Some(2) && output.all_text().contains("Usage"),
+        "a program that fails ended with {:?}: {}",
+        output.code,
+        output.all_text()
+    );
+    let order = ["hebe", "agent", "vm2", "exec", "--", program, "--version"];
+    super::refused(lab, &order, &["--allow-exec"])
 }
 
 /// The disk writer stands still while its file system is frozen, and only then.

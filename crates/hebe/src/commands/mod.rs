@@ -3,6 +3,7 @@
 mod age;
 mod agent;
 mod balloon;
+mod completions;
 mod console;
 mod dashboard;
 mod fleet;
@@ -24,15 +25,22 @@ mod vm;
 use hebe_host::Host;
 use hebe_types::Stamp;
 
-use crate::cli::{Cli, Command};
-use crate::output::{Exit, Failure, Outcome, Output};
+use crate::cli::Command;
+use crate::output::{Failure, Outcome, Output};
 
 /// Carries out one command. `started` is the instant this process began.
 pub fn run(host: &Host, command: Command, out: &Output, started: Stamp) -> Outcome {
-    let is_helper = matches!(command, Command::NetHelper | Command::Keeper(_));
+    // What nobody reads, and what a shell asks for while a person types.
+    let is_helper = matches!(
+        command,
+        Command::NetHelper | Command::Keeper(_) | Command::List { names: true }
+    );
     let looks = matches!(
         command,
-        Command::List | Command::Show { .. } | Command::Top(_) | Command::Console { .. }
+        Command::List { names: false }
+            | Command::Show { .. }
+            | Command::Top(_)
+            | Command::Console { .. }
     );
     if looks {
         may_look(host)?;
@@ -64,7 +72,8 @@ fn carry_out(host: &Host, command: Command, out: &Output, started: Stamp) -> Out
         Command::Run(args) => vm::run(host, args, out),
         Command::Start { names, afresh, .. } => vm::start(host, &names, afresh, out),
         Command::Stop(args) => vm::stop(host, &args, out),
-        Command::List => vm::list(host, out),
+        Command::List { names: true } => vm::names(host, out),
+        Command::List { names: false } => vm::list(host, out),
         Command::Show { name } => vm::show(host, &name, out),
         Command::Drop { name, yes } => vm::drop_vm(host, &name, yes, out),
         Command::Console { name } => console::console(host, &name, out),
@@ -84,12 +93,6 @@ fn carry_out(host: &Host, command: Command, out: &Output, started: Stamp) -> Out
         Command::Man { dir } => man::man(dir.as_deref(), out),
         Command::Keeper(args) => host::keeper(host, args),
         Command::NetHelper => host::net_helper(host),
-        Command::Completions { shell } => {
-            use clap::CommandFactory;
-            let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Cli::command(), "hebe", &mut script);
-            out.raw(&script);
-            Ok(Exit::Done)
-        }
+        Command::Completions { shell } => completions::completions(shell, out),
     }
 }

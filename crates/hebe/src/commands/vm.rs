@@ -210,6 +210,15 @@ pub fn list(host: &Host, out: &Output) -> Outcome {
     Ok(Exit::Done)
 }
 
+/// `hebe list --names`, which completions ask.
+pub fn names(host: &Host, out: &Output) -> Outcome {
+    let names = listing::names(&host.layout);
+    out.answer(&names, || {
+        names.iter().map(|name| format!("{name}\n")).collect()
+    });
+    Ok(Exit::Done)
+}
+
 fn list_row(row: &VmRow) -> Vec<String> {
     vec![
         row.name.to_string(),

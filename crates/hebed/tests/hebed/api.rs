@@ -234,6 +234,8 @@ fn life() {
         (&vm["state"], &vm["store"]),
         (&json!("running"), &json!("devdax"))
     );
+    // As a VM's identity is written everywhere.
+    assert_eq!(vm["status"]["id"], vm["id"], "{vm}");
     assert_eq!(daemon.order("/v1/vms/web/suspend", "")["state"], "done");
     assert_eq!(daemon.get("/v1/vms/web").json()["state"], "frozen");
     let resume = "{\"from\": \"memory\"}";
