@@ -23,7 +23,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use hebe_types::{RestartPolicy, VmConfig, VmName};
+use hebe_types::{RestartPolicy, VmConfig, VmName, counted};
 use serde::{Deserialize, Serialize};
 
 /// Restarts in a row where the definition names no limit.
@@ -304,7 +304,8 @@ impl Supervisor {
             effects.push(Effect::Say {
                 vm: name.clone(),
                 text: format!(
-                    "it {what}, and was started {limit} times in a row: it stays down until `hebe start {name}`"
+                    "it {what}, and was started {} in a row: it stays down until `hebe start {name}`",
+                    counted(limit, "time")
                 ),
                 trouble: true,
             });

@@ -9,7 +9,7 @@ use hebe_net::passt;
 use hebe_store::StoreError;
 use hebe_sys::kexec;
 use hebe_sys::luo::LuoError;
-use hebe_types::{Network, StoreKind, VmName};
+use hebe_types::{Network, StoreKind, VmName, counted};
 
 use crate::checks;
 use crate::cmdline;
@@ -249,11 +249,11 @@ fn check_store(access: &dyn StoreAccess) -> Check {
         Ok(Some(store)) => Check::ok(
             "store",
             format!(
-                "{} holds a store: {} MiB, {} MiB free, {} segments",
+                "{} holds a store: {} MiB, {} MiB free, {}",
                 store.path.display(),
                 store.capacity.0 >> 20,
                 store.free.0 >> 20,
-                store.segments.len()
+                counted(store.segments.len(), "segment")
             ),
         ),
         Ok(None) => Check::bad(

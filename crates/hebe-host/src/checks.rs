@@ -7,7 +7,7 @@ use std::path::Path;
 use hebe_flow::life::Life;
 use hebe_flow::reboot::Fate;
 use hebe_flow::resume::SavedFact;
-use hebe_types::{ByteSize, VmConfig, VmName};
+use hebe_types::{ByteSize, VmConfig, VmName, counted};
 
 use crate::cmdline;
 use crate::definitions;
@@ -348,7 +348,10 @@ fn described(host: &Host, store: &StoreView, needed: bool) -> Check {
     }
     Check::ok(
         "store",
-        format!("the store {path} outlives the reload; {in_use} segments"),
+        format!(
+            "the store {path} outlives the reload; {}",
+            counted(in_use, "segment")
+        ),
     )
 }
 

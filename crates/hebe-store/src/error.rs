@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use hebe_types::{ByteSize, SegmentId, VmName};
+use hebe_types::{ByteSize, SegmentId, VmName, counted};
 
 /// Why a store or a segment cannot be used as asked.
 #[derive(Debug, thiserror::Error)]
@@ -109,7 +109,8 @@ pub enum StoreError {
     },
     /// Formatting would destroy a store.
     #[error(
-        "{path} already holds a Hebe store with {segments} segments: formatting it needs force, and gives them up"
+        "{path} already holds a Hebe store with {}: formatting it needs force, and gives up all that is in it",
+        counted(*segments, "segment")
     )]
     Formatted {
         /// Which store.

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod config;
+mod counted;
 mod ids;
 mod layout;
 mod limit;
@@ -16,6 +17,7 @@ pub use config::{
     BalloonConfig, ConfigError, ConsoleConfig, DEVICES_MAX, DiskConfig, DiskFormat, RebootMethod,
     RestartPolicy, StoreKind, VCPUS_MAX, VmConfig, VsockConfig,
 };
+pub use counted::counted;
 pub use ids::{InvalidName, MacAddr, SegmentId, VmId, VmName};
 pub use layout::{Extent, Gpa, MMIO_HOLE_END, MMIO_HOLE_START, RamRange, ram_ranges};
 pub use limit::{CpuLimit, InvalidCpuLimit};

@@ -30,7 +30,7 @@ fn two_hosts_take_turns() {
     b.says(
         "fleet lock --wait 0s",
         3,
-        "1 of at most 1 hosts are under way: a",
+        "as many hosts as may be are under way (1 of at most 1): a",
     );
     let status = b.json("fleet status");
     assert_eq!(status["slots"][0]["host"], "a");

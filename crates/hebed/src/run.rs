@@ -7,6 +7,7 @@ use std::time::Duration;
 use hebe_host::Host;
 use hebe_host::listing::with_cause;
 use hebe_host::lock::VmLock;
+use hebe_types::counted;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Semaphore;
 
@@ -118,7 +119,10 @@ async fn serve(
     servers.abort_all();
     let open = app.jobs.open();
     if open > 0 {
-        log::info(format!("{open} jobs are under way and may end first"));
+        log::info(format!(
+            "under way, and may end first: {}",
+            counted(open, "job")
+        ));
         let _ = tokio::time::timeout(END_WAIT, app.jobs.all_ended()).await;
     }
     ended

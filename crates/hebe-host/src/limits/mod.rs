@@ -29,7 +29,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 
 use hebe_sys::ring::WORKERS_MAX;
-use hebe_types::{ByteSize, CpuLimit, DEVICES_MAX, DiskConfig, DiskFormat, VCPUS_MAX, VmConfig};
+use hebe_types::{
+    ByteSize, CpuLimit, DEVICES_MAX, DiskConfig, DiskFormat, VCPUS_MAX, VmConfig, counted,
+};
 use serde::Serialize;
 
 use crate::definitions;
@@ -232,7 +234,7 @@ impl fmt::Display for GroupView {
             write!(f, " ({} now)", mib(now))?;
         }
         match self.tasks_max {
-            Some(max) => write!(f, ", {max} threads")?,
+            Some(max) => write!(f, ", {}", counted(max, "thread"))?,
             None => f.write_str(", NO LIMIT of threads")?,
         }
         if let Some(percent) = self.cpu_percent {

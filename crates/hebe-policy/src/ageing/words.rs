@@ -47,7 +47,9 @@ pub fn time(seconds: f64) -> String {
 pub fn trend(finding: &Finding) -> String {
     let indicator = finding.indicator;
     match finding.trend {
-        Trend::TooShort { have, need } => format!("too early to tell: {have} of {need}"),
+        Trend::TooShort { have, need } => {
+            format!("too early to tell: {have} of the {need} spans of time it takes")
+        }
         Trend::None { .. } => "none for the worse".to_owned(),
         Trend::Ageing {
             per_day,

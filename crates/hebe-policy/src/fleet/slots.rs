@@ -173,7 +173,7 @@ pub enum Take {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Full {
     /// As many as may are under way.
-    #[error("{} of at most {at_most} hosts are under way: {}", hosts.len(), hosts.join(", "))]
+    #[error("as many hosts as may be are under way ({} of at most {at_most}): {}", hosts.len(), hosts.join(", "))]
     Taken {
         /// Who.
         hosts: Vec<String>,

@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use hebe_types::counted;
+
 use super::line::Estimate;
 use super::model::{Formula, Sign};
 use super::paper::Published;
@@ -128,7 +130,7 @@ fn formulas(out: &mut String, report: &Report) {
             let _ = write!(out, "{slope}n {sign} {}", number(line.intercept.abs()));
         }
         if line.samples > 0 {
-            let _ = write!(out, "   ({} samples)", line.samples);
+            let _ = write!(out, "   ({})", counted(line.samples, "sample"));
         }
         out.push('\n');
     }

@@ -7,7 +7,7 @@ use hebe_host::ageing::{self, AgeingError, SLOTS, SampleStore, path_below, read}
 use hebe_host::listing::with_cause;
 use hebe_policy::ageing::words::{alert, amount, time, trend};
 use hebe_policy::ageing::{Assessment, Finding, Indicator, Look, Reading, Sample, assess, chart};
-use hebe_types::VmId;
+use hebe_types::{VmId, counted};
 use serde::Serialize;
 
 use crate::cli::AgeArgs;
@@ -78,7 +78,10 @@ pub fn age(host: &Host, args: &AgeArgs, out: &Output) -> Outcome {
     let boot = host.system.boot_id();
     let assessment = assess(&samples, boot, look).map_err(|e| Failure(e.to_string()))?;
     if let Some(path) = &args.svg {
-        let title = format!("How the host is doing: {} samples", samples.len());
+        let title = format!(
+            "How the host is doing: {}",
+            counted(samples.len(), "sample")
+        );
         let text = chart::svg(&title, &samples, Some(&assessment), None);
         fs::write(path, text).map_err(|e| {
             let why = with_cause(&e);
@@ -101,21 +104,21 @@ pub fn age(host: &Host, args: &AgeArgs, out: &Output) -> Outcome {
 fn text(assessment: &Assessment) -> String {
     if assessment.samples == 0 {
         return format!(
-            "no sample of this boot yet; the {} samples of earlier boots say nothing of it",
-            assessment.samples_before
+            "no sample of this boot yet; {} of earlier boots can say nothing of it",
+            counted(assessment.samples_before, "sample")
         );
     }
     let rows: Vec<Vec<String>> = assessment.findings.iter().map(row).collect();
     let mut text = format!(
-        "{} samples of this boot over {}\n\n",
-        assessment.samples,
+        "{} of this boot over {}\n\n",
+        counted(assessment.samples, "sample"),
         time(assessment.span_s)
     );
     text += &table(&["INDICATOR", "NOW", "LIMIT", "TREND"], &rows);
     if assessment.dropped > 0 {
         text += &format!(
-            "\nnote: {} samples went back in time and were left out",
-            assessment.dropped
+            "\nnote: {} went back in time and had to be left out",
+            counted(assessment.dropped, "sample")
         );
     }
     if let Some(alert) = alert(assessment) {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use hebe_agent::{Client, ClientError, Done, Facts, Order};
 use hebe_api::plain;
 use hebe_host::{Host, listing};
-use hebe_types::VmName;
+use hebe_types::{VmName, counted};
 use serde::Serialize;
 
 use crate::cli::{AgentArgs, AgentOrder};
@@ -105,7 +105,7 @@ fn shown(done: &Done) -> String {
             let ms = ns.unsigned_abs() as f64 / 1e6;
             format!("clock set; it was {ms:.1} ms {way}")
         }
-        Done::FileSystems { count } => format!("{count} file systems"),
+        Done::FileSystems { count } => counted(*count, "file system"),
         Done::Ended { status, .. } => format!("ended with {status:?}"),
     }
 }

@@ -8,6 +8,7 @@ use hebe_fleet::order::{random_id, wall_s};
 use hebe_host::Host;
 use hebe_host::listing::with_cause;
 use hebe_policy::fleet::forecast::{Forecast, Inventory, InventoryError};
+use hebe_types::counted;
 
 use super::{rolls, slots};
 use crate::cli::{FleetCommand, RollArgs};
@@ -90,9 +91,9 @@ fn text(forecast: &Forecast) -> String {
         })
         .collect();
     format!(
-        "group {}: {} hosts, at most {} at once, {} if all goes as expected\n\n{}\n{}\nleast capacity: {:.1} of {whole:.1} ({})\n",
+        "group {}: {}, at most {} at once, {} if all goes as expected\n\n{}\n{}\nleast capacity: {:.1} of {whole:.1} ({})\n",
         forecast.group,
-        forecast.steps.len(),
+        counted(forecast.steps.len(), "host"),
         forecast.at_most,
         clock(forecast.duration_s),
         table(&["HOST", "REBOOTS AT", "SERVES AT"], &steps),

@@ -1,7 +1,7 @@
 //! What `top` shows, as lines of text; nothing here knows of a terminal.
 
 use hebe_api::plain;
-use hebe_types::{ByteSize, VmName};
+use hebe_types::{ByteSize, VmName, counted};
 use serde::Serialize;
 
 /// What is known at one instant.
@@ -93,8 +93,8 @@ pub fn frame(snapshot: &Snapshot, width: usize, height: usize) -> String {
     let frozen = snapshot.vms.iter().filter(|vm| vm.state == "frozen");
     let mut lines = vec![
         format!(
-            "hebe: {} VMs, {} running, {} frozen    {}, up {}",
-            snapshot.vms.len(),
+            "hebe: {}, {} running, {} frozen    {}, up {}",
+            counted(snapshot.vms.len(), "VM"),
             running.count(),
             frozen.count(),
             plain(&host.kernel),
@@ -221,7 +221,7 @@ fn span(seconds: f64) -> String {
     match (minutes / 1440, minutes / 60) {
         (0, 0) => format!("{minutes} min"),
         (0, hours) => format!("{hours} h {} min", minutes % 60),
-        (days, hours) => format!("{days} days {} h", hours % 24),
+        (days, hours) => format!("{} {} h", counted(days, "day"), hours % 24),
     }
 }
 
