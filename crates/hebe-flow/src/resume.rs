@@ -17,14 +17,15 @@
 //! | frozen | file | any | left frozen: two states, a person must choose |
 //! | running, by a VMM that lives | any | any | already up |
 //! | running, VMM or host gone | complete | any | restore (the VM did not run after the save) |
-//! | running, VMM or host gone | being restored | no | lost: it ran after the restore began |
+//! | running, VMM or host gone | being restored, into this segment | any | lost: it ran after the restore began |
 //! | running, VMM or host gone | – | yes | boot |
 //! | running, VMM or host gone | – | no | lost |
-//! | empty | complete or being restored | any | restore: the new segment never ran |
+//! | empty | complete, or being restored into this segment | any | restore: the new segment never ran |
 //! | empty | – | yes | boot |
 //! | empty | – | no | clean up |
 //! | ended | complete | any | restore (the VM ended when it was saved) |
-//! | ended | being restored | any | lost: it ran after the restore began |
+//! | ended | being restored, into this segment | any | lost: it ran after the restore began |
+//! | running, ended or empty | being restored, not into this segment | any | interrupted: a person must choose |
 //! | ended | – | yes | boot |
 //! | ended | – | no | clean up |
 //! | none | complete | any | restore |
@@ -44,7 +45,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use hebe_types::{SegmentId, VmName};
+use hebe_types::{SegmentId, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
 /// What a segment's execution area says.
@@ -73,6 +74,8 @@ pub struct SegmentFact {
     pub id: SegmentId,
     /// Its VM; `None` where the record cannot be read.
     pub name: Option<VmName>,
+    /// The life of that VM that it belongs to; `None` likewise.
+    pub vm: Option<VmId>,
     /// Its state.
     pub exec: ExecFact,
 }
@@ -83,7 +86,28 @@ pub enum SavedFact {
     /// Complete, and the VM did not run since.
     Complete,
     /// A restore from it began and its end was not recorded.
-    Restoring,
+    Restoring {
+        /// The life in whose segment it began; `None` where it began in memory
+        /// that is no segment, or nobody knows: no segment tells then whether
+        /// the VM ran, for one of another life, or of this one before it was
+        /// saved, may be there.
+        into: Option<VmId>,
+    },
+}
+
+impl SavedFact {
+    /// Whether a restore from it began.
+    pub fn is_restoring(self) -> bool {
+        matches!(self, Self::Restoring { .. })
+    }
+
+    /// Whether a restore from it began in the segment of the life `vm`.
+    pub fn is_restoring_into(self, vm: Option<VmId>) -> bool {
+        let Self::Restoring { into } = self else {
+            return false;
+        };
+        into.is_some() && into == vm
+    }
 }
 
 /// Everything that a plan is made from.
@@ -231,7 +255,7 @@ fn interrupted(name: &VmName) -> Decision {
 fn without_segment(name: &VmName, saved: Option<SavedFact>) -> Decision {
     match saved {
         Some(SavedFact::Complete) => Decision::Restore { stale: None },
-        Some(SavedFact::Restoring) => interrupted(name),
+        Some(SavedFact::Restoring { .. }) => interrupted(name),
         // Named by the list or by its definition only.
         None => Decision::Boot { stale: None },
     }
@@ -257,10 +281,11 @@ fn with_segment(
                 "it is frozen in memory and saved in a file, and only one of them may run: `hebe resume {name} --from memory` or `--from file`"
             ),
         },
-        (ExecFact::GivenUp, Some(SavedFact::Restoring)) => interrupted(name),
-        (ExecFact::Running | ExecFact::Ended | ExecFact::GivenUp, Some(SavedFact::Complete))
-        | (ExecFact::Empty, Some(_)) => Decision::Restore { stale },
-        (ExecFact::Running | ExecFact::Ended, Some(SavedFact::Restoring)) => Decision::Lost {
+        (ExecFact::GivenUp, Some(SavedFact::Restoring { .. })) => interrupted(name),
+        (_, Some(SavedFact::Complete)) => Decision::Restore { stale },
+        (_, Some(fact)) if !fact.is_restoring_into(segment.vm) => interrupted(name),
+        (ExecFact::Empty, Some(_)) => Decision::Restore { stale },
+        (ExecFact::Running | ExecFact::Ended, Some(_)) => Decision::Lost {
             reason: format!(
                 "it ran after its restore and stopped without a state: `hebe start {name}` boots it"
             ),
@@ -304,10 +329,15 @@ mod tests {
         "web".parse().expect("name")
     }
 
+    const VM: Option<VmId> = Some(VmId([7; 16]));
+    /// Into the segment that [`segment`] gives.
+    const RESTORING: SavedFact = SavedFact::Restoring { into: VM };
+
     fn segment(exec: ExecFact) -> SegmentFact {
         SegmentFact {
             id: SegmentId(3),
             name: Some(name()),
+            vm: VM,
             exec,
         }
     }
@@ -331,6 +361,7 @@ mod tests {
             segments: vec![SegmentFact {
                 id: SegmentId(1),
                 name: Some(web.clone()),
+                vm: VM,
                 exec: ExecFact::Frozen,
             }],
             pending: BTreeSet::from([web.clone()]),
@@ -394,7 +425,7 @@ mod tests {
                     segment: SegmentId(3)
                 }
             );
-            for saved in [SavedFact::Complete, SavedFact::Restoring] {
+            for saved in [SavedFact::Complete, RESTORING] {
                 let decision = decided(Some(ExecFact::Frozen), Some(saved), pending);
                 assert!(matches!(decision, Decision::Leave { .. }), "{decision:?}");
             }
@@ -411,7 +442,7 @@ mod tests {
             assert_eq!(decision, Decision::Restore { stale: STALE });
             // The restored VM ran: the file is old now, even if it ended well.
             for ran in [ExecFact::Running, ExecFact::Ended] {
-                let decision = decided(Some(ran), Some(SavedFact::Restoring), pending);
+                let decision = decided(Some(ran), Some(RESTORING), pending);
                 assert!(matches!(decision, Decision::Lost { .. }), "{decision:?}");
             }
         }
@@ -422,16 +453,44 @@ mod tests {
         assert_eq!(boot, Decision::Boot { stale: STALE });
         let restore = given_up(Some(SavedFact::Complete), false);
         assert_eq!(restore, Decision::Restore { stale: STALE });
-        let choice = given_up(Some(SavedFact::Restoring), false);
+        let choice = given_up(Some(RESTORING), false);
         assert!(matches!(choice, Decision::Leave { .. }), "{choice:?}");
         // Nothing shows whether it ran: not decided here.
-        let decision = decided(None, Some(SavedFact::Restoring), false);
+        let decision = decided(None, Some(RESTORING), false);
         assert!(matches!(decision, Decision::Leave { .. }), "{decision:?}");
+    }
+
+    /// Only the segment that the file was being restored into tells what became
+    /// of that: another may be of a former life, or of this one before the save.
+    #[test]
+    fn a_restore_is_judged_by_its_own_segment_alone() {
+        let other = Some(VmId([8; 16]));
+        for exec in [ExecFact::Empty, ExecFact::Ended, ExecFact::Running] {
+            for (into, vm) in [(None, VM), (VM, other), (VM, None), (None, None)] {
+                for pending in [false, true] {
+                    let facts = Facts {
+                        segments: vec![SegmentFact {
+                            vm,
+                            ..segment(exec.clone())
+                        }],
+                        saved: [(name(), SavedFact::Restoring { into })].into(),
+                        pending: pending.then(name).into_iter().collect(),
+                        ..Facts::default()
+                    };
+                    let decision = plan(&facts).remove(&name());
+                    let choice = |reason: &String| reason.contains("--again");
+                    assert!(
+                        matches!(&decision, Some(Decision::Leave { reason }) if choice(reason)),
+                        "{exec:?} {into:?} {vm:?}: {decision:?}"
+                    );
+                }
+            }
+        }
     }
 
     #[test]
     fn a_restore_that_never_ran_is_repeated() {
-        let decision = decided(Some(ExecFact::Empty), Some(SavedFact::Restoring), false);
+        let decision = decided(Some(ExecFact::Empty), Some(RESTORING), false);
         assert_eq!(decision, Decision::Restore { stale: STALE });
         let decision = decided(None, Some(SavedFact::Complete), true);
         assert_eq!(decision, Decision::Restore { stale: None });
@@ -486,11 +545,13 @@ mod tests {
         facts.segments.push(SegmentFact {
             id: SegmentId(4),
             name: Some("db".parse().expect("name")),
+            vm: VM,
             exec: ExecFact::Frozen,
         });
         facts.segments.push(SegmentFact {
             id: SegmentId(5),
             name: None,
+            vm: None,
             exec: ExecFact::Damaged("record".into()),
         });
         let plan = plan(&facts);
@@ -520,7 +581,7 @@ mod tests {
             Some(ExecFact::GivenUp),
             Some(ExecFact::Damaged("x".into())),
         ];
-        let files = [None, Some(SavedFact::Complete), Some(SavedFact::Restoring)];
+        let files = [None, Some(SavedFact::Complete), Some(RESTORING)];
         for exec in &execs {
             for saved in files {
                 for pending in [false, true] {

@@ -479,12 +479,14 @@ fn from_persistent(segment: Option<&SegmentView>, saved: Option<SavedFact>) -> O
             let text = "frozen in memory and saved in a file: only one of them may be continued";
             Some((frozen.0, frozen.1, Some(text.into())))
         }
-        (Some(ExecView::Running { .. } | ExecView::Ended), Some(SavedFact::Restoring)) => {
+        (Some(ExecView::Running { .. } | ExecView::Ended), Some(fact))
+            if fact.is_restoring_into(segment.and_then(|s| s.vm)) =>
+        {
             let text = "it ran after its restore and stopped without a state";
             Some((VmState::Crashed, Life::Crashed, Some(text.into())))
         }
         (_, Some(SavedFact::Complete)) => Some((VmState::Saved, Life::Saved, None)),
-        (_, Some(SavedFact::Restoring)) => {
+        (_, Some(SavedFact::Restoring { .. })) => {
             let text = "a restore was interrupted";
             Some((VmState::Saved, Life::Saved, Some(text.into())))
         }

@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 
 use hebe_api::{ClientError, FreezeReport, Request, VmStatus, VmmState};
 use hebe_flow::life::{Life, Order};
-use hebe_flow::resume::SavedFact;
 use hebe_types::{StoreKind, VmConfig, VmId, VmName};
 
 use crate::definitions;
@@ -242,7 +241,8 @@ fn clear_files(host: &Host, name: &VmName) -> Result<(), HostError> {
     let view = host.store.view()?;
     let segment = view.as_ref().and_then(|v| v.segment_of(name));
     let ran = segment.is_some_and(|s| matches!(s.exec, ExecView::Running { .. } | ExecView::Ended));
-    if fact == SavedFact::Restoring && ran {
+    let own = fact.is_restoring_into(segment.and_then(|s| s.vm));
+    if own && ran {
         return paths.withdraw();
     }
     Err(HostError::Refused {
@@ -484,10 +484,13 @@ fn withdraw_outlived(
     segment: Option<&SegmentView>,
 ) -> Result<(), HostError> {
     let paths = SavedPaths::new(&host.layout, name);
-    if paths.fact() != Some(SavedFact::Restoring) {
+    let Some(fact) = paths.fact().filter(|fact| fact.is_restoring()) else {
         return Ok(());
-    }
-    let in_segment = |s: &SegmentView| matches!(s.exec, ExecView::Running { .. } | ExecView::Ended);
+    };
+    let in_segment = |s: &SegmentView| {
+        let ran = matches!(s.exec, ExecView::Running { .. } | ExecView::Ended);
+        ran && fact.is_restoring_into(s.vm)
+    };
     let on_record = || ExitRecord::read(&host.layout.vm_dir(name)).and_then(|record| record.ran);
     if segment.is_some_and(in_segment) || on_record() == Some(true) {
         return paths.withdraw();

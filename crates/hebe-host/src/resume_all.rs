@@ -227,6 +227,7 @@ fn facts(
         .map(|s| SegmentFact {
             id: s.id,
             name: s.name.clone(),
+            vm: s.vm,
             exec: match &s.exec {
                 ExecView::Empty => ExecFact::Empty,
                 ExecView::Ended => ExecFact::Ended,
@@ -370,6 +371,7 @@ impl Work<'_> {
             segments: vec![SegmentFact {
                 id: segment.id,
                 name: segment.name.clone(),
+                vm: segment.vm,
                 exec: ExecFact::Damaged(reason.clone()),
             }],
             ..Facts::default()

@@ -149,11 +149,11 @@ fn source(
     options: ResumeOptions,
 ) -> Result<ResumeFrom, &'static str> {
     use ResumeFrom::{File, Memory};
-    if options.again && file != Some(SavedFact::Restoring) {
+    if options.again && !file.is_some_and(SavedFact::is_restoring) {
         return Err("no restore of it was interrupted: leave --again out");
     }
     let file = match (file, options.again) {
-        (Some(SavedFact::Restoring), false) => Some(Err(
+        (Some(SavedFact::Restoring { .. }), false) => Some(Err(
             "a restore of it was interrupted: if its guest did not run since, `hebe resume NAME --again` repeats it; if it did, its disk went on and the file must be given up with `hebe drop NAME --yes`",
         )),
         (file, _) => file.map(|_| Ok(File)),
@@ -274,7 +274,8 @@ mod tests {
     /// What is asked for is done or refused with the way out.
     #[test]
     fn no_choice_of_an_operator_is_passed_over() {
-        let files = [None, Some(SavedFact::Complete), Some(SavedFact::Restoring)];
+        let restoring = SavedFact::Restoring { into: None };
+        let files = [None, Some(SavedFact::Complete), Some(restoring)];
         let choices = [None, Some(ResumeFrom::Memory), Some(ResumeFrom::File)];
         for life in LIVES {
             for file in files {
@@ -291,11 +292,11 @@ mod tests {
                             assert_eq!(found, from, "{text}");
                         }
                         if found == Ok(ResumeFrom::File) {
-                            let interrupted = file == Some(SavedFact::Restoring);
+                            let interrupted = file == Some(restoring);
                             assert!(file.is_some() && again == interrupted, "{text}");
                         }
                         if found.is_ok() {
-                            assert!(!again || file == Some(SavedFact::Restoring), "{text}");
+                            assert!(!again || file == Some(restoring), "{text}");
                         }
                     }
                 }

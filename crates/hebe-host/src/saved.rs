@@ -42,6 +42,18 @@ pub struct SavedInfo {
     /// Its RAM was in store `luo`, and is to be so again where the kernel has it.
     #[serde(default)]
     pub in_files: bool,
+    /// A restore from it began in memory that is no segment, although its RAM
+    /// was in the store: this kernel has none. A segment that the next kernel
+    /// finds tells nothing about that restore.
+    #[serde(default)]
+    pub apart: bool,
+}
+
+impl SavedInfo {
+    /// The life in whose segment a restore goes on.
+    fn segment_of_restore(&self) -> Option<VmId> {
+        (self.in_store && !self.apart).then_some(self.vm)
+    }
 }
 
 /// Paths of one saved VM.
@@ -90,6 +102,20 @@ impl SavedPaths {
             .map_err(HostError::file("commit", &self.complete))
     }
 
+    /// Writes down whether the restore that is about to begin goes into a
+    /// segment. Durable, and to be done before [`SavedPaths::set_aside`].
+    pub(crate) fn note_place(&self, info: &SavedInfo, in_segment: bool) -> Result<(), HostError> {
+        let apart = info.in_store && !in_segment;
+        if apart == info.apart {
+            return Ok(());
+        }
+        let info = SavedInfo {
+            apart,
+            ..info.clone()
+        };
+        files::write_json(&self.info, &info).map_err(HostError::file("write", &self.info))
+    }
+
     /// A VM may run from now on, from this file or from its memory: what is set
     /// aside is restored by an order that says so alone. Durable; whether there
     /// was a complete file.
@@ -124,7 +150,9 @@ impl SavedPaths {
     /// Which file there is.
     pub fn fact(&self) -> Option<SavedFact> {
         if self.restoring.exists() {
-            Some(SavedFact::Restoring)
+            let info = self.read_info();
+            let into = info.and_then(|info| info.segment_of_restore());
+            Some(SavedFact::Restoring { into })
         } else if self.complete.exists() {
             Some(SavedFact::Complete)
         } else {
@@ -286,6 +314,7 @@ mod tests {
             memory: ByteSize::mib(64),
             in_store: true,
             in_files: false,
+            apart: false,
         };
         fs::create_dir_all(layout.state.join("saved")).expect("mkdir");
         fs::write(&paths.part, b"of an attempt before").expect("left");
@@ -294,9 +323,15 @@ mod tests {
         assert!(all(&layout).is_empty());
         paths.commit().expect("commit");
         assert_eq!(all(&layout).get(&name), Some(&SavedFact::Complete));
-        assert_eq!(paths.read_info(), Some(info));
+        assert_eq!(paths.read_info(), Some(info.clone()));
         files::rename_durably(&paths.complete, &paths.restoring).expect("restore begins");
-        assert_eq!(all(&layout).get(&name), Some(&SavedFact::Restoring));
+        let restoring = |into| Some(SavedFact::Restoring { into });
+        assert_eq!(paths.fact(), restoring(Some(info.vm)));
+        paths.note_place(&info, false).expect("into a memfd");
+        assert_eq!(all(&layout).get(&name).copied(), restoring(None));
+        let noted = paths.read_info().expect("readable");
+        paths.note_place(&noted, true).expect("into a segment");
+        assert_eq!(paths.fact(), restoring(Some(info.vm)));
         let text = fs::read(&paths.restoring).expect("the file");
         assert_eq!(text, b"state");
         fs::write(&paths.part, b"half").expect("a VMM was killed");

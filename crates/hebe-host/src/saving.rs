@@ -14,13 +14,18 @@
 //! | a restore that failed: the file put back; the segment dropped | empty; none | complete | restored |
 //!
 //! In a memfd nothing proves anything once its VMM is gone: a person chooses.
+//! So it is with a VM of the store that is restored where the kernel has none:
+//! a segment of it that a later kernel finds is the one that it was saved from,
+//! which holds no state, and tells nothing about the restore. That the restore
+//! went elsewhere is noted before the file is set aside (`saved`).
 
 use hebe_api::SaveReport;
 use hebe_api::VmStatus;
-use hebe_flow::resume::SavedFact;
 use hebe_snapshot::SavedFile;
-use hebe_types::{ByteSize, VmName};
+use hebe_types::{ByteSize, StoreKind, VmConfig, VmName};
 
+use crate::cmdline;
+use crate::definitions;
 use crate::failed;
 use crate::host::{Host, HostError};
 use crate::launch::{Instance, LAUNCH_WAIT, Launch, LaunchError, Memory, Origin, launch};
@@ -104,6 +109,8 @@ fn prepare_restore(
     paths: &SavedPaths,
 ) -> Result<Launch, HostError> {
     let memory = memory_for_restore(host, name, info)?;
+    let in_segment = matches!(memory, Memory::Segment { .. });
+    paths.note_place(info, in_segment)?;
     paths.set_aside()?;
     Ok(Launch {
         name: name.clone(),
@@ -123,7 +130,7 @@ fn memory_for_restore(host: &Host, name: &VmName, info: &SavedInfo) -> Result<Me
         other => other?,
     };
     if let Some(old) = view.as_ref().and_then(|v| v.segment_of(name)) {
-        give_up_former(host, name, info, old)?;
+        give_up_former(host, name, old)?;
     }
     if info.in_files && host.system.live_update().is_ok() {
         return luo::memory(name, info.vm, info.memory);
@@ -131,7 +138,9 @@ fn memory_for_restore(host: &Host, name: &VmName, info: &SavedInfo) -> Result<Me
     if !info.in_store {
         return Ok(Memory::Memfd);
     }
-    view.ok_or(StoreTrouble::None)?;
+    if view.is_none_or(|view| view.kept_only) {
+        return memory_apart(host, name, info);
+    }
     let new = host.store.create(info.vm, name, info.memory)?;
     Ok(Memory::Segment {
         id: new.id,
@@ -139,17 +148,32 @@ fn memory_for_restore(host: &Host, name: &VmName, info: &SavedInfo) -> Result<Me
     })
 }
 
+/// Memory for a VM that was in the store, under a kernel that has none: what it
+/// would be booted in, where its definition leaves the choice. Its segment there
+/// is no state any more, and what it holds is never continued.
+///
+/// # Errors
+/// [`StoreTrouble::None`] where it is to be in the store and nowhere else, and
+/// where this kernel reserves memory, whose device may still be on its way.
+fn memory_apart(host: &Host, name: &VmName, info: &SavedInfo) -> Result<Memory, HostError> {
+    let reserved = !cmdline::reservations(&host.system.cmdline()).is_empty();
+    let defined = definitions::load(&host.layout, name).ok();
+    let may = |(_, config): &(_, VmConfig)| config.store != StoreKind::Devdax;
+    let (_, config) = (defined.filter(may).filter(|_| !reserved)).ok_or(StoreTrouble::None)?;
+    let carried = config.store == StoreKind::Luo && host.system.live_update().is_ok();
+    if carried || luo::may_be_chosen(host, &config) {
+        return luo::memory(name, info.vm, info.memory);
+    }
+    Ok(Memory::Memfd)
+}
+
 /// Gives up the memory that the file replaces, wherever it lies: a state that is
 /// left there would be continued once the VM that ran from the file is down.
-fn give_up_former(
-    host: &Host,
-    name: &VmName,
-    info: &SavedInfo,
-    old: &SegmentView,
-) -> Result<(), HostError> {
+fn give_up_former(host: &Host, name: &VmName, old: &SegmentView) -> Result<(), HostError> {
     let paths = SavedPaths::new(&host.layout, name);
+    let own = paths.fact().is_some_and(|f| f.is_restoring_into(old.vm));
     let ran = matches!(old.exec, ExecView::Running { .. } | ExecView::Ended);
-    if ran && paths.fact() == Some(SavedFact::Restoring) {
+    if ran && own {
         return Err(HostError::Refused {
             name: name.clone(),
             why: format!(
@@ -157,7 +181,7 @@ fn give_up_former(
             ),
         });
     }
-    if old.exec == ExecView::Empty && info.in_store {
+    if old.exec == ExecView::Empty && own {
         // It proves that nothing ran since the file was set aside.
         paths.put_back()?;
     }
@@ -229,6 +253,7 @@ pub fn save_held(
         })?,
         in_store: instance.as_ref().is_some_and(|i| i.segment.is_some()),
         in_files: instance.is_some_and(|i| i.files),
+        apart: false,
     };
     // One of a restore after which the VM ran would count instead of the new one.
     withdraw_stale(host, name)?;

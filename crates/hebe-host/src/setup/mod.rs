@@ -158,7 +158,7 @@ pub fn plan(root: &Path, options: &SetupOptions) -> Result<Setup, SetupError> {
     setup.given_up.retain(|word| !setup.words.contains(word));
     if !setup.given_up.is_empty() && !setup.words.iter().any(|w| w.starts_with("memmap=")) {
         setup.notes.push(format!(
-            "{} is reserved no longer from then on, and the store there is gone: VMs whose memory lies in it are saved by `systemctl reboot`, and stay saved until memory is reserved again and `hebe store init` was run",
+            "{} is reserved no longer from then on, and the store there is gone: VMs whose memory lies in it are saved by `systemctl reboot` and come back in ordinary memory; those with store = \"devdax\" stay saved until memory is reserved again and `hebe store init` was run, or their definitions say otherwise",
             setup.given_up.join(" ")
         ));
     }

@@ -209,6 +209,7 @@ fn who_gives_the_range_up_is_told_what_that_means() {
     let said = setup.notes.join("\n");
     for word in [
         "memmap=4G!13G",
+        "come back in ordinary memory",
         "stay saved",
         "Linux 6.1.0-50-amd64",
         "CONFIG_KEXEC_HANDOVER",

@@ -274,6 +274,7 @@ fn frozen_and_saved() -> (World, Host, VmId, SavedPaths) {
         memory: hebe_types::ByteSize::mib(4),
         in_store: false,
         in_files: false,
+        apart: false,
     };
     paths.prepare(&info).expect("prepare");
     fs::write(&paths.part, "web").expect("write");

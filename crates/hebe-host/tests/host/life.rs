@@ -396,6 +396,7 @@ fn two_states_held() {
         memory: hebe_types::ByteSize::mib(4),
         in_store: true,
         in_files: false,
+        apart: false,
     };
     paths.prepare(&info).expect("prepare");
     paths.commit().expect("commit");
@@ -423,6 +424,7 @@ fn two_states() {
         memory: hebe_types::ByteSize::mib(4),
         in_store: true,
         in_files: false,
+        apart: false,
     };
     paths.prepare(&info).expect("prepare");
     let mut ram = vec![0u8; 4 << 20];
@@ -665,6 +667,7 @@ fn stopped_after_restore() {
             memory: instance.memory,
             in_store: instance.segment.is_some(),
             in_files: false,
+            apart: false,
         };
         paths.prepare(&info).expect("prepare");
         fs::write(&paths.restoring, "web").expect("left");

@@ -395,6 +395,7 @@ fn leave_behind(world: &World) -> SavedPaths {
         memory: hebe_types::ByteSize::mib(4),
         in_store: false,
         in_files: true,
+        apart: false,
     };
     paths.prepare(&info).expect("prepare");
     fs::write(&paths.restoring, "old").expect("write");
@@ -461,6 +462,7 @@ fn file_chosen() {
         memory: hebe_types::ByteSize::mib(4),
         in_store: false,
         in_files: true,
+        apart: false,
     };
     paths.prepare(&info).expect("prepare");
     let file = ResumeOptions {

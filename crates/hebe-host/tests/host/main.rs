@@ -4,6 +4,7 @@
 //! started with a VMM's arguments, speaks the control protocol and commits
 //! states, and has no guest.
 
+mod apart;
 mod elsewhere;
 mod failing;
 mod fake_vmm;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         reboots::CASES,
         steps::CASES,
         stopping::CASES,
+        apart::CASES,
         elsewhere::CASES,
         failing::CASES,
         kills::CASES,

@@ -569,7 +569,11 @@ fn booted_after_restore() {
     let config = hebe_host::definitions::load(&world.host.layout, &name("web"));
     let refused = ops::boot(&world.host, &config.expect("defined").1);
     assert!(refused.is_err(), "never booted beside a file");
-    assert_eq!(paths.fact(), Some(hebe_flow::resume::SavedFact::Restoring));
+    assert!(
+        paths
+            .fact()
+            .is_some_and(hebe_flow::resume::SavedFact::is_restoring)
+    );
 }
 
 /// The manager was killed between the VM's first step and the withdrawal of
@@ -585,6 +589,7 @@ fn stale_file() {
                 memory: hebe_types::ByteSize::mib(4),
                 in_store: true,
                 in_files: false,
+                apart: false,
             };
             paths.prepare(&info).expect("prepare");
             fs::write(&paths.restoring, "old").expect("write");

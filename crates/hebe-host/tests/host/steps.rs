@@ -198,7 +198,7 @@ fn repeated() {
     loop {
         save(&world);
         let mut set_aside = 0;
-        while fact(&world) != Some(SavedFact::Restoring) {
+        while !fact(&world).is_some_and(SavedFact::is_restoring) {
             let killed = killed_before(world.root.path(), "resume", set_aside);
             assert!(killed, "it was set aside, and the VM not started");
             set_aside += 1;

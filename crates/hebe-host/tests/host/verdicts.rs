@@ -167,6 +167,7 @@ fn left_standing() {
         memory: hebe_types::ByteSize::mib(4),
         in_store: true,
         in_files: false,
+        apart: false,
     };
     let part = paths.prepare(&info).expect("prepare");
     let socket = layout.socket(&name("db"));
