@@ -80,7 +80,7 @@ fn start_as(host: &Host, name: &VmName, order: Order) -> Result<VmStatus, HostEr
     let survey = listing::survey(host);
     admit(survey.row(host, name)?, order)?;
     definitions::check_files(&config, &path)?;
-    let status = boot_as(host, &config, order == Order::StartAfresh)?;
+    let status = boot_as(host, &config, order == Order::StartAfresh, None)?;
     // It is up; if this cannot be written, the next boot finds that out too.
     let _ = pending::settle(host, name);
     overlays::sweep(host);
@@ -93,8 +93,9 @@ pub fn run(host: &Host, config: &VmConfig) -> Result<VmStatus, HostError> {
 }
 
 /// [`run`], with the bytes of the disk for the guest's cloud-init, which
-/// `config` has at [`definitions::seed_path`]. They are written once it is
-/// certain that no VM of that name uses that disk.
+/// `config` has at [`definitions::seed_path`]. They and the definition are
+/// written under the VM's lock, once it is certain that no VM of that name uses
+/// that disk or may be continued with it.
 pub fn run_with(
     host: &Host,
     config: &VmConfig,
@@ -122,16 +123,7 @@ pub fn run_with(
             ),
         });
     }
-    let path = definitions::transient_path(&host.layout, name);
-    let known = definitions::find(&host.layout, name).is_some();
-    let started = seed
-        .map_or(Ok(()), |bytes| definitions::keep_seed(host, name, bytes))
-        .and_then(|()| Ok(definitions::check_files(config, &path)?))
-        .and_then(|()| definitions::keep_transient(host, config))
-        .and_then(|_| boot(host, config));
-    if started.is_err() && !known {
-        definitions::forget_transient(&host.layout, name);
-    }
+    let started = boot_as(host, config, false, Some(Given { seed }));
     if started.is_ok() {
         let _ = pending::settle(host, name);
         overlays::sweep(host);
@@ -144,10 +136,49 @@ pub fn run_with(
 /// taken for that, and neither is a VM that is frozen in a store that is not
 /// here.
 pub fn boot(host: &Host, config: &VmConfig) -> Result<VmStatus, HostError> {
-    boot_as(host, config, false)
+    boot_as(host, config, false, None)
 }
 
-fn boot_as(host: &Host, config: &VmConfig, afresh: bool) -> Result<VmStatus, HostError> {
+/// What [`run_with`] was given, to be kept.
+struct Given<'a> {
+    seed: Option<&'a [u8]>,
+}
+
+impl Given<'_> {
+    /// Whoever came first may have booted, frozen or saved the VM since the look
+    /// at it: its definition and its disk are not ours to replace.
+    fn boot(self, host: &Host, lock: &VmLock, config: &VmConfig) -> Result<VmStatus, HostError> {
+        let name = &config.name;
+        clear_files(host, name)?;
+        let view = host.store.view().ok().flatten();
+        if let Some(old) = view.as_ref().and_then(|v| v.segment_of(name)) {
+            refuse_state(host, old, name)?;
+        }
+        let known = definitions::find(&host.layout, name).is_some();
+        let kept = self.keep(host, config);
+        let booted = kept.and_then(|()| boot_locked(host, lock, config));
+        if booted.is_err() && !known {
+            definitions::forget_transient(&host.layout, name);
+        }
+        booted
+    }
+
+    fn keep(self, host: &Host, config: &VmConfig) -> Result<(), HostError> {
+        if let Some(bytes) = self.seed {
+            definitions::keep_seed(host, &config.name, bytes)?;
+        }
+        let path = definitions::transient_path(&host.layout, &config.name);
+        definitions::check_files(config, &path)?;
+        definitions::keep_transient(host, config).map(drop)
+    }
+}
+
+fn boot_as(
+    host: &Host,
+    config: &VmConfig,
+    afresh: bool,
+    given: Option<Given>,
+) -> Result<VmStatus, HostError> {
     let name = &config.name;
     let lock = lock(host, name)?;
     let view = host.store.view().ok().flatten();
@@ -155,7 +186,11 @@ fn boot_as(host: &Host, config: &VmConfig, afresh: bool) -> Result<VmStatus, Hos
     // Durable before the VM boots: from then on its disks go on.
     let marked = notes::give_up_elsewhere(host, name, view.as_ref(), afresh, &way);
     let result = marked.and_then(|marked| {
-        boot_locked(host, &lock, config).inspect_err(|error| {
+        let booted = match given {
+            Some(given) => given.boot(host, &lock, config),
+            None => boot_locked(host, &lock, config),
+        };
+        booted.inspect_err(|error| {
             if never_ran(host, name, error) {
                 notes::take_back(host, &marked);
             }
@@ -309,13 +344,19 @@ fn make_memory(host: &Host, config: &VmConfig, vm: VmId) -> Result<Memory, HostE
 /// Frees the segment of a VM's former life; never one whose state may still be
 /// continued.
 fn free_former(host: &Host, old: &SegmentView, name: &VmName) -> Result<(), HostError> {
+    refuse_state(host, old, name)?;
+    free_segment(host, old)
+}
+
+/// Refuses to boot a VM beside a state of it that may still be continued.
+fn refuse_state(host: &Host, old: &SegmentView, name: &VmName) -> Result<(), HostError> {
     let over = match &old.exec {
         ExecView::Empty | ExecView::Ended | ExecView::Running { .. } => true,
         ExecView::Frozen { .. } => notes::is_given_up(&host.layout, old)?,
         ExecView::Damaged { .. } => false,
     };
     if over {
-        return free_segment(host, old);
+        return Ok(());
     }
     Err(HostError::Refused {
         name: name.clone(),

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
+use hebe_host::definitions;
 use hebe_host::listing::VmState;
 use hebe_host::resume_all::{Resumed, resume_all};
 use hebe_host::segments::drop_listed;
@@ -21,6 +22,10 @@ pub const CASES: &[crate::Case] = &[
     (
         "a_segment_that_is_frozen_after_the_look_is_dropped_by_order_only",
         segment_frozen_after_the_look,
+    ),
+    (
+        "of_two_runs_of_one_name_the_second_replaces_nothing_of_the_first",
+        second_run,
     ),
     (
         "a_suspend_that_is_refused_leaves_the_notes_of_others",
@@ -115,6 +120,37 @@ fn segment_frozen_after_the_look() {
     assert_eq!(world.segments(), 0);
     let again = drop_listed(&world.host, &view.segments[0], worthless);
     assert!(matches!(again, Err(HostError::Store(_))), "{again:?}");
+}
+
+/// The first VM of that name boots, or boots and is frozen, after the second
+/// order's look.
+fn second_run() {
+    for suspended in [false, true] {
+        let world = World::new();
+        world.define("web", "");
+        let own = definitions::expected_path(&world.host.layout, &name("web"));
+        let mut config = definitions::read_own(&own).expect("a definition");
+        std::fs::remove_file(own).expect("not in /etc");
+        config.store = hebe_types::StoreKind::Devdax;
+        let first = config.clone();
+        let host = meanwhile(&world, move |other| {
+            ops::run_with(other, &first, Some(&[1; 512])).expect("runs");
+            if suspended {
+                ops::suspend(other, &name("web")).expect("suspends");
+            }
+        });
+        config.vcpus = 2;
+        let second = ops::run_with(&host, &config, Some(&[2; 512]));
+        assert!(second.is_err(), "{second:?}");
+        let seed = definitions::seed_path(&host.layout, &name("web"));
+        let seed = std::fs::read(seed).expect("its disk");
+        assert_eq!(seed, [1; 512], "the first VM has another disk");
+        let (_, kept) = definitions::load(&host.layout, &name("web")).expect("its definition");
+        assert_eq!(kept.vcpus, 1);
+        let state = world.state("web");
+        let wanted = [VmState::Running, VmState::Frozen][usize::from(suspended)];
+        assert_eq!(state, wanted);
+    }
 }
 
 /// Two orders to suspend at once: the one noted its VM and is about to freeze it,
