@@ -29,6 +29,12 @@ pub enum BuildError {
     /// The output is there.
     #[error("{} is there already: name another file, or replace it with --force", .0.display())]
     Exists(PathBuf),
+    /// The output is open as a VM's disk, or locked by something else.
+    #[error("{} is in use, as by a VM whose disk it is: stop that first, or name another file", .0.display())]
+    InUse(PathBuf),
+    /// Something that is no file has the output's name.
+    #[error("{} is no file: name another place for the image", .0.display())]
+    NoFile(PathBuf),
     /// The output has no name.
     #[error("the image needs the name of a file")]
     NoName,

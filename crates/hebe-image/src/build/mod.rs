@@ -28,6 +28,8 @@ use std::sync::atomic::AtomicBool;
 pub use contents::{Contents, FileIn, apt_options, is_inside_path};
 pub use error::BuildError;
 use gpt::Gpt;
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use rustix::io::Errno;
 use sources::Source as AptSource;
 use tool::Rights;
 
@@ -123,9 +125,7 @@ pub fn build(
     watch: Watch,
 ) -> Result<Built, BuildError> {
     order.check()?;
-    if !replace && output.symlink_metadata().is_ok() {
-        return Err(BuildError::Exists(output.to_owned()));
-    }
+    may_be_put_at(output, replace)?;
     let rights = Rights::of_this_process();
     tool::need_all(order, rights)?;
     let work = Work::create(output, rights)?;
@@ -154,12 +154,48 @@ pub fn build(
     file.sync_all()
         .map_err(|e| BuildError::io("cannot write", &done, e))?;
     let allocated = tool::allocated(&file).map_err(|e| BuildError::io("cannot read", &done, e))?;
-    fs::rename(&done, output).map_err(|e| BuildError::io("cannot put in place", output, e))?;
+    put_in_place(&done, output, replace)?;
     Ok(Built {
         boots,
         size: order.disk_len(),
         allocated,
     })
+}
+
+/// Refuses to take the place of a file that is to stay, or of a disk that a VM
+/// has open: it would go on with a file that has no name, and lose it at its end.
+fn may_be_put_at(output: &Path, replace: bool) -> Result<(), BuildError> {
+    if !replace && output.symlink_metadata().is_ok() {
+        return Err(BuildError::Exists(output.to_owned()));
+    }
+    let Ok(there) = output.metadata() else {
+        return Ok(());
+    };
+    if !there.is_file() {
+        return Err(BuildError::NoFile(output.to_owned()));
+    }
+    let file = File::open(output).map_err(|e| BuildError::io("cannot look at", output, e))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => Err(BuildError::InUse(output.to_owned())),
+        // Where nothing can be locked no VM could use it.
+        _ => Ok(()),
+    }
+}
+
+/// Gives the image its name. What may have come there is looked at once more:
+/// making it took minutes.
+fn put_in_place(done: &Path, output: &Path, replace: bool) -> Result<(), BuildError> {
+    may_be_put_at(output, replace)?;
+    let renamed = match replace {
+        true => fs::rename(done, output),
+        false => match renameat_with(CWD, done, CWD, output, RenameFlags::NOREPLACE) {
+            // A file system that cannot tell.
+            Err(Errno::INVAL | Errno::NOSYS) => fs::rename(done, output),
+            Err(Errno::EXIST) => return Err(BuildError::Exists(output.to_owned())),
+            other => other.map_err(io::Error::from),
+        },
+    };
+    renamed.map_err(|e| BuildError::io("cannot put in place", output, e))
 }
 
 impl Order {
@@ -409,6 +445,40 @@ mod tests {
         assert!(refused.to_string().contains("--force"), "{refused}");
         assert_eq!(fs::read(&there).expect("read"), b"mine");
         assert_eq!(fs::read_dir(dir.path()).expect("dir").count(), 1);
+    }
+
+    #[test]
+    fn what_came_meanwhile_or_is_a_vms_disk_is_not_replaced() {
+        let dir = tempfile::tempdir().expect("dir");
+        let (done, output) = (dir.path().join("done"), dir.path().join("d.img"));
+        fs::write(&done, "new").expect("written");
+        fs::write(&output, "mine").expect("came while the image was made");
+        let put = |replace| put_in_place(&done, &output, replace);
+        let refused = put(false).expect_err("it is there");
+        assert!(refused.to_string().contains("--force"), "{refused}");
+        let disk = File::open(&output).expect("open");
+        flock(&disk, FlockOperation::NonBlockingLockShared).expect("as a VM has it");
+        let stop = AtomicBool::new(false);
+        let watch = Watch {
+            say: &|_| {},
+            stop: &stop,
+        };
+        // Said before the image is made, and where one came to have it since.
+        let early = build(&order(), &output, true, watch).expect_err("in use");
+        for refused in [early, put(true).expect_err("in use")] {
+            assert!(matches!(refused, BuildError::InUse(_)), "{refused}");
+        }
+        assert_eq!(fs::read(&output).expect("read"), b"mine");
+        drop(disk);
+        put(true).expect("replaced by order");
+        assert_eq!(fs::read(&output).expect("read"), b"new");
+        fs::write(&done, "newer").expect("written");
+        fs::remove_file(&output).expect("removed");
+        put(false).expect("a free name");
+        let folder = dir.path().join("folder");
+        fs::create_dir(&folder).expect("mkdir");
+        let refused = may_be_put_at(&folder, true).expect_err("no file");
+        assert!(matches!(refused, BuildError::NoFile(_)), "{refused}");
     }
 
     #[test]
