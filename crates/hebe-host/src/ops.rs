@@ -15,6 +15,7 @@ use hebe_api::{ClientError, FreezeReport, Request, VmStatus, VmmState};
 use hebe_flow::life::{Life, Order};
 use hebe_types::{StoreKind, VmConfig, VmId, VmName};
 
+use crate::claims;
 use crate::definitions;
 use crate::failed;
 use crate::host::{Host, HostError};
@@ -184,7 +185,8 @@ fn boot_as(
     let view = host.store.view().ok().flatten();
     let way = notes::afresh(name);
     // Durable before the VM boots: from then on its disks go on.
-    let marked = notes::give_up_elsewhere(host, name, view.as_ref(), afresh, &way);
+    let marked = claims::refuse_taken(host, config)
+        .and_then(|()| notes::give_up_elsewhere(host, name, view.as_ref(), afresh, &way));
     let result = marked.and_then(|marked| {
         let booted = match given {
             Some(given) => given.boot(host, &lock, config),

@@ -5,6 +5,7 @@
 //! states, and has no guest.
 
 mod apart;
+mod claims;
 mod elsewhere;
 mod failing;
 mod fake_vmm;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         steps::CASES,
         stopping::CASES,
         apart::CASES,
+        claims::CASES,
         elsewhere::CASES,
         failing::CASES,
         kills::CASES,

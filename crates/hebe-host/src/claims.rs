@@ -1,0 +1,115 @@
+//! Disks of VMs at rest that may be continued.
+//!
+//! A VM that runs has its disks locked. One that is frozen or saved has no
+//! process that could, and its memory holds what its disks held: if another VM
+//! wrote to one of them, it could never be continued, or, where nothing shows
+//! that (a block device), would destroy what is there. So a VM that would is not
+//! booted before somebody decided about the one that is at rest.
+
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use hebe_types::{VmConfig, VmId, VmName};
+
+use crate::definitions;
+use crate::host::{Host, HostError};
+use crate::notes;
+use crate::saved::{self, LifeFile, SavedPaths};
+use crate::stores::ExecView;
+
+/// A VM that may be continued, and what it was booted with.
+struct AtRest {
+    name: VmName,
+    /// How it is kept.
+    how: &'static str,
+    config: VmConfig,
+}
+
+/// Refuses a boot that would write to the disk of another VM, which is at rest.
+///
+/// # Errors
+/// [`HostError::Refused`], with the ways out.
+pub(crate) fn refuse_taken(host: &Host, config: &VmConfig) -> Result<(), HostError> {
+    let written = config.disks.iter().filter(|d| !d.readonly && !d.snapshot);
+    let written: Vec<(&PathBuf, Inode)> = written
+        .filter_map(|disk| Some((&disk.path, Inode::of(&disk.path)?)))
+        .collect();
+    if written.is_empty() {
+        return Ok(());
+    }
+    for other in at_rest(host, &config.name) {
+        let AtRest {
+            name,
+            how,
+            config: theirs,
+        } = other;
+        let claimed = theirs.disks.iter().flat_map(|disk| {
+            let behind = disk.backing.iter();
+            std::iter::once(&disk.path).chain(behind)
+        });
+        let claimed: Vec<Inode> = claimed.filter_map(|path| Inode::of(path)).collect();
+        let taken = written.iter().find(|(_, inode)| claimed.contains(inode));
+        if let Some((path, _)) = taken {
+            return Err(HostError::Refused {
+                name: config.name.clone(),
+                why: format!(
+                    "its disk {} is VM '{name}''s, too, which is {how} and could not be continued once another VM wrote to it: `hebe resume {name}` and shut it down, or give it up with `hebe drop {name} --yes`",
+                    path.display()
+                ),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Every VM but `but` that may be continued, where it is known what it was booted
+/// with.
+fn at_rest(host: &Host, but: &VmName) -> Vec<AtRest> {
+    let layout = &host.layout;
+    let view = host.store.view().ok().flatten();
+    let segments = view.iter().flat_map(|view| &view.segments);
+    let frozen = segments.filter_map(|segment| {
+        let is_frozen = matches!(segment.exec, ExecView::Frozen { .. });
+        // Where that cannot be told it may be continued.
+        let given_up = || notes::is_given_up(layout, segment).unwrap_or(false);
+        let (name, vm) = (segment.name.clone()?, segment.vm?);
+        (is_frozen && !given_up()).then_some((name, vm, "frozen in memory"))
+    });
+    let notes = notes::all(layout);
+    let away = notes::elsewhere(&notes, view.as_ref());
+    let away = away.map(|note| (note.name.clone(), note.vm, "frozen in a store that is away"));
+    let files = saved::all(layout).into_keys();
+    let files = files.filter_map(|name| {
+        let vm = SavedPaths::new(layout, &name).read_info()?.vm;
+        Some((name, vm, "saved in a file"))
+    });
+    let kept: Vec<(VmName, VmId, &str)> = frozen.chain(away).chain(files).collect();
+    let others = kept.into_iter().filter(|(name, ..)| name != but);
+    let known = others.filter_map(|(name, vm, how)| {
+        let path = LifeFile::new(layout, &name, vm).existing()?;
+        let config = definitions::read_toml(&path).ok()?;
+        Some(AtRest { name, how, config })
+    });
+    known.collect()
+}
+
+/// What tells a file or a block device from every other one on this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Inode {
+    File { dev: u64, inode: u64 },
+    Device { rdev: u64 },
+}
+
+impl Inode {
+    fn of(path: &Path) -> Option<Self> {
+        let found = fs::metadata(path).ok()?;
+        Some(match found.file_type().is_block_device() {
+            true => Self::Device { rdev: found.rdev() },
+            false => Self::File {
+                dev: found.dev(),
+                inode: found.ino(),
+            },
+        })
+    }
+}
