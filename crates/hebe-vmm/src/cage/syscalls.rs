@@ -64,28 +64,19 @@ const COMMON: &[c_long] = &[
 ];
 
 /// What a device's thread does besides: disks, images that grow, taps, sockets of
-/// guests, memory given back.
+/// guests, memory given back. No descriptor is sent, taken or made there but by
+/// `accept`: a guest that has the thread hands none on.
 const DEVICE: &[c_long] = &[
     libc::SYS_accept4,
-    libc::SYS_dup,
-    libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_wait,
-    libc::SYS_eventfd2,
-    libc::SYS_fadvise64,
     libc::SYS_fallocate,
     libc::SYS_fdatasync,
     libc::SYS_fstat,
-    libc::SYS_fstatfs,
     libc::SYS_fsync,
     libc::SYS_ftruncate,
-    libc::SYS_getpeername,
-    libc::SYS_getsockname,
-    libc::SYS_getsockopt,
     libc::SYS_lseek,
-    libc::SYS_msync,
-    libc::SYS_newfstatat,
     libc::SYS_poll,
     libc::SYS_ppoll,
     libc::SYS_pread64,
@@ -93,21 +84,35 @@ const DEVICE: &[c_long] = &[
     libc::SYS_preadv2,
     libc::SYS_pwrite64,
     libc::SYS_pwritev,
-    libc::SYS_pwritev2,
     libc::SYS_readv,
     libc::SYS_recvfrom,
-    libc::SYS_recvmsg,
-    libc::SYS_sendmsg,
     libc::SYS_sendto,
-    libc::SYS_setsockopt,
     libc::SYS_shutdown,
     libc::SYS_statx,
-    libc::SYS_sync_file_range,
 ];
 
-/// What a VMM does besides, on its other threads: those for its control socket,
-/// and another VM after a reset.
-const VMM: &[c_long] = &[libc::SYS_clone3, libc::SYS_rt_sigpending, libc::SYS_uname];
+/// What a VMM does besides, on its other threads: those for its control socket, to
+/// which descriptors come and go, the console's, and another VM after a reset.
+const VMM: &[c_long] = &[
+    libc::SYS_clone3,
+    libc::SYS_dup,
+    libc::SYS_epoll_create1,
+    libc::SYS_eventfd2,
+    libc::SYS_fadvise64,
+    libc::SYS_fstatfs,
+    libc::SYS_getpeername,
+    libc::SYS_getsockname,
+    libc::SYS_getsockopt,
+    libc::SYS_msync,
+    libc::SYS_newfstatat,
+    libc::SYS_pwritev2,
+    libc::SYS_recvmsg,
+    libc::SYS_rt_sigpending,
+    libc::SYS_sendmsg,
+    libc::SYS_setsockopt,
+    libc::SYS_sync_file_range,
+    libc::SYS_uname,
+];
 
 /// What a VMM asks of a descriptor. The others name a process that gets a
 /// signal of one's choice (`F_SETOWN`, `F_SETSIG`), for which the kernel asks

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
@@ -332,6 +332,28 @@ pub const ATTEMPTS: &[Attempt] = &[
         |_, open| {
             narrow_device_if_caged();
             open.record.set_len(1 << 16)
+        },
+    ),
+    attempt(
+        "hand a descriptor on from a device's thread",
+        End::Killed(libc::SYS_sendmsg),
+        |_, open| {
+            narrow_device_if_caged();
+            let (stream, _) = open.vsock.accept()?;
+            hebe_sys::fdpass::send(&stream, &[open.record.as_fd()])
+        },
+    ),
+    attempt(
+        "take a descriptor on a device's thread",
+        End::Killed(libc::SYS_recvmsg),
+        |_, open| {
+            narrow_device_if_caged();
+            let (stream, _) = open.vsock.accept()?;
+            let mut message = [0_u64; 7];
+            let at = message.as_mut_ptr() as c_ulong;
+            let socket = stream.as_raw_fd() as c_ulong;
+            let now = libc::MSG_DONTWAIT as c_ulong;
+            call(libc::SYS_recvmsg, [socket, at, now, 0, 0]).map(drop)
         },
     ),
     attempt(
