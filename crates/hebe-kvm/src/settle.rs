@@ -15,6 +15,8 @@ use kvm_ioctls::VcpuFd;
 use vmm_sys_util::ioctl::ioctl_with_ptr;
 use vmm_sys_util::ioctl_iow_nr;
 
+use crate::vcpu::{VcpuError, kvm};
+
 /// `struct kvm_signal_mask` with a kernel `sigset_t` behind it (KVM API, 4.17
 /// `KVM_SET_SIGNAL_MASK`).
 #[repr(C, packed)]
@@ -61,9 +63,13 @@ pub(crate) fn timer_may_be_pending(lapic: &[u8]) -> bool {
 /// that is pending, and blocked everywhere but inside `KVM_RUN`, KVM goes once
 /// round its loop, leaves before it enters the guest, and looks at its timers
 /// on the way out. To be called in the vCPU's thread.
-pub(crate) fn settle_timer(fd: &mut VcpuFd, signal: libc::c_int) -> Result<(), kvm_ioctls::Error> {
+pub(crate) fn settle_timer(fd: &mut VcpuFd, signal: libc::c_int) -> Result<(), VcpuError> {
+    let failed = kvm("settle the timer");
     fd.set_kvm_immediate_exit(0);
-    let outside = Blocked::new(signal)?;
+    let outside = match Blocked::new(signal) {
+        Ok(outside) => outside,
+        Err(e) => return Err(failed(e)),
+    };
     let inside = SignalMask {
         len: 8,
         set: outside.others(),
@@ -72,17 +78,17 @@ pub(crate) fn settle_timer(fd: &mut VcpuFd, signal: libc::c_int) -> Result<(), k
     // reads during the call.
     let set = unsafe { ioctl_with_ptr(fd, KVM_SET_SIGNAL_MASK(), ptr::from_ref(&inside)) };
     if set < 0 {
-        return Err(kvm_ioctls::Error::last());
+        return Err(failed(kvm_ioctls::Error::last()));
     }
     // SAFETY: signals the calling thread, in which the signal is blocked.
     unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::gettid(), signal) };
     let ran = match fd.run() {
         Err(e) if e.errno() == libc::EINTR => Ok(()),
         Ok(kvm_ioctls::VcpuExit::Intr) => Ok(()),
-        Err(e) => Err(e),
+        Err(e) => Err(failed(e)),
         // A step of the guest's that was not finished before: not our case,
         // and not to be passed over.
-        Ok(_) => Err(kvm_ioctls::Error::new(libc::EPROTO)),
+        Ok(exit) => Err(VcpuError::Stepped(format!("{exit:?}"))),
     };
     // SAFETY: no mask: KVM leaves the thread's own in force from now on.
     unsafe { libc::ioctl(fd.as_raw_fd(), KVM_SET_SIGNAL_MASK(), 0) };

@@ -51,6 +51,9 @@ pub enum VcpuError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// KVM ran the guest where it was only to look at its timers.
+    #[error("KVM made a step of the guest when it was to look at a vCPU's timers: exit {0}")]
+    Stepped(String),
     /// A saved register class does not fit.
     #[error(transparent)]
     WrongLength(#[from] WrongLength),
@@ -82,7 +85,7 @@ pub enum VcpuError {
     TooLong(&'static str),
 }
 
-fn kvm(action: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuError {
+pub(crate) fn kvm(action: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuError {
     move |source| VcpuError::Kvm { action, source }
 }
 
@@ -428,7 +431,7 @@ impl Vcpu {
         if !timer_may_be_pending(&saved.lapic) {
             return Ok(saved);
         }
-        settle_timer(&mut self.fd, kick_signal()).map_err(kvm("settle the timer"))?;
+        settle_timer(&mut self.fd, kick_signal())?;
         self.read_all()
     }
 
