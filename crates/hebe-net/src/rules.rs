@@ -382,11 +382,11 @@ mod tests {
         if env::var_os(APART).is_none() {
             let this = env::current_exe().expect("this program");
             let mut again = Command::new("unshare");
-            again.arg("--net").arg(this).arg("--exact");
+            again.arg("-n").arg(this);
             again.arg("rules::tests::what_the_kernel_refuses_is_said_and_the_rest_is_put_in");
             let again = again.env(APART, "yes").output();
             let mut able = Command::new("unshare");
-            able.args(["--net", "nft", "list", "ruleset"]);
+            able.args(["-n", "nft", "list", "ruleset"]);
             if !able.output().is_ok_and(|o| o.status.success()) {
                 let mut stderr = io::stderr();
                 writeln!(
