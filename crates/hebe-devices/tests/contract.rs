@@ -28,6 +28,7 @@ struct Rig<S> {
     /// Those that take requests, by turns.
     queues: Vec<DriverQueue>,
     issued: u32,
+    handed_over: u32,
 }
 
 /// The queues that requests go into.
@@ -48,6 +49,7 @@ impl<S: Subject> Rig<S> {
             device,
             queues: taking::<S>(&queues),
             issued: 0,
+            handed_over: 0,
         }
     }
 
@@ -86,6 +88,10 @@ impl<S: Subject> Rig<S> {
 
     /// Another VMM takes over: same RAM, same driver, new everything else.
     fn hand_over(self) -> Self {
+        // Every second time asked first, as one of many devices.
+        if self.handed_over % 2 == 1 {
+            self.device.ask_to_pause();
+        }
         self.device.pause().expect("pause");
         let state = self.device.save().expect("save");
         let ram = self.machine.ram.clone();
@@ -98,6 +104,7 @@ impl<S: Subject> Rig<S> {
         Self {
             machine,
             device,
+            handed_over: self.handed_over + 1,
             ..self
         }
     }
@@ -119,6 +126,22 @@ fn pausing_twice_is_pausing_once<S: Subject>() {
     rig.check_all();
 }
 
+/// Where another device could not be paused, or was slower.
+fn who_is_asked_to_pause_is_paused_or_goes_on<S: Subject>() {
+    let mut rig = Rig::<S>::start(0);
+    for is_paused in [false, true, false] {
+        rig.issue(3);
+        rig.kick();
+        rig.device.ask_to_pause();
+        if is_paused {
+            rig.device.pause().expect("pause");
+            rig.device.save().expect("it is paused");
+        }
+        rig.device.resume();
+        rig.check_all();
+    }
+}
+
 fn a_device_that_was_never_started_is_saved_too<S: Subject>() {
     let subject = S::new();
     let ram = new_ram();
@@ -138,6 +161,7 @@ fn a_device_that_was_never_started_is_saved_too<S: Subject>() {
         device,
         queues: taking::<S>(&queues),
         issued: 0,
+        handed_over: 0,
     };
     rig.issue(2);
     rig.kick();
@@ -282,6 +306,7 @@ fn a_hostile_ring_stops_this_device_and_no_other<S: Subject>() {
         subject: RngSubject::new(),
         queues: taking::<RngSubject>(&other),
         issued: 0,
+        handed_over: 0,
         device: Arc::clone(&rig.device),
         machine: rig.machine,
     };
@@ -355,6 +380,11 @@ macro_rules! device_contract {
             #[test]
             fn pausing_twice_is_pausing_once() {
                 super::pausing_twice_is_pausing_once::<$subject>();
+            }
+
+            #[test]
+            fn who_is_asked_to_pause_is_paused_or_goes_on() {
+                super::who_is_asked_to_pause_is_paused_or_goes_on::<$subject>();
             }
 
             #[test]

@@ -6,7 +6,7 @@
 //! 1. presync: disks are flushed while the guest still runs, and a freeze that
 //!    could not be resumed with them is refused;
 //! 2. stop the vCPUs, each with its last I/O instruction completed;
-//! 3. drain the devices;
+//! 3. drain the devices, all of them side by side, and make their disks durable;
 //! 4. save registers, controllers, clocks and devices into one buffer;
 //! 5. commit the buffer into the segment, data first, then the flag.
 //!
@@ -16,8 +16,10 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
 use hebe_api::{Deadline, FreezeReport, RamMeter, SaveReport, VmmState};
+use hebe_devices::VirtioPci;
 use hebe_snapshot::RamView;
 use hebe_state::StateWriter;
 use hebe_state::v1::machine::VmV1;
@@ -180,9 +182,12 @@ impl Vm {
             if self.board.is_ending() {
                 return Err(VmError::Ending);
             }
-            for device in &self.devices {
-                device.pause()?;
-            }
+            // They drain, and make disks durable, side by side.
+            self.devices.iter().for_each(|device| device.ask_to_pause());
+            let pause = |result: Result<(), VmError>, device: &Arc<VirtioPci>| {
+                result.and(device.pause().map_err(VmError::from))
+            };
+            self.devices.iter().fold(Ok(()), pause)?;
             if let Some(serial) = &self.board.serial {
                 serial.pause();
             }
@@ -280,7 +285,7 @@ fn difference(after: RamMeter, before: RamMeter) -> RamMeter {
 mod tests {
     use std::fs;
     use std::os::unix::net::UnixStream;
-    use std::sync::{Arc, mpsc};
+    use std::sync::mpsc;
     use std::time::Duration;
 
     use hebe_block::BlockBackend;

@@ -595,6 +595,7 @@ impl Vm {
 
 /// Stops the devices of a VM that does not go on.
 fn pause_all(devices: &[Arc<VirtioPci>]) {
+    devices.iter().for_each(|device| device.ask_to_pause());
     for device in devices {
         if let Err(error) = device.pause() {
             log::note_of_guest(&format!(

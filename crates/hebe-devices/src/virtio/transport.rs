@@ -154,7 +154,7 @@ impl VirtioPci {
         registers.driver_features = state.driver_features;
         registers.queue_select = state.queue_select;
         registers.queues.clone_from(&state.queues);
-        let mut engine = self.worker.pause();
+        let (mut engine, _) = self.worker.pause();
         if state.stopped.is_none() && state.status & STATUS_DRIVER_OK != 0 {
             self.activate(registers, &mut engine)
                 .map_err(|(queue, error)| DeviceError::Queue {
@@ -193,16 +193,29 @@ impl VirtioPci {
     /// twice is pausing once. After an error it is paused all the same, but
     /// must not be saved and given up.
     pub fn pause(&self) -> Result<(), DeviceError> {
-        let disk = self.worker.pause().device.disk();
-        self.flush(disk)
+        let (disk, settled) = {
+            let (engine, settled) = self.worker.pause();
+            (engine.device.disk(), settled)
+        };
+        settled.map_or_else(|| self.flush(disk), |done| self.synced(done))
+    }
+
+    /// Has the device begin with what [`VirtioPci::pause`] does, and does not wait:
+    /// devices of which all are asked first pause side by side. It serves nothing
+    /// from then on until [`VirtioPci::resume`]; the pause itself has to follow.
+    pub fn ask_to_pause(&self) {
+        self.worker.ask_to_pause();
     }
 
     fn flush(&self, disk: Option<Arc<BlockBackend>>) -> Result<(), DeviceError> {
-        disk.map_or(Ok(()), |disk| disk.settle())
-            .map_err(|source| DeviceError::Sync {
-                slot: self.slot,
-                source,
-            })
+        self.synced(disk.map_or(Ok(()), |disk| disk.settle()))
+    }
+
+    fn synced(&self, result: io::Result<()>) -> Result<(), DeviceError> {
+        result.map_err(|source| DeviceError::Sync {
+            slot: self.slot,
+            source,
+        })
     }
 
     /// The device's state. Only while it is paused and vCPUs stand still.

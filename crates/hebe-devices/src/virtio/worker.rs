@@ -13,12 +13,19 @@
 //! everybody who does not hold the engine's lock. From an order to pause on, the
 //! worker begins nothing and ends what is under way; whoever gave the order
 //! waits for that.
+//!
+//! Who pauses many asks all of them first ([`Worker::ask_to_pause`]): each worker
+//! then ends what is under way and makes its disk durable beside the others.
+//! ```text
+//!  Open ── asked, and seen by the worker ──► Asked ── nothing under way ──► Settling ──► Settled
+//! ```
+//! [`Worker::pause`] takes it from wherever it is, and a resume leaves it open again.
 
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
@@ -40,8 +47,20 @@ pub(crate) struct Engine {
     pub(crate) active: bool,
     /// Neither paused nor about to be.
     pub(crate) running: bool,
+    /// How far a pause is that was asked for and not waited for.
+    drain: Drain,
     /// There is no worker any more.
     ended: bool,
+}
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+enum Drain {
+    #[default]
+    Open,
+    Asked,
+    Settling,
+    Settled(io::Result<()>),
 }
 
 #[derive(Default)]
@@ -56,6 +75,8 @@ struct Inner {
     engine: Mutex<Engine>,
     /// Nothing is under way any more, or nobody is there to end it.
     quiet: Condvar,
+    /// A pause is asked for, and the worker has not seen it. Counts in `hold`.
+    asked: AtomicBool,
     /// How many want the engine; the worker makes way between two requests. One
     /// that got it says nothing for the others: a guest that resets its device
     /// without end would have the worker go on over who pauses it.
@@ -108,9 +129,11 @@ impl Worker {
                 queues,
                 active: false,
                 running: false,
+                drain: Drain::Open,
                 ended: false,
             }),
             quiet: Condvar::new(),
+            asked: AtomicBool::new(false),
             hold,
             wake,
             kicks,
@@ -156,17 +179,39 @@ impl Worker {
         engine
     }
 
-    /// Parks the worker. After this nothing is in flight and nothing starts.
-    pub(crate) fn pause(&self) -> MutexGuard<'_, Engine> {
+    /// Has the worker end what is under way, begin nothing, and make its disk
+    /// durable, and does not wait for it. [`Worker::pause`] or
+    /// [`Worker::resume`] has to follow.
+    pub(crate) fn ask_to_pause(&self) {
+        // Also between two requests of a queue.
+        self.inner.hold.fetch_add(1, Ordering::AcqRel);
+        if self.inner.asked.swap(true, Ordering::AcqRel) {
+            self.inner.hold.fetch_sub(1, Ordering::AcqRel);
+        }
+        let _ = self.inner.wake.write(1);
+    }
+
+    /// Parks the worker. After this nothing is in flight and nothing starts. What
+    /// came of making the disk durable, where that was asked for before and the
+    /// worker did it; it is up to the caller otherwise.
+    pub(crate) fn pause(&self) -> (MutexGuard<'_, Engine>, Option<io::Result<()>>) {
         let mut engine = self.engine();
+        self.inner.take_asked();
         engine.running = false;
-        while engine.device.under_way() > 0 && !engine.ended {
+        let busy = |engine: &Engine| {
+            engine.device.under_way() > 0 || matches!(engine.drain, Drain::Settling)
+        };
+        while busy(&engine) && !engine.ended {
             let quiet = self.inner.quiet.wait(engine);
             engine = quiet.unwrap_or_else(PoisonError::into_inner);
         }
         lock(&self.inner.wish).run = false;
         let _ = self.inner.wake.write(1);
-        engine
+        let settled = match std::mem::take(&mut engine.drain) {
+            Drain::Settled(result) => Some(result),
+            Drain::Open | Drain::Asked | Drain::Settling => None,
+        };
+        (engine, settled)
     }
 
     /// Lets the worker go on, and makes it look at every queue: kicks that
@@ -174,6 +219,8 @@ impl Worker {
     pub(crate) fn resume(&self) {
         {
             let mut engine = self.engine();
+            self.inner.take_asked();
+            engine.drain = Drain::Open;
             engine.running = true;
             engine.device.resumed();
         }
@@ -193,6 +240,13 @@ impl Drop for Worker {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+impl Engine {
+    /// Paused, or about to be, with nothing under way.
+    fn is_drained(&self) -> bool {
+        !self.running && self.device.under_way() == 0
     }
 }
 
@@ -230,15 +284,22 @@ impl Inner {
             let _ = self.wake.read();
         }
         let mut engine = lock(&self.engine);
-        if !engine.running && engine.device.under_way() == 0 {
+        if self.take_asked() {
+            engine.running = false;
+            engine.drain = Drain::Asked;
+        }
+        if !engine.is_drained() {
+            for token in ready {
+                if token != TOKEN_WAKE {
+                    self.serve(&mut engine, token);
+                }
+            }
+            self.watch_backend(&engine, watched)?;
+        }
+        if engine.is_drained() {
+            self.settle(engine);
             return Ok(());
         }
-        for token in ready {
-            if token != TOKEN_WAKE {
-                self.serve(&mut engine, token);
-            }
-        }
-        self.watch_backend(&engine, watched)?;
         drop(engine);
         // Whoever waits for the engine must not lose the race for its lock
         // against the next round.
@@ -282,7 +343,35 @@ impl Inner {
             }
             Err(stop) => self.stop(engine, &stop),
         }
-        if !engine.running && engine.device.under_way() == 0 {
+        if engine.is_drained() {
+            self.quiet.notify_all();
+        }
+    }
+
+    /// Whether a pause was asked for that nobody has seen; now it is seen.
+    fn take_asked(&self) -> bool {
+        let asked = self.asked.swap(false, Ordering::AcqRel);
+        if asked {
+            self.hold.fetch_sub(1, Ordering::AcqRel);
+        }
+        asked
+    }
+
+    /// Makes the disk durable if that was asked for, and parks. Nobody waits for the
+    /// engine meanwhile.
+    fn settle(&self, mut engine: MutexGuard<'_, Engine>) {
+        if !matches!(engine.drain, Drain::Asked) {
+            return;
+        }
+        engine.drain = Drain::Settling;
+        let disk = engine.device.disk();
+        drop(engine);
+        let result = disk.map_or(Ok(()), |disk| disk.settle());
+        let mut engine = lock(&self.engine);
+        // A resume that came meanwhile wants none of it.
+        if matches!(engine.drain, Drain::Settling) {
+            engine.drain = Drain::Settled(result);
+            lock(&self.wish).run = false;
             self.quiet.notify_all();
         }
     }
@@ -331,6 +420,9 @@ mod tests {
     use std::sync::mpsc;
     use std::time::{Duration, Instant};
 
+    use hebe_state::v2::devices::DeviceV2;
+
+    use super::super::device::Counters;
     use super::super::rng::Rng;
     use super::super::shared::Config;
     use super::*;
@@ -345,15 +437,127 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_worker_makes_way_until_all_who_wait_have_had_the_engine() {
+    fn shared(queues: usize) -> Arc<Shared> {
         let msix = Msix::new(0, &NoInterrupts).expect("no vectors");
         let config = Config {
             bytes: Vec::new(),
             generation: 0,
         };
-        let shared = Arc::new(Shared::new(1, 1, msix, config, Arc::new(())));
-        let worker = Worker::start(Box::new(Rng::default()), shared).expect("a worker");
+        Arc::new(Shared::new(1, queues, msix, config, Arc::new(())))
+    }
+
+    /// Says that it has a request in hand, and ends it when it is told.
+    struct Slow {
+        begun: mpsc::Sender<()>,
+        end: mpsc::Receiver<()>,
+    }
+
+    impl Device for Slow {
+        fn features(&self) -> u64 {
+            0
+        }
+
+        fn queues(&self) -> usize {
+            1
+        }
+
+        fn config(&self) -> Vec<u8> {
+            Vec::new()
+        }
+
+        fn kicked(&mut self, _queue: usize, _queues: &mut Queues) -> Result<Next, Stop> {
+            let _ = self.begun.send(());
+            let _ = self.end.recv();
+            Ok(Next::Wait)
+        }
+
+        fn counters(&self) -> Counters {
+            Counters::default()
+        }
+
+        fn save(&self) -> io::Result<DeviceV2> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+    }
+
+    /// A worker with a request in hand, which ends by a word.
+    fn busy() -> (Worker, mpsc::Receiver<()>, mpsc::Sender<()>) {
+        let (begun, begins) = mpsc::channel();
+        let (ends, end) = mpsc::channel();
+        let worker = Worker::start(Box::new(Slow { begun, end }), shared(1)).expect("a worker");
+        worker.engine().active = true;
+        worker.resume();
+        begins.recv().expect("a kick by the resume");
+        (worker, begins, ends)
+    }
+
+    fn wait_until(what: &str, ready: impl Fn() -> bool) {
+        let until = Instant::now() + Duration::from_secs(10);
+        while !ready() {
+            assert!(Instant::now() < until, "{what}");
+            std::thread::yield_now();
+        }
+    }
+
+    fn is_settled(worker: &Worker) -> bool {
+        matches!(lock(&worker.inner.engine).drain, Drain::Settled(Ok(())))
+    }
+
+    #[test]
+    fn those_that_are_asked_first_pause_side_by_side() {
+        let (first, _, first_ends) = busy();
+        let (second, _, second_ends) = busy();
+        for worker in [&first, &second] {
+            // Twice is once.
+            worker.ask_to_pause();
+            worker.ask_to_pause();
+        }
+        second_ends.send(()).expect("it waits");
+        wait_until("the second waits for the first", || is_settled(&second));
+        assert!(first.inner.asked.load(Ordering::SeqCst), "it is not done");
+        first_ends.send(()).expect("it waits");
+        wait_until("the first does not end", || is_settled(&first));
+        for worker in [&first, &second] {
+            let (engine, settled) = worker.pause();
+            assert!(!engine.running && matches!(settled, Some(Ok(()))));
+            drop(engine);
+            assert_eq!(worker.inner.hold.load(Ordering::SeqCst), 0);
+            // Paused twice is paused once; what came between is the caller's.
+            assert!(worker.pause().1.is_none());
+        }
+    }
+
+    #[test]
+    fn who_was_asked_and_is_not_paused_goes_on() {
+        for settles in [false, true] {
+            let (worker, begins, ends) = busy();
+            worker.ask_to_pause();
+            if settles {
+                ends.send(()).expect("it waits");
+                wait_until("it does not end", || is_settled(&worker));
+            }
+            std::thread::scope(|scope| {
+                // It waits for the request in hand.
+                scope.spawn(|| worker.resume());
+                if !settles {
+                    wait_until("nobody waits", || {
+                        worker.inner.hold.load(Ordering::SeqCst) == 2
+                    });
+                    ends.send(()).expect("it waits");
+                }
+            });
+            begins.recv().expect("it goes on");
+            ends.send(()).expect("it waits");
+            let (engine, _) = worker.pause();
+            assert!(!engine.running);
+            drop(engine);
+            assert_eq!(worker.inner.hold.load(Ordering::SeqCst), 0);
+        }
+    }
+
+    #[test]
+    fn the_worker_makes_way_until_all_who_wait_have_had_the_engine() {
+        let worker = Worker::start(Box::new(Rng::default()), shared(1)).expect("a worker");
         let held = || worker.inner.hold.load(Ordering::SeqCst);
         let first = worker.engine();
         std::thread::scope(|scope| {
