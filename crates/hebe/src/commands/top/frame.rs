@@ -274,7 +274,7 @@ mod tests {
         assert_eq!(
             text,
             "\
-hebe: 2 VMs, 1 running, 1 frozen    7.3.0-cloud, up 1 days 2 h
+hebe: 2 VMs, 1 running, 1 frozen    7.3.0-cloud, up 1 day 2 h
 memory: 6.0 GiB of 8.0 GiB available    store: 1.5 GiB used, 2.5 GiB free
 age: AGEING: kernel memory is exhausted in 3 days 0 h
 
