@@ -212,7 +212,14 @@ fn flags(command: &Command, found: &mut BTreeSet<String>) {
 }
 
 /// Flags of other programs that messages and comments here name.
-const OF_OTHERS: [&str; 5] = ["--allow-exec", "--csv", "--mode", "--run-dir", "--vm-id"];
+const OF_OTHERS: [&str; 6] = [
+    "--allow-exec",
+    "--csv",
+    "--exact",
+    "--mode",
+    "--run-dir",
+    "--vm-id",
+];
 
 /// A way out may be a flag alone.
 #[test]

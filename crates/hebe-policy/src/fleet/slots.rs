@@ -295,7 +295,7 @@ mod tests {
         let Take::Not(full) = take(&others, "boot-1", 1) else {
             panic!("one is under way, and one may be");
         };
-        assert!(full.to_string().contains("1 of at most 1 hosts"), "{full}");
+        assert!(full.to_string().contains("1 of at most 1"), "{full}");
         let strict = [slot("b", Phase::Held, 2_000, 1)];
         let Take::Not(full) = take(&strict, "boot-1", 9) else {
             panic!("the other one was told that it goes alone");
