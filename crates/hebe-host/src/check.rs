@@ -349,7 +349,7 @@ fn check_places(host: &Host, proc: &Path) -> Vec<Check> {
             )
         })
     };
-    let names = crate::listing::run_dirs(host);
+    let names = crate::listing::run_dirs(host).unwrap_or_default();
     names.iter().filter_map(elsewhere).collect()
 }
 
@@ -358,7 +358,7 @@ fn check_places(host: &Host, proc: &Path) -> Vec<Check> {
 fn networks_of(host: &Host) -> BTreeMap<Network, VmName> {
     let mut found = BTreeMap::new();
     let defined = definitions::all(&host.layout).into_values().flatten();
-    let names = crate::listing::run_dirs(host);
+    let names = crate::listing::run_dirs(host).unwrap_or_default();
     let known = names.iter().filter_map(|name| {
         let instance = Instance::read(&host.layout.vm_dir(name))?;
         life(&host.layout, name, instance.vm)
@@ -433,7 +433,7 @@ fn check_unlimited(host: &Host) -> Vec<Check> {
             )
         })
     };
-    let names = crate::listing::run_dirs(host);
+    let names = crate::listing::run_dirs(host).unwrap_or_default();
     names.iter().filter_map(unlimited).collect()
 }
 

@@ -149,7 +149,8 @@ pub fn survey(host: &Host) -> Survey {
     names.extend(saved.keys().cloned());
     names.extend(elsewhere.keys().copied().cloned());
     names.extend(failed.keys().cloned());
-    names.extend(run_dirs(host));
+    // One that is left out here is found by a reboot's last look.
+    names.extend(run_dirs(host).unwrap_or_default());
     let segments = store.iter().flat_map(|s| &s.segments);
     names.extend(segments.filter_map(|s| s.name.clone()));
     let look = |name: &VmName| {
@@ -244,13 +245,20 @@ pub fn with_cause(error: &dyn std::error::Error) -> String {
 }
 
 /// VMs that have a runtime directory.
-pub(crate) fn run_dirs(host: &Host) -> Vec<VmName> {
-    fs::read_dir(host.layout.run.join("vms"))
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .collect()
+///
+/// # Errors
+/// They cannot be listed, though there may be some.
+pub(crate) fn run_dirs(host: &Host) -> io::Result<Vec<VmName>> {
+    let entries = match fs::read_dir(host.layout.run.join("vms")) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(e),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        names.extend(entry?.file_name().to_str().and_then(|n| n.parse().ok()));
+    }
+    Ok(names)
 }
 
 type Definition = Result<VmConfig, DefinitionError>;

@@ -5,7 +5,7 @@
 //! when the last process that has it ends, however that ends.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -57,7 +57,7 @@ impl VmLock {
                 .create(dir);
             match made {
                 // It was there, and the holder before removed it that instant.
-                Err(e) if e.kind() == io::ErrorKind::AlreadyExists && !is_no_dir(dir) => continue,
+                Err(e) if e.kind() == ErrorKind::AlreadyExists && !is_no_dir(dir) => continue,
                 other => other?,
             }
             let path = dir.join(LOCK);
@@ -70,7 +70,7 @@ impl VmLock {
                 .open(&path);
             let file = match opened {
                 // The directory went between the two calls.
-                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                Err(e) if e.kind() == ErrorKind::NotFound => continue,
                 other => other?,
             };
             if !acquire(&file, kind, began + wait)? {
@@ -87,15 +87,32 @@ impl VmLock {
         }
     }
 
-    /// Whether somebody holds the lock of the VM whose directory is `dir`.
-    /// Does not create anything.
+    /// Whether somebody holds the lock of the VM whose directory is `dir`; also
+    /// where that cannot be told ([`VmLock::look`]): a VM that may run counts as
+    /// one that does. Does not create anything.
     pub fn is_held(dir: &Path) -> bool {
-        let Ok(file) = File::open(dir.join(LOCK)) else {
-            return false;
+        Self::look(dir).unwrap_or(true)
+    }
+
+    /// [`VmLock::is_held`], where the difference matters.
+    ///
+    /// # Errors
+    /// The lock cannot be looked at: this process may open no more files, for one.
+    pub fn look(dir: &Path) -> io::Result<bool> {
+        let file = match File::open(dir.join(LOCK)) {
+            Ok(file) => file,
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                return Ok(false);
+            }
+            Err(e) => return Err(e),
         };
         // A shared lock, dropped at once with `file`: two lookers never see
         // each other as a holder.
-        flock(&file, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
+        match flock(&file, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => Ok(false),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(true),
+            Err(e) => Err(e.into()),
+        }
     }
 
     /// A second descriptor of the same lock, to be passed to the VMM.
@@ -109,7 +126,7 @@ impl VmLock {
     /// puts there is ours to remove.
     pub fn remove_dir(self) -> io::Result<()> {
         let gone = |removed: io::Result<()>| match removed {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
             other => other,
         };
         for entry in fs::read_dir(&self.dir)? {
@@ -125,7 +142,7 @@ impl VmLock {
         }
         gone(fs::remove_file(self.dir.join(LOCK)))?;
         match gone(fs::remove_dir(&self.dir)) {
-            Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+            Err(e) if e.kind() == ErrorKind::DirectoryNotEmpty => Ok(()),
             other => other,
         }
     }
@@ -237,6 +254,21 @@ mod tests {
             }
         });
         assert!(!dir.exists());
+    }
+
+    /// A loop of links stands for whatever keeps a process from opening a file.
+    #[test]
+    fn who_cannot_be_looked_at_counts_as_up() {
+        let root = tempfile::tempdir().expect("dir");
+        let dir = root.path().join("vms/web");
+        assert!(!VmLock::look(&dir).expect("nobody"));
+        fs::create_dir_all(&dir).expect("mkdir");
+        assert!(!VmLock::look(&dir).expect("nobody"));
+        std::os::unix::fs::symlink(LOCK, dir.join(LOCK)).expect("link");
+        assert!(VmLock::look(&dir).is_err() && VmLock::is_held(&dir));
+        let file = root.path().join("file");
+        fs::write(&file, "").expect("write");
+        assert!(!VmLock::is_held(&file));
     }
 
     #[test]

@@ -15,6 +15,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::convert::Infallible;
+use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Duration;
@@ -617,13 +618,20 @@ impl<'a> Driver<'a> {
     /// Whatever runs now would be lost. VMs that were frozen or saved by this
     /// reboot said so themselves and are not asked again: every VM is down.
     fn last_look(&self) -> Result<(), String> {
-        for name in up(self.host) {
+        let unknown =
+            |what: &str, error: &io::Error| format!("nobody can tell whether {what}: {error}");
+        let layout = &self.host.layout;
+        for name in listing::run_dirs(self.host).map_err(|e| unknown("VMs run", &e))? {
+            let held = VmLock::look(&layout.vm_dir(&name));
+            if !held.map_err(|e| unknown(&format!("VM '{name}' runs"), &e))? {
+                continue;
+            }
             let mut vms = self.verdict.vms.iter();
             let fate = vms.find(|v| v.vm == name).and_then(|v| v.fate);
             if matches!(fate, Some(Fate::Keep | Fate::Save)) {
                 continue;
             }
-            let status = vmm::status(&self.host.layout.socket(&name), LAST_LOOK_WAIT);
+            let status = vmm::status(&layout.socket(&name), LAST_LOOK_WAIT);
             match status.map(|s| s.state) {
                 Ok(VmmState::Frozen | VmmState::Saved) => {}
                 _ => return Err(format!("VM '{name}' came up while the others were stopped")),
@@ -673,13 +681,6 @@ fn not_booted(machine: &Reboot, verdict: &Verdict) -> BTreeSet<VmName> {
         .filter(|v| v.fate == Some(Fate::ShutDown))
         .filter(|v| matches!(machine.vm(&v.vm), Some(VmPhase::Stranded(_))));
     shut.map(|v| v.vm.clone()).collect()
-}
-
-/// VMs in whose directory somebody holds the lock.
-fn up(host: &Host) -> impl Iterator<Item = VmName> {
-    listing::run_dirs(host)
-        .into_iter()
-        .filter(|name| VmLock::is_held(&host.layout.vm_dir(name)))
 }
 
 /// What a fate does, as words for messages.

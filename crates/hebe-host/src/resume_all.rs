@@ -267,10 +267,20 @@ fn facts(
     let mut alive = BTreeSet::new();
     let mut stranded = BTreeMap::new();
     for name in names {
-        if VmLock::is_held(&host.layout.vm_dir(name)) {
-            alive.insert(name.clone());
-        } else if let Some((_, why)) = segments::stranded(host, store, name) {
-            stranded.insert(name.clone(), why.to_string());
+        let dir = host.layout.vm_dir(name);
+        match VmLock::look(&dir) {
+            Ok(true) => drop(alive.insert(name.clone())),
+            Ok(false) => {
+                let why = segments::stranded(host, store, name).map(|(_, why)| why.to_string());
+                stranded.extend(why.map(|why| (name.clone(), why)));
+            }
+            Err(error) => {
+                let dir = dir.display();
+                let why = format!(
+                    "nobody can tell whether it runs: the lock in {dir} cannot be looked at ({error}); resume again when it can"
+                );
+                stranded.insert(name.clone(), why);
+            }
         }
     }
     let facts = Facts {

@@ -209,7 +209,8 @@ pub(crate) fn forget_running<'a>(host: &Host, vms: impl IntoIterator<Item = (&'a
 pub(crate) fn forget_arrived(host: &Host) {
     let noted = notes::all(&host.layout);
     let carried = noted.iter().filter(|n| n.is_carried() && !n.given_up);
-    let up = carried.filter(|n| VmLock::is_held(&host.layout.vm_dir(&n.name)));
+    // Where that cannot be told the note stays, which does no harm.
+    let up = carried.filter(|n| VmLock::look(&host.layout.vm_dir(&n.name)).unwrap_or(false));
     forget_running(host, up.map(|n| (&n.name, n.vm)));
 }
 

@@ -85,6 +85,10 @@ pub const CASES: &[crate::Case] = &[
     ("damage_costs_one_vm", damage),
     ("no_vm_is_ordered_about_during_a_reboot", orders_wait),
     ("a_vm_that_came_up_meanwhile_stops_the_jump", came_up),
+    (
+        "a_vm_of_which_nobody_can_tell_whether_it_runs_is_not_left_behind",
+        nobody_can_tell,
+    ),
     ("a_thread_that_panics_undoes_the_reboot", panics),
 ];
 
@@ -711,6 +715,42 @@ fn came_up() {
     assert!(stranded.is_empty());
     assert!(!world.events().iter().any(|e| e.starts_with("host leave")));
     assert_eq!(world.state("web"), VmState::Running);
+}
+
+/// As where no more files can be opened: it may run, and would be lost.
+fn nobody_can_tell() {
+    let world = World::new();
+    world.start(&["web"]);
+    let dir = world.dir("late");
+    let loops = dir.join("lock");
+    let between = move || {
+        fs::create_dir_all(&dir).expect("mkdir");
+        std::os::unix::fs::symlink("lock", dir.join("lock")).expect("link");
+    };
+    *world.machine.at_sync.lock().expect("lock") = Some(Box::new(between));
+    let (why, stranded, _) = abort(&world, RebootMethod::Warm);
+    assert!(
+        why.contains("nobody can tell whether VM 'late' runs"),
+        "{why}"
+    );
+    assert!(stranded.is_empty());
+    assert!(!world.events().iter().any(|e| e.starts_with("host leave")));
+    assert_eq!(world.state("web"), VmState::Running);
+    fs::remove_file(loops).expect("removed");
+    // Nor is one resumed that may run.
+    ops::suspend(&world.host, &name("web")).expect("suspends");
+    let lock = world.dir("web").join("lock");
+    fs::remove_file(&lock).expect("removed");
+    std::os::unix::fs::symlink("lock", &lock).expect("link");
+    let left = resume_all(&world.host, stamp_now(), false).expect("not busy");
+    let left = &left.vms[&name("web")];
+    assert!(
+        matches!(left, Resumed::Left { reason } if reason.contains("nobody can tell")),
+        "{left:?}"
+    );
+    fs::remove_file(lock).expect("removed");
+    let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
+    assert_eq!(all.vms[&name("web")], Resumed::Resumed);
 }
 
 /// It panics when its guest is down: nobody says so, and it is booted all the
