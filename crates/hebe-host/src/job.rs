@@ -402,7 +402,7 @@ impl Job {
         let alive = VmLock::is_held(&dir);
         if fate == Fate::Save {
             let paths = SavedPaths::new(&self.host.layout, &self.vm);
-            if !alive && paths.complete.exists() {
+            if !alive && paths.may_be_complete() {
                 // The file is all that is left of the VM: it is restored, or
                 // stays where it is and is listed.
                 return match saving::restore(&self.host, &self.vm, false) {

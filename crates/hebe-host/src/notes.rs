@@ -183,23 +183,39 @@ pub fn read(layout: &Layout, name: &VmName, vm: VmId) -> Result<Option<FrozenNot
 }
 
 /// Every note. One that cannot be read counts as noted, in a store that is not
-/// here.
+/// here. None where they cannot be listed: for whoever shows them.
 pub fn all(layout: &Layout) -> Vec<FrozenNote> {
-    let entries = fs::read_dir(dir(layout)).into_iter().flatten().flatten();
-    entries
-        .filter_map(|entry| {
-            let file = entry.file_name();
-            let (name, vm) = file.to_str()?.strip_suffix(".json")?.split_once('.')?;
-            let (name, vm) = (name.parse().ok()?, hebe_sys::proc::parse_uuid(vm)?);
-            let found = read(layout, &name, VmId(vm));
-            Some(match found {
-                Ok(note) => {
-                    note.filter(|n| !n.is_carried() || !ended_here(layout, &n.name, n.vm))?
-                }
-                Err(_) => FrozenNote::unreadable(name, VmId(vm)),
-            })
-        })
-        .collect()
+    listed(layout).unwrap_or_default()
+}
+
+/// [`all`], for whoever boots a VM where there is none.
+///
+/// # Errors
+/// They cannot be listed, though there may be some.
+fn listed(layout: &Layout) -> Result<Vec<FrozenNote>, HostError> {
+    let dir = dir(layout);
+    let failed = || HostError::file("list the notes in", &dir);
+    let entries = match fs::read_dir(&dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(failed()(e)),
+    };
+    let mut notes = Vec::new();
+    for entry in entries {
+        let file = entry.map_err(failed())?.file_name();
+        notes.extend(file.to_str().and_then(|file| named(layout, file)));
+    }
+    Ok(notes)
+}
+
+/// The note that has this name.
+fn named(layout: &Layout, file: &str) -> Option<FrozenNote> {
+    let (name, vm) = file.strip_suffix(".json")?.split_once('.')?;
+    let (name, vm) = (name.parse().ok()?, hebe_sys::proc::parse_uuid(vm)?);
+    match read(layout, &name, VmId(vm)) {
+        Ok(note) => note.filter(|n| !n.is_carried() || !ended_here(layout, &n.name, n.vm)),
+        Err(_) => Some(FrozenNote::unreadable(name, VmId(vm))),
+    }
 }
 
 /// Forgets a life of a VM: it runs again, or its segment is gone. A file that
@@ -280,8 +296,8 @@ pub fn elsewhere<'a>(
 /// Gives the notes that it marked. The caller holds the VM's lock.
 ///
 /// # Errors
-/// [`HostError::Refused`] with `way`, the order that says so; the mark cannot be
-/// written.
+/// [`HostError::Refused`] with `way`, the order that says so; the notes cannot be
+/// listed, or the mark not be written.
 pub(crate) fn give_up_elsewhere(
     host: &Host,
     name: &VmName,
@@ -289,7 +305,7 @@ pub(crate) fn give_up_elsewhere(
     meant: bool,
     way: &str,
 ) -> Result<Vec<FrozenNote>, HostError> {
-    let notes = all(&host.layout);
+    let notes = listed(&host.layout)?;
     let own = elsewhere(&notes, store).filter(|n| n.name == *name);
     let mut marked = Vec::new();
     for note in own {

@@ -120,7 +120,8 @@ impl SavedPaths {
     /// aside is restored by an order that says so alone. Durable; whether there
     /// was a complete file.
     pub fn set_aside(&self) -> Result<bool, HostError> {
-        if !self.complete.exists() {
+        let there = self.complete.try_exists();
+        if !there.map_err(HostError::file("look at", &self.complete))? {
             return Ok(false);
         }
         files::rename_durably(&self.complete, &self.restoring)
@@ -147,24 +148,30 @@ impl SavedPaths {
         Ok(())
     }
 
-    /// Which file there is.
+    /// Which file there is; one that cannot be looked at may be a VM's only state,
+    /// and counts as there.
     pub fn fact(&self) -> Option<SavedFact> {
-        if self.restoring.exists() {
+        if may_be_there(&self.restoring) {
             let info = self.read_info();
             let into = info.and_then(|info| info.segment_of_restore());
             Some(SavedFact::Restoring { into })
-        } else if self.complete.exists() {
+        } else if may_be_there(&self.complete) {
             Some(SavedFact::Complete)
         } else {
             None
         }
     }
 
+    /// Whether there may be a complete file.
+    pub(crate) fn may_be_complete(&self) -> bool {
+        may_be_there(&self.complete)
+    }
+
     /// Whether anything of it is there, complete or not.
     pub(crate) fn is_any(&self) -> bool {
         [&self.part, &self.complete, &self.restoring]
             .iter()
-            .any(|path| path.exists())
+            .any(|path| may_be_there(path))
     }
 
     /// The file that a restore would read.
@@ -180,6 +187,10 @@ impl SavedPaths {
     pub fn read_info(&self) -> Option<SavedInfo> {
         files::read_json(&self.info).ok().flatten()
     }
+}
+
+fn may_be_there(path: &Path) -> bool {
+    path.try_exists().unwrap_or(true)
 }
 
 /// All saved VMs.
@@ -301,6 +312,26 @@ mod tests {
         assert!(known(&web, second) && !known(&web, first));
         forget_lives(&layout, &web, None);
         assert!(!known(&web, second) && known(&other, first));
+    }
+
+    /// A loop of links stands for a disk that fails.
+    #[test]
+    fn a_file_that_cannot_be_looked_at_counts_as_there() {
+        let root = tempfile::tempdir().expect("dir");
+        let layout = Layout::below(root.path());
+        let paths = SavedPaths::new(&layout, &"web".parse().expect("name"));
+        fs::create_dir_all(layout.state.join("saved")).expect("mkdir");
+        assert_eq!(paths.fact(), None);
+        let fails = |path: &Path| {
+            let name = path.file_name().expect("a name");
+            std::os::unix::fs::symlink(name, path).expect("link");
+        };
+        fails(&paths.complete);
+        assert_eq!(paths.fact(), Some(SavedFact::Complete));
+        paths.set_aside().expect_err("nobody knows what it is");
+        fails(&paths.restoring);
+        assert_eq!(paths.fact(), Some(SavedFact::Restoring { into: None }));
+        assert!(paths.is_any());
     }
 
     #[test]

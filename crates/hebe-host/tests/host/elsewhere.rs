@@ -35,6 +35,10 @@ pub const CASES: &[crate::Case] = &[
         afresh_and_saved,
     ),
     ("a_start_afresh_that_fails_gives_nothing_up", afresh_fails),
+    (
+        "a_vm_whose_notes_cannot_be_listed_is_not_booted",
+        notes_not_listed,
+    ),
     ("a_lost_vm_that_is_dropped_is_never_resumed", dropped),
     ("a_lost_vm_with_a_file_needs_a_choice", lost_with_file),
     (
@@ -252,6 +256,24 @@ fn afresh_fails() {
     assert_eq!(row(&bare).state, VmState::Lost);
     world.reserved();
     assert_eq!(resumed(&world.host, false), Resumed::Resumed);
+    assert_eq!(world.instance("web").expect("up").vm, id);
+}
+
+/// A loop of links stands for a disk that fails.
+fn notes_not_listed() {
+    let (world, bare, id) = frozen("autostart = true");
+    let notes = bare.layout.state.join("frozen");
+    let away = bare.layout.state.join("away");
+    fs::rename(&notes, &away).expect("away");
+    std::os::unix::fs::symlink("frozen", &notes).expect("link");
+    let refused = ops::start(&bare, &name("web")).expect_err("its memory may be there");
+    assert!(refused.to_string().contains("frozen"), "{refused}");
+    let all = resumed(&bare, true);
+    assert!(matches!(all, Resumed::Failed { .. }), "{all:?}");
+    fs::remove_file(&notes).expect("removed");
+    fs::rename(&away, &notes).expect("back");
+    world.reserved();
+    assert_eq!(resumed(&world.host, true), Resumed::Resumed);
     assert_eq!(world.instance("web").expect("up").vm, id);
 }
 
