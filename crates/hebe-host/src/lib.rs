@@ -33,6 +33,7 @@ mod failed;
 pub mod files;
 pub mod gantt;
 pub mod host;
+mod host_id;
 mod job;
 pub mod launch;
 pub mod limits;

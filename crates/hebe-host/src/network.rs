@@ -19,11 +19,12 @@ use std::thread;
 use hebe_net::passt::{self, Coming, Passt, PasstError};
 use hebe_net::{Care, NetworkError, Place, Port, serve};
 use hebe_sys::proc;
-use hebe_types::{NetConfig, Network, Stamp, VmConfig, VmId, VmName};
+use hebe_types::{NetConfig, Network, Stamp, VmConfig, VmId, VmName, fill_macs};
 use serde::Serialize;
 
 use crate::definitions;
 use crate::host::{Host, HostError, Layout};
+use crate::host_id;
 use crate::launch::{Launch, LaunchError, Origin};
 use crate::lock::VmLock;
 use crate::saved::LifeFile;
@@ -40,10 +41,15 @@ fn place(layout: &Layout) -> Result<Place, NetworkError> {
 /// returns.
 pub(crate) fn resolved(host: &Host, config: &VmConfig, vm: VmId) -> Result<VmConfig, HostError> {
     let mut config = config.clone();
+    let name = config.name.clone();
+    if config.nets.iter().any(|net| net.mac.is_none())
+        && let Some(id) = host_id::have(&host.layout, &name)?
+    {
+        fill_macs(&mut config.nets, id, &name);
+    }
     if config.nets.iter().all(|net| net.network.is_none()) {
         return Ok(config);
     }
-    let name = config.name.clone();
     let known = |vm: &str| vm.parse().is_ok_and(|vm| has_a_claim(&host.layout, &vm));
     let leased = place(&host.layout).and_then(|place| place.lease(&name, &mut config.nets, &known));
     leased.map_err(LaunchError::from)?;
@@ -344,7 +350,11 @@ pub fn nics(
     defined: &[NetConfig],
 ) -> Vec<NicView> {
     let life = vm.map(|vm| life_nets(layout, name, vm)).unwrap_or_default();
-    let nets = if life.is_empty() { defined } else { &life };
+    let (vm, nets) = match life.as_slice() {
+        // What it has is not known, if it goes on; what it will have is.
+        [] => (None, with_macs(layout, name, vm, defined)),
+        life => (vm, life.to_vec()),
+    };
     let view = |(index, net): (usize, &NetConfig)| NicView {
         network: net.network,
         tap: net.tap.clone(),
@@ -357,6 +367,22 @@ pub fn nics(
         forward: net.forward.iter().map(ToString::to_string).collect(),
     };
     nets.iter().enumerate().map(view).collect()
+}
+
+/// NICs as the next boot gives them their Ethernet addresses.
+fn with_macs(
+    layout: &Layout,
+    name: &VmName,
+    vm: Option<VmId>,
+    defined: &[NetConfig],
+) -> Vec<NetConfig> {
+    let mut nets = defined.to_vec();
+    if vm.is_none()
+        && let Ok(Some(id)) = host_id::read(layout)
+    {
+        fill_macs(&mut nets, id, name);
+    }
+    nets
 }
 
 /// Runs the helper in this process.

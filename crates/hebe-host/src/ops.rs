@@ -290,7 +290,7 @@ fn clear_files(host: &Host, name: &VmName) -> Result<(), HostError> {
     })
 }
 
-fn fresh_id() -> Result<VmId, HostError> {
+pub(crate) fn fresh_id() -> Result<VmId, HostError> {
     let mut id = [0u8; 16];
     let mut filled = 0;
     while filled < id.len() {

@@ -14,7 +14,6 @@ use std::io;
 use std::path::PathBuf;
 
 use hebe_types::{VmConfig, VmName};
-use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -133,11 +132,7 @@ pub(crate) fn unreadable(layout: &Layout, error: &HostError) -> String {
 /// Orders for several VMs run at once, and each rewrites the whole list.
 fn lock_list(layout: &Layout) -> Result<File, HostError> {
     let dir = &layout.state;
-    let locked = File::open(dir).and_then(|dir| {
-        flock(&dir, FlockOperation::LockExclusive)?;
-        Ok(dir)
-    });
-    locked.map_err(HostError::file("lock", dir))
+    files::lock_dir(dir).map_err(HostError::file("lock", dir))
 }
 
 /// Puts a VM on the list while others may be taken from it.

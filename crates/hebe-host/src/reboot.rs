@@ -324,9 +324,11 @@ impl<'a> Driver<'a> {
                 self.ended.insert(vm);
             }
             Note::Over(vm, why) => {
-                let note = format!("VM '{vm}' failed, and is ended: {why}");
-                (self.say)(&note);
-                self.timeline.notes.push(note);
+                if !self.over.contains_key(&vm) {
+                    let note = format!("VM '{vm}' failed, and is ended: {why}");
+                    (self.say)(&note);
+                    self.timeline.notes.push(note);
+                }
                 self.give_up(&vm);
                 self.over.insert(vm, why);
             }

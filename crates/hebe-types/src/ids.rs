@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::sip::siphash;
+
 /// Longest VM name, in bytes. Short enough for a fixed-size segment record
 /// and for a path of a unix socket.
 pub const NAME_LEN_MAX: usize = 32;
@@ -87,6 +89,10 @@ impl fmt::Debug for VmId {
     }
 }
 
+/// A host's identity: 16 random bytes, drawn once and kept in its state directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostId(pub [u8; 16]);
+
 /// Index of a segment's record in its store's segment table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SegmentId(pub u32);
@@ -103,8 +109,20 @@ impl fmt::Display for SegmentId {
 pub struct MacAddr(pub [u8; 6]);
 
 impl MacAddr {
+    /// A locally administered unicast address for a NIC of the VM that is called
+    /// `vm` on `host`, the same at each boot. Two NICs of one VM never have the same
+    /// one; two of other VMs, or of other hosts, with a chance of about one in
+    /// 2⁴⁶. The VM's id is not in it, which is drawn anew at each boot.
+    pub fn of_nic(host: HostId, vm: &VmName, nic: u8) -> Self {
+        let hash = siphash(host.0, format!("mac/{vm}").as_bytes());
+        let [a, b, c, d, e, last, ..] = hash.to_le_bytes();
+        Self([(a & 0xfc) | 0x02, b, c, d, e, last.wrapping_add(nic)])
+    }
+
     /// A locally administered unicast address derived from a VM id and the
-    /// index of the NIC, so that it is the same after every resume.
+    /// index of the NIC, so that it is the same after every resume. For VMs
+    /// that were booted without one: by an earlier release, or on a host that has
+    /// no id.
     pub fn derived(vm: VmId, nic_index: u8) -> Self {
         let VmId(id) = vm;
         Self([0x52, 0x54, id[0], id[1], id[2], id[3] ^ nic_index])
@@ -159,6 +177,8 @@ impl fmt::Debug for MacAddr {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     #[test]
@@ -169,6 +189,40 @@ mod tests {
         for bad in ["", "-a", "A", "a/b", "..", "a b", "x".repeat(33).as_str()] {
             assert!(bad.parse::<VmName>().is_err(), "{bad}");
         }
+    }
+
+    /// Changed, every VM without `mac` would have another one at its next boot.
+    #[test]
+    fn the_macs_of_a_name_stay_what_they_are() {
+        let host = HostId([7; 16]);
+        let mac = |vm: &str, nic| MacAddr::of_nic(host, &vm.parse().expect("name"), nic);
+        let texts = [mac("web", 0), mac("web", 1), mac("db", 0)].map(|m| m.to_string());
+        assert_eq!(
+            texts,
+            [
+                "c6:45:cd:50:25:86",
+                "c6:45:cd:50:25:87",
+                "fa:7d:25:d6:f4:11"
+            ]
+        );
+    }
+
+    #[test]
+    fn no_two_nics_get_one_mac_and_all_are_local_and_unicast() {
+        let mut seen = HashSet::new();
+        for host in 0..16 {
+            for vm in 0..64 {
+                let name: VmName = format!("vm{vm}").parse().expect("name");
+                for nic in 0..24 {
+                    let mac = MacAddr::of_nic(HostId([host; 16]), &name, nic);
+                    assert_eq!(mac.0[0] & 3, 2, "{mac}");
+                    assert!(seen.insert(mac), "{host} {vm} {nic}");
+                }
+            }
+        }
+        let name: VmName = "x".repeat(32).parse().expect("name");
+        let all = (0..=u8::MAX).map(|nic| MacAddr::of_nic(HostId([0; 16]), &name, nic));
+        assert_eq!(all.collect::<HashSet<_>>().len(), 256);
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod ids;
 mod layout;
 mod limit;
 mod net;
+mod sip;
 mod size;
 mod stamp;
 
@@ -18,11 +19,12 @@ pub use config::{
     RestartPolicy, StoreKind, VCPUS_MAX, VmConfig, VsockConfig,
 };
 pub use counted::counted;
-pub use ids::{InvalidName, MacAddr, SegmentId, VmId, VmName};
+pub use ids::{HostId, InvalidName, MacAddr, SegmentId, VmId, VmName};
 pub use layout::{Extent, Gpa, MMIO_HOLE_END, MMIO_HOLE_START, RamRange, ram_ranges};
 pub use limit::{CpuLimit, InvalidCpuLimit};
 pub use net::{
     FORWARDS_MAX, Forward, NAT_BRIDGE, NetConfig, NetError, Network, USER_ADDRESS, USER_GATEWAY,
+    fill_macs,
 };
 pub use size::{ByteSize, GRANULE, InvalidSize};
 pub use stamp::Stamp;

@@ -13,7 +13,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{MacAddr, VmId, VmName};
+use crate::{HostId, MacAddr, VmId, VmName};
 
 /// The bridge of the network that Hebe makes.
 pub const NAT_BRIDGE: &str = "hebe0";
@@ -46,7 +46,7 @@ pub struct NetConfig {
     /// The bridge that the tap joins, if any.
     #[serde(default)]
     pub bridge: Option<String>,
-    /// Derived from the VM's id when absent.
+    /// Derived from the host's id, the VM's name and the NIC's number when absent.
     #[serde(default)]
     pub mac: Option<MacAddr>,
     /// A network that Hebe makes; then `tap` and `bridge` are left out.
@@ -78,7 +78,7 @@ impl NetConfig {
         }
     }
 
-    /// Its MAC address, as NIC `index` of `vm`.
+    /// Its MAC address, as NIC `index` of `vm`, which was booted with this.
     pub fn mac_of(&self, vm: VmId, index: usize) -> MacAddr {
         self.mac
             .unwrap_or_else(|| MacAddr::derived(vm, index as u8))
@@ -100,6 +100,19 @@ impl NetConfig {
         }
         net.mac = Some(self.mac_of(vm, index));
         net
+    }
+}
+
+/// Gives each NIC of the VM called `vm` that has no MAC address its own, as it has
+/// at each boot on `host`.
+pub fn fill_macs(nets: &mut [NetConfig], host: HostId, vm: &VmName) {
+    let mut taken: HashSet<MacAddr> = nets.iter().filter_map(|net| net.mac).collect();
+    for (index, net) in nets.iter_mut().enumerate() {
+        if net.mac.is_none() {
+            let of = |step: u8| MacAddr::of_nic(host, vm, (index as u8).wrapping_add(step));
+            // The next one, where somebody gave its own to another NIC.
+            net.mac = (0..=u8::MAX).map(of).find(|mac| taken.insert(*mac));
+        }
     }
 }
 
@@ -385,6 +398,32 @@ mod tests {
         assert_eq!(user.address, Some(USER_ADDRESS));
         let own = NetConfig::tap("t".into(), None);
         assert_eq!(own.resolved(&name, vm, 0), own);
+    }
+
+    #[test]
+    fn a_nic_without_a_mac_gets_one_that_no_other_nic_of_its_vm_has() {
+        let (host, vm) = (HostId([7; 16]), "web".parse().expect("name"));
+        let given: MacAddr = "52:54:00:00:00:01".parse().expect("mac");
+        let taps = |count: usize| -> Vec<NetConfig> {
+            let tap = |n| NetConfig::tap(format!("t{n}"), None);
+            (0..count).map(tap).collect()
+        };
+        let mut nets = taps(3);
+        nets[1].mac = Some(given);
+        fill_macs(&mut nets, host, &vm);
+        let macs: Vec<_> = nets.iter().map(|net| net.mac.expect("filled")).collect();
+        let own = |nic| MacAddr::of_nic(host, &vm, nic);
+        assert_eq!(macs, [own(0), given, own(2)]);
+        // Another boot of it.
+        let again = nets.clone();
+        fill_macs(&mut nets, HostId([8; 16]), &vm);
+        assert_eq!(nets, again, "what is there stays");
+        // Somebody gave one NIC what another one would have.
+        let mut nets = taps(24);
+        nets[20].mac = Some(own(0));
+        fill_macs(&mut nets, host, &vm);
+        let macs: HashSet<_> = nets.iter().map(|net| net.mac.expect("filled")).collect();
+        assert_eq!(macs.len(), 24);
     }
 
     /// An older release reads what it knows: a NIC on a tap is written as before.
