@@ -34,6 +34,20 @@ pub fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     sync_dir(parent)
 }
 
+/// Removes what [`write_durably`] left beside files of `dir` where its process was
+/// killed. Only for one who knows that nobody writes there now: what is being
+/// written looks the same.
+pub(crate) fn remove_unfinished(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let unfinished = Path::new(&entry.file_name())
+            .extension()
+            .is_some_and(|ending| ending == "new");
+        if unfinished {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
 /// [`write_durably`], as JSON.
 pub fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
     let mut bytes = serde_json::to_vec_pretty(value)?;

@@ -16,6 +16,7 @@ use serde::Serialize;
 use crate::answering::DIED;
 use crate::definitions;
 use crate::failed;
+use crate::files;
 use crate::host::{Host, HostError};
 use crate::launch;
 use crate::listing::with_cause;
@@ -34,6 +35,11 @@ use crate::segments::{self, free_segment};
 use crate::stores::{ExecView, StoreView};
 use crate::timeline::{EventKind, KernelInfo, Side, Timeline, corrected_clock};
 use crate::vmm;
+
+/// Folders of the state directory that nobody writes to but who holds the lock of
+/// all VMs, or shares it. Whoever has it to himself finds nothing there that is being
+/// written, and what looks so was left by one who was killed.
+const WRITTEN_BY_ORDERS: [&str; 6] = ["failed", "frozen", "lives", "saved", "seeds", "vms"];
 
 /// What became of one VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -147,6 +153,9 @@ pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<Resume
         notes::settle(&host.layout, &now);
     }
     luo::forget_arrived(host);
+    for dir in WRITTEN_BY_ORDERS {
+        files::remove_unfinished(&host.layout.state.join(dir));
+    }
     let device = store.as_ref().is_some_and(|s| !s.kept_only);
     if let Some(timeline) = &mut timeline {
         note_new_kernel(host, timeline, started, found, store.is_some());

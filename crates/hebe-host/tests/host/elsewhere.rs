@@ -55,6 +55,10 @@ pub const CASES: &[crate::Case] = &[
     ),
     ("notes_last_as_long_as_the_frozen_state", notes_end),
     (
+        "what_a_killed_order_was_writing_is_swept_and_never_a_living_ones",
+        unfinished,
+    ),
+    (
         "a_note_that_cannot_be_read_costs_a_choice_and_no_data",
         unreadable,
     ),
@@ -87,6 +91,44 @@ fn stop(host: &Host) {
         force: true,
     };
     ops::stop(host, &name("web"), force).expect("stops");
+}
+
+/// An order that lives shares the lock of all VMs: as long as it does, nothing is
+/// swept.
+fn unfinished() {
+    let world = World::new();
+    world.start(&["web"]);
+    let vm = world.instance("web").expect("up").vm;
+    let state = &world.host.layout.state;
+    let left = [
+        format!("frozen/web.{vm}.json.new"),
+        format!("lives/old.{vm}.toml.new"),
+        "failed/web.json.new".to_owned(),
+        "saved/web.json.new".to_owned(),
+    ];
+    let left = left.map(|file| state.join(file));
+    let others = [
+        format!("lives/web.{vm}.toml"),
+        "saved/web.part".to_owned(),
+        "pending.json.new".to_owned(),
+    ];
+    let others = others.map(|file| state.join(file));
+    for file in left.iter().chain(&others[1..]) {
+        fs::create_dir_all(file.parent().expect("a folder")).expect("mkdir");
+        fs::write(file, "{").expect("write");
+    }
+    let order = world.host.lock_orders().expect("an order begins");
+    let host = world.host.clone();
+    let swept = std::thread::spawn(move || resume_all(&host, stamp_now(), false));
+    // As long as a look takes that does not wait for it.
+    for _ in 0..20 {
+        listing::survey(&world.host);
+        assert!(left.iter().all(|file| file.exists()), "it is being written");
+    }
+    drop(order);
+    swept.join().expect("joined").expect("its turn");
+    assert!(!left.iter().any(|file| file.exists()));
+    assert!(others.iter().all(|file| file.exists()), "and nothing else");
 }
 
 /// Frozen by a warm reboot, into a kernel without the reservation.
