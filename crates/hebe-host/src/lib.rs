@@ -57,6 +57,7 @@ pub mod setup;
 pub mod stopping;
 pub mod store_init;
 pub mod stores;
+mod stores_known;
 pub mod system;
 pub mod systemd;
 pub mod timeline;

@@ -30,6 +30,7 @@ use crate::pending;
 use crate::saved::{self, SavedPaths};
 use crate::segments::{free_segment, refuse_in_use};
 use crate::stores::{ExecView, SegmentView, StoreTrouble};
+use crate::stores_known;
 use crate::vmm;
 
 pub use crate::resuming::{ResumeFrom, ResumeOptions, continue_frozen, resume};
@@ -223,6 +224,11 @@ fn boot_locked(host: &Host, lock: &VmLock, config: &VmConfig) -> Result<VmStatus
     let vm = fresh_id()?;
     clear_files(host, name)?;
     let config = network::resolved(host, config, vm)?;
+    let known = stores_known::know(host, host.store.view().ok().flatten().as_ref());
+    // What is written over its disks may one day have nothing else to tell of it.
+    if config.disks.iter().any(|disk| disk.snapshot) {
+        known?;
+    }
     let config = overlays::begin(&host.layout, &config, vm)?;
     let booted = boot_new(host, lock, &config, vm);
     match &booted {

@@ -10,7 +10,8 @@
 //! An image is removed only where it is certain that its life is over: after
 //! the next boot succeeded, not before, because a boot that fails leaves what
 //! was frozen or saved as it was; when the memory of a life that is nowhere else
-//! is given up; and once nothing knows a VM of that name any more.
+//! is given up; and once nothing knows a VM of that name any more, and every store
+//! is here in which it may be frozen all the same ([`crate::stores_known`]).
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder};
@@ -31,6 +32,7 @@ use crate::pending::Pending;
 use crate::saved::{self, LifeFile, SavedPaths};
 use crate::segments;
 use crate::stores::SegmentView;
+use crate::stores_known;
 
 fn folder(layout: &Layout) -> PathBuf {
     layout.state.join("overlays")
@@ -126,6 +128,15 @@ fn is_known(host: &Host, name: &VmName) -> bool {
             .iter()
             .any(|n| n.name == *name && !n.given_up)
         || is_in_store(host, also)
+        || is_store_away(host)
+}
+
+/// Whether a store is not here in which a VM may be frozen that nothing tells of.
+fn is_store_away(host: &Host) -> bool {
+    let view = host.store.view();
+    view.map_or(true, |view| {
+        stores_known::is_any_away(&host.layout, view.as_ref())
+    })
 }
 
 /// Removes what is left of a VM that nothing knows any more: its definition was

@@ -33,6 +33,7 @@ use crate::saved;
 use crate::saving;
 use crate::segments::{self, free_segment};
 use crate::stores::{ExecView, StoreView};
+use crate::stores_known;
 use crate::timeline::{EventKind, KernelInfo, Side, Timeline, corrected_clock};
 use crate::vmm;
 
@@ -153,6 +154,8 @@ pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<Resume
         notes::settle(&host.layout, &now);
     }
     luo::forget_arrived(host);
+    // Of VMs that an earlier release booted.
+    let _ = stores_known::know(host, store.as_ref());
     for dir in WRITTEN_BY_ORDERS {
         files::remove_unfinished(&host.layout.state.join(dir));
     }

@@ -10,6 +10,7 @@ use crate::host::{Host, HostError};
 use crate::listing;
 use crate::notes;
 use crate::stores::StoreTrouble;
+use crate::stores_known;
 
 /// What is to be made.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -63,6 +64,7 @@ pub fn init(host: &Host, options: &InitOptions) -> Result<Initialised, HostError
     let info = Store::format(&path, FormatOptions { force }).map_err(StoreTrouble::from)?;
     if let Ok(old) = old {
         notes::forget_store(&host.layout, old.uuid);
+        stores_known::forget(&host.layout, old.uuid);
     }
     Ok(Initialised {
         path,

@@ -9,6 +9,8 @@ use std::thread;
 use std::time::Duration;
 
 use hebe_block::BlockBackend;
+use hebe_flow::reboot::Fate;
+use hebe_flow::stopping::Going;
 use hebe_host::HostError;
 use hebe_host::definitions;
 use hebe_host::listing::VmState;
@@ -16,8 +18,11 @@ use hebe_host::lock::VmLock;
 use hebe_host::ops::{self, ResumeOptions, StopOptions};
 use hebe_host::overlays;
 use hebe_host::preflight::{Level, preflight};
+use hebe_host::reboot::stage;
 use hebe_host::resume_all::resume_all;
 use hebe_host::segments::drop_listed;
+use hebe_host::stopping::stopping;
+use hebe_host::store_init::{InitOptions, init};
 use hebe_sys::clock::stamp_now;
 use hebe_types::{ByteSize, DiskConfig, RebootMethod, VmConfig, VmId};
 
@@ -59,6 +64,10 @@ pub const CASES: &[crate::Case] = &[
     (
         "what_was_written_over_a_disk_stays_as_long_as_anything_knows_the_vm",
         known,
+    ),
+    (
+        "what_a_vm_wrote_that_was_frozen_without_a_note_stays_while_its_store_is_away",
+        frozen_unnoted,
     ),
     (
         "a_look_removes_no_image_of_a_vm_that_is_killed_as_it_begins",
@@ -356,6 +365,8 @@ fn known() {
             "{\"vms\": [{\"of\": \"another release\"}]}",
         ),
         ("state/vms/old.toml".to_owned(), "not to be read"),
+        // A store that is away.
+        (format!("state/stores/{id}.json"), "not to be read"),
         ("config/vms/old.toml".to_owned(), "not to be read"),
         ("run/vms/old/instance.json".to_owned(), "{}"),
     ] {
@@ -407,6 +418,63 @@ fn known() {
     fs::write(&store, whole).expect("mend");
     overlays::sweep(&world.host);
     assert!(!image.exists() && !life.exists() && !dir.exists());
+}
+
+/// The state directory was full when the host went down, and the VM's definition
+/// is deleted: under a kernel without the store nothing tells of it.
+fn frozen_unnoted() {
+    let world = World::new();
+    define(&world, &["web"]);
+    ops::start(&world.host, &name("web")).expect("starts");
+    let disk = booted(&world, "web").disks.remove(0);
+    write(&disk, 1);
+    // No note can be written there.
+    let vm = world.instance("web").expect("up").vm;
+    let in_the_way = format!("frozen/web.{vm}.json.new");
+    let in_the_way = world.host.layout.state.join(in_the_way);
+    fs::create_dir_all(&in_the_way).expect("mkdir");
+    stage(&world.host, &world.options(RebootMethod::Warm), &|_| {}).expect("staged");
+    *world.machine.going.lock().expect("lock") = Some(Ok(Going::Kexec));
+    let stopped = stopping(&world.host, &|_| {}).expect("its turn");
+    assert_eq!(stopped.vms[0].fate, Some(Fate::Keep), "{stopped:?}");
+    world.host.store.release();
+    let own = definitions::expected_path(&world.host.layout, &name("web"));
+    let definition = fs::read(&own).expect("read");
+    fs::remove_file(&own).expect("no VM any more");
+    world.next_boot();
+    fs::remove_dir(&in_the_way).expect("room again");
+    let bare = world.bare();
+    let survey = hebe_host::listing::survey(&bare);
+    assert!(!survey.rows.contains_key(&name("web")), "nobody knows it");
+    overlays::sweep(&bare);
+    resume_all(&bare, stamp_now(), true).expect("not busy");
+    world.define("other", "store = \"memfd\"");
+    ops::start(&bare, &name("other")).expect("starts, and sweeps");
+    assert_eq!(images(&world), std::slice::from_ref(&disk.path));
+    assert!(lives(&world) >= 1);
+    // The store is back, and the VM, with what it wrote.
+    world.reserved();
+    let mut any = world.host.clone();
+    any.layout.unnoted = true;
+    ops::resume(&any, &name("web"), ResumeOptions::default()).expect("resumes");
+    assert_eq!(read(&disk), [7, 1]);
+    fs::write(&own, definition).expect("write");
+    ops::stop(&world.host, &name("web"), force()).expect("stops");
+    assert!(images(&world).is_empty());
+    // A store that is no more is waited for by nobody.
+    ops::start(&world.host, &name("web")).expect("starts");
+    world.kill("web");
+    fs::remove_file(&own).expect("no VM any more");
+    world.next_boot();
+    overlays::sweep(&bare);
+    assert_eq!(images(&world).len(), 1, "it is away");
+    let anew = InitOptions {
+        force: true,
+        ..InitOptions::default()
+    };
+    init(&world.host, &anew).expect("another store");
+    overlays::sweep(&bare);
+    assert!(images(&world).is_empty());
 }
 
 /// The life before ended by its guest's will, which its record says until the next
