@@ -20,7 +20,7 @@ const LINES_MAX: usize = 16;
 pub enum ClientError {
     /// The VM has no sockets, or is not up.
     #[error(
-        "the VM's socket cannot be reached: it needs [vsock] in its definition, and must be up"
+        "the VM's socket cannot be reached: it needs [vsock] in its definition, or `hebe run --vsock`, and must be up"
     )]
     NoSocket(#[source] io::Error),
     /// Nobody serves the agent's port.

@@ -126,6 +126,7 @@ Examples:
     #[command(after_help = "\
 Examples:
   hebe agent web ping
+  hebe start web && hebe agent web wait        # until its guest says 'ready'
   hebe agent web time                  # set its clock to the host's
   hebe agent web freeze --for 20 && cp disk.img copy.img && hebe agent web thaw
   hebe agent web exec -- df -h /")]
@@ -505,6 +506,8 @@ mod tests {
             "hebe agent web ping",
             "hebe agent web freeze --for 60",
             "hebe agent web shutdown --reboot",
+            "hebe agent web wait",
+            "hebe agent web wait migrated --timeout 5 --json",
             "hebe agent web exec uname -a",
             "hebe agent web exec -- uname -s",
             "hebe agent web exec --timeout 300 --json -- uname",
@@ -546,6 +549,8 @@ mod tests {
             "hebe top web",
             "hebe dashboard --port 70000",
             "hebe agent web freeze --for 61",
+            "hebe agent web wait Ready",
+            "hebe agent web wait --timeout 0",
             "hebe agent web exec",
             "hebe agent web exec --",
             "hebe agent web exec --timeout 0 -- uname",

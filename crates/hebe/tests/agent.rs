@@ -1,25 +1,30 @@
-//! `hebe agent NAME exec`, with a VM that is none: a lock that is held, and a
-//! socket behind which an agent serves.
+//! `hebe agent NAME exec` and `wait`, with a VM that is none: a lock that is held,
+//! and a socket behind which an agent serves.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hebe_agent::guest::Guest;
 use hebe_agent::{Facts, Limits, converse};
 use hebe_host::lock::VmLock;
 use serde_json::Value;
 
-/// It is only to run programs, which are this machine's.
-struct Nobody;
+/// It runs programs, which are this machine's, and is at a phase.
+#[derive(Clone, Default)]
+struct Nobody(Arc<Mutex<String>>);
 
 impl Guest for Nobody {
     fn facts(&self) -> Facts {
-        Facts::default()
+        Facts {
+            phase: self.0.lock().expect("phase").clone(),
+            ..Facts::default()
+        }
     }
     fn set_time(&self, _: u64) -> io::Result<i64> {
         Err(io::Error::other("not asked"))
@@ -38,6 +43,7 @@ impl Guest for Nobody {
 /// A VM named `web` that seems to be up.
 struct Vm {
     root: tempfile::TempDir,
+    guest: Nobody,
     _lock: VmLock,
 }
 
@@ -46,6 +52,8 @@ impl Vm {
         let root = tempfile::tempdir().expect("dir");
         let dir = root.path().join("run/vms/web");
         let lock = VmLock::take(&dir).expect("lock").expect("free");
+        let guest = Nobody::default();
+        let own = guest.clone();
         let listener = UnixListener::bind(dir.join("vsock.sock")).expect("socket");
         let limits = Limits {
             exec,
@@ -59,24 +67,37 @@ impl Vm {
                 assert_eq!(line, "CONNECT 18501\n");
                 let mut stream = asked.into_inner();
                 stream.write_all(b"OK 1024\n").expect("answer");
-                thread::spawn(move || converse(stream, &Nobody, limits));
+                let guest = own.clone();
+                thread::spawn(move || converse(stream, &guest, limits));
             }
         });
-        Self { root, _lock: lock }
+        Self {
+            root,
+            guest,
+            _lock: lock,
+        }
     }
 
     fn hebe(&self, arguments: &[&str]) -> Output {
+        self.order("exec", arguments).output().expect("hebe runs")
+    }
+
+    fn order(&self, order: &str, arguments: &[&str]) -> Command {
         let root: &Path = self.root.path();
-        Command::new(env!("CARGO_BIN_EXE_hebe"))
-            .args(["agent", "web", "exec"])
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hebe"));
+        command
+            .args(["agent", "web", order])
             .args(arguments)
             .env("HEBE_RUN_DIR", root.join("run"))
             .env("HEBE_CONFIG_DIR", root.join("etc"))
             .env("HEBE_STATE_DIR", root.join("state"))
             .env("HEBE_STORE", root.join("store"))
-            .stdin(Stdio::null())
-            .output()
-            .expect("hebe runs")
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn is_at(&self, phase: &str) {
+        *self.guest.0.lock().expect("phase") = phase.to_owned();
     }
 }
 
@@ -164,4 +185,64 @@ fn where_programs_are_not_run_it_is_said_how_they_would_be() {
         .expect("hebe runs");
     assert_eq!(output.status.code(), Some(255));
     assert!(text(&output.stderr).contains("does not run"), "{output:?}");
+}
+
+#[test]
+fn a_phase_is_waited_for_and_what_is_there_instead_is_told() {
+    let vm = Vm::with_agent(false);
+    vm.is_at("up");
+    let late = vm.order("wait", &["--timeout", "1"]).output();
+    let late = late.expect("hebe runs");
+    let told = text(&late.stderr);
+    assert_eq!(late.status.code(), Some(1), "{told}");
+    assert!(
+        told.contains("'up'") && told.contains("--timeout"),
+        "{told}"
+    );
+    // It comes while it is waited for.
+    let mut command = vm.order("wait", &["--json", "--timeout", "300"]);
+    let waiting = command.stdout(Stdio::piped()).spawn().expect("hebe runs");
+    thread::sleep(Duration::from_millis(300));
+    vm.is_at("ready");
+    let output = waiting.wait_with_output().expect("hebe ends");
+    assert!(output.status.success(), "{output:?}");
+    let value: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(value["facts"]["phase"], "ready", "{value}");
+    // It is there already.
+    let output = vm.order("wait", &[]).output().expect("hebe runs");
+    assert!(text(&output.stdout).contains("ready"), "{output:?}");
+}
+
+/// A guest that has not come to start its agent, or whose VMM hangs up.
+#[test]
+fn an_agent_that_does_not_answer_yet_is_waited_for() {
+    let root = tempfile::tempdir().expect("dir");
+    let dir = root.path().join("run/vms/web");
+    let lock = VmLock::take(&dir).expect("lock").expect("free");
+    let listener = UnixListener::bind(dir.join("vsock.sock")).expect("socket");
+    let vm = Vm {
+        root,
+        guest: Nobody::default(),
+        _lock: lock,
+    };
+    vm.is_at("ready");
+    let mut waiting = vm.order("wait", &["--timeout", "300"]);
+    let mut waiting = waiting.spawn().expect("hebe runs");
+    // Twice nobody listens in the guest.
+    for _ in 0..2 {
+        drop(listener.accept().expect("a connection"));
+    }
+    let (stream, _) = listener.accept().expect("a connection");
+    let mut asked = BufReader::new(stream);
+    asked.read_line(&mut String::new()).expect("a line");
+    let mut stream = asked.into_inner();
+    stream.write_all(b"OK 1024\n").expect("answer");
+    let guest = vm.guest.clone();
+    thread::spawn(move || converse(stream, &guest, Limits::default()));
+    let began = Instant::now();
+    while waiting.try_wait().expect("wait").is_none() {
+        assert!(began.elapsed() < Duration::from_secs(60), "it waits on");
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert!(waiting.wait().expect("ended").success());
 }

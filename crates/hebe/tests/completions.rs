@@ -73,7 +73,7 @@ fn bash_offers_the_vms() {
     };
     wanted("hebe start d", 2, "db");
     wanted("hebe start db w", 3, "web");
-    wanted("hebe agent w", 2, "web");
+    wanted("hebe agent we", 2, "web");
     wanted("hebe agent web pi", 3, "ping");
     wanted("hebe show --j", 2, "--json");
     wanted("hebe store init w", 3, "");
@@ -96,7 +96,7 @@ fn fish_offers_the_vms() {
         assert_eq!(offered(line).expect("fish"), wanted, "{line}");
     };
     wanted("hebe start db w", &["web"]);
-    wanted("hebe agent w", &["web"]);
+    wanted("hebe agent we", &["web"]);
     wanted("hebe agent web pi", &["ping"]);
     wanted("hebe kee", &[]);
 }

@@ -3,6 +3,21 @@
 use clap::{Args, Subcommand};
 use hebe_types::VmName;
 
+const WAIT_HELP: &str = "\
+A guest that has no agent yet, or none that answers, is waited for, too.
+
+Examples:
+  hebe start web && hebe agent web wait
+  hebe agent web wait migrated --timeout 600";
+
+/// What can be a phase.
+fn phase(text: &str) -> Result<String, String> {
+    match hebe_agent::protocol::is_phase(text) {
+        true => Ok(text.to_owned()),
+        false => Err("a phase is 1 to 64 of a-z, 0-9 and '-'".to_owned()),
+    }
+}
+
 const EXEC_HELP: &str = "\
 The program runs as the agent does, which is root with the bounds of the agent's unit. It
 has no input. The first 16 KiB of each of its outputs are shown when it has ended.
@@ -32,6 +47,17 @@ pub enum AgentOrder {
     /// Is it there, and how is its guest?
     #[command(after_help = "Example:\n  hebe agent web ping")]
     Ping,
+    /// Wait until the guest says that it has come to a phase, and how it is then.
+    #[command(after_help = WAIT_HELP)]
+    Wait {
+        /// The phase: what `hebe-agent phase` is told in the guest.
+        #[arg(default_value = "ready", value_parser = phase)]
+        phase: String,
+        /// How long to wait, in seconds, 1 to 86400.
+        #[arg(long, value_name = "SECONDS", default_value_t = 120,
+              value_parser = clap::value_parser!(u32).range(1..=86_400))]
+        timeout: u32,
+    },
     /// Set the guest's clock to the host's.
     #[command(after_help = "Example:\n  hebe agent web time")]
     Time,

@@ -2,8 +2,10 @@
 //! anything, or nothing, and its words are made plain before they are shown.
 
 mod exec;
+mod wait;
 
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use hebe_agent::{Client, ClientError, Done, Facts, Order};
@@ -30,7 +32,12 @@ struct Answer<'a> {
 /// `hebe agent`.
 pub fn agent(host: &Host, args: &AgentArgs, out: &Output) -> Outcome {
     let name = &args.name;
+    if let AgentOrder::Wait { phase, timeout } = &args.order {
+        return wait::wait(host, name, phase, *timeout, out);
+    }
     let order = || match args.order {
+        // `wait` asks by itself, for as long as it takes.
+        AgentOrder::Wait { .. } => Order::Ping,
         AgentOrder::Ping => Order::Ping,
         AgentOrder::Time => Order::Time {
             realtime_ns: hebe_sys::clock::stamp_now().realtime_ns,
@@ -57,6 +64,11 @@ pub fn agent(host: &Host, args: &AgentArgs, out: &Output) -> Outcome {
 
 /// The agent of a VM that is up.
 fn reach(host: &Host, name: &VmName) -> Result<Client<UnixStream>, Failure> {
+    Client::connect(&socket(host, name)?, ORDER_MAX).map_err(|e| failed(name, &e))
+}
+
+/// The socket that leads to the agent of a VM that is up.
+fn socket(host: &Host, name: &VmName) -> Result<PathBuf, Failure> {
     let survey = listing::survey(host);
     let row = survey.row(host, name)?;
     if !row.life.has_vmm() {
@@ -65,8 +77,7 @@ fn reach(host: &Host, name: &VmName) -> Result<Client<UnixStream>, Failure> {
             "VM '{name}' is {state}: no agent answers while it does not run"
         )));
     }
-    let socket = host.layout.vm_dir(name).join("vsock.sock");
-    Client::connect(&socket, ORDER_MAX).map_err(|e| failed(name, &e))
+    Ok(host.layout.vm_dir(name).join("vsock.sock"))
 }
 
 fn failed(name: &VmName, error: &ClientError) -> Failure {
