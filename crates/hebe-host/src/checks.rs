@@ -366,12 +366,7 @@ pub(crate) fn vms(host: &Host, survey: &Survey, verdicts: &[VmVerdict]) -> Vec<C
                 format!("the VMM of '{name}' does not answer"),
                 format!("look at its log, or end it with `hebe stop {name} --force`"),
             )),
-            VmState::Damaged => checks.push(Check::bad(
-                format!("damaged:{name}"),
-                Level::Warn,
-                format!("VM '{name}' is damaged and stays as it is"),
-                format!("`hebe show {name}` says why, `hebe drop {name} --yes` gives it up"),
-            )),
+            VmState::Damaged => checks.push(damaged(survey, name)),
             _ if vm.fate.is_some() => checks.push(Check::ok(
                 format!("vmm:{name}"),
                 format!("the VMM of '{name}' answers"),
@@ -387,6 +382,26 @@ pub(crate) fn vms(host: &Host, survey: &Survey, verdicts: &[VmVerdict]) -> Vec<C
         }
     }
     checks
+}
+
+fn damaged(survey: &Survey, name: &VmName) -> Check {
+    let row = survey.rows.get(name);
+    let sentence = format!("VM '{name}' is damaged and stays as it is");
+    // Nothing of it is there but its definition, which only a person mends.
+    let (sentence, way_out) = match row.filter(|row| row.life == Life::Absent) {
+        Some(row) => (
+            match &row.detail {
+                Some(why) => format!("VM '{name}' cannot be booted: {why}"),
+                None => sentence,
+            },
+            "correct its definition, or remove that file".to_owned(),
+        ),
+        None => (
+            sentence,
+            format!("`hebe show {name}` says why, `hebe drop {name} --yes` gives it up"),
+        ),
+    };
+    Check::bad(format!("damaged:{name}"), Level::Warn, sentence, way_out)
 }
 
 /// A VM that stands still because it was saved counts as saved only if its

@@ -56,7 +56,7 @@ pub enum DefinitionError {
         name: VmName,
     },
     /// A file that the VM needs is missing.
-    #[error("{path}: {what} {file} cannot be read ({source})")]
+    #[error("{path}: {what} {file} cannot be {} ({source})", tried(*write))]
     MissingFile {
         /// Which definition.
         path: PathBuf,
@@ -64,9 +64,24 @@ pub enum DefinitionError {
         what: &'static str,
         /// The missing file.
         file: PathBuf,
+        /// It was to be written, too.
+        write: bool,
         /// Why.
         source: io::Error,
     },
+}
+
+/// Reading may be allowed where this is the answer.
+fn forbidden(why: &io::Error) -> bool {
+    use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
+    matches!(why.kind(), PermissionDenied | ReadOnlyFilesystem)
+}
+
+fn tried(write: bool) -> &'static str {
+    match write {
+        true => "opened for reading and writing, which a disk needs that is not readonly = true",
+        false => "read",
+    }
 }
 
 /// Reads a TOML file; the error names file and line.
@@ -176,6 +191,7 @@ fn openable<'a>(
                 path: path.to_owned(),
                 what,
                 file: file.clone(),
+                write: write && forbidden(&source),
                 source,
             });
         }
@@ -281,6 +297,27 @@ mod tests {
         let path = dir.path().join("web.toml");
         fs::write(&path, text).expect("write");
         read(&path).expect_err("refused").to_string()
+    }
+
+    #[test]
+    fn a_disk_that_may_only_be_read_is_told_from_one_that_is_not_there() {
+        let told = |code: i32, write: bool| {
+            let source = io::Error::from_raw_os_error(code);
+            let error = DefinitionError::MissingFile {
+                path: "web.toml".into(),
+                what: "disk",
+                file: "/d".into(),
+                write: write && forbidden(&source),
+                source,
+            };
+            error.to_string()
+        };
+        let (absent, denied, readonly) = (2, 13, 30);
+        for code in [denied, readonly] {
+            assert!(told(code, true).contains("readonly = true"), "{code}");
+            assert!(told(code, false).contains("cannot be read ("), "{code}");
+        }
+        assert!(told(absent, true).contains("cannot be read ("));
     }
 
     #[test]

@@ -7,7 +7,7 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -169,8 +169,9 @@ impl Given<'_> {
         if let Some(bytes) = self.seed {
             definitions::keep_seed(host, &config.name, bytes)?;
         }
-        let path = definitions::transient_path(&host.layout, &config.name);
-        definitions::check_files(config, &path)?;
+        // Its definition is no file yet that anybody could look at.
+        let whose = PathBuf::from(format!("VM '{}'", config.name));
+        definitions::check_files(config, &whose)?;
         definitions::keep_transient(host, config).map(drop)
     }
 }
@@ -630,8 +631,10 @@ fn drop_as(host: &Host, name: &VmName, meant: bool) -> Result<(), HostError> {
     let _not_all = host.lock_orders()?;
     let survey = listing::survey(host);
     let row = survey.row(host, name)?;
-    // What is damaged may still be read by another release or kernel.
-    let precious = row.life.is_precious() || row.state == VmState::Damaged;
+    // What is damaged may still be read by another release or kernel. Where that is
+    // the definition alone, nothing is there to be lost.
+    let damaged = row.state == VmState::Damaged && row.life != Life::Absent;
+    let precious = row.life.is_precious() || damaged;
     // One that is up is stopped first, whatever is meant.
     if row.life.has_vmm() {
         admit(row, Order::Drop)?;

@@ -153,11 +153,12 @@ impl Device {
             size,
             phys_start,
         } = backing(&file, path)?;
+        let whole = size;
         let size = size - size % GRANULE;
         if size < STORE_LEN_MIN {
             return Err(StoreError::TooSmall {
                 path: path.to_owned(),
-                size: ByteSize(size),
+                size: ByteSize(whole),
                 min: ByteSize(STORE_LEN_MIN),
             });
         }

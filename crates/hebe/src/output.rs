@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 
 use hebe_host::HostError;
 use hebe_host::listing::with_cause;
+use hebe_types::VmName;
 use serde::Serialize;
 
 use crate::plain::steers;
@@ -132,7 +133,13 @@ impl Output {
 
     /// Why a command failed.
     pub fn failure(&self, failure: &Failure) {
-        self.error(&failure.0);
+        self.error(None, &failure.0);
+        self.progress(&failure.0);
+    }
+
+    /// Why an order for one of several VMs failed.
+    pub fn failure_of(&self, name: &VmName, failure: &Failure) {
+        self.error(Some(name), &failure.0);
         self.progress(&failure.0);
     }
 
@@ -142,16 +149,18 @@ impl Output {
         // Behind the first empty line stands how the command is used.
         let lines = text.lines().take_while(|line| !line.trim().is_empty());
         let sentence = lines.map(str::trim).collect::<Vec<_>>().join(" ");
-        self.error(sentence.strip_prefix("error: ").unwrap_or(&sentence));
+        self.error(None, sentence.strip_prefix("error: ").unwrap_or(&sentence));
     }
 
-    fn error(&self, error: &str) {
+    fn error(&self, name: Option<&VmName>, error: &str) {
         #[derive(Serialize)]
         struct Error<'a> {
+            #[serde(skip_serializing_if = "Option::is_none")]
+            name: Option<&'a VmName>,
             error: &'a str,
         }
         if self.json {
-            self.answer(&Error { error }, String::new);
+            self.answer(&Error { name, error }, String::new);
         }
     }
 }

@@ -324,6 +324,8 @@ fn an_order_for_several_vms_answers_for_each() {
             .zip(["'b'", "'a'"])
             .map(|(a, name)| a["error"].as_str().is_some_and(|e| e.contains(name)))
             .collect();
+        let names: Vec<_> = answers.iter().map(|a| a["name"].as_str()).collect();
+        assert_eq!(names, [Some("b"), Some("a")], "{orders}");
         assert_eq!(named, [true, true], "{orders}: {answers:?}");
     }
 }
@@ -395,4 +397,50 @@ fn an_answer_that_does_not_fit_is_told() {
         assert_eq!(output.status.code(), Some(1), "{line:?}: {text}");
         assert!(text.contains("could not be written"), "{text}");
     }
+}
+
+/// Nothing is lost where nothing is there but a file that a person wrote, and no
+/// order makes that file go.
+#[test]
+fn a_definition_that_cannot_be_read_is_for_a_person_to_mend() {
+    let host = Host::new();
+    host.hebe(&["store", "init"]);
+    let vms = host.root.path().join("etc/vms");
+    fs::create_dir_all(&vms).expect("mkdir");
+    fs::write(vms.join("web.toml"), "name = 'web'\n").expect("write");
+    let (_, answer) = host.json(&["reboot", "--dry-run"]);
+    let checks = answer["checks"].as_array().expect("checks");
+    let check = checks.iter().find(|c| c["id"] == "damaged:web");
+    let check = check.unwrap_or_else(|| panic!("{answer}"));
+    assert_eq!(
+        check["remedy"],
+        "correct its definition, or remove that file"
+    );
+    assert!(
+        check["sentence"].as_str().expect("text").contains("memory"),
+        "{check}"
+    );
+    let output = host.hebe(&["drop", "web"]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(text.contains("its definition stays"), "{text}");
+    assert!(vms.join("web.toml").exists());
+}
+
+#[test]
+fn a_newcomer_is_told_what_is_so() {
+    let host = Host::new();
+    host.hebe(&["store", "init"]);
+    let text = |arguments: &[&str]| {
+        let output = host.hebe(arguments);
+        let both = [output.stdout, output.stderr].concat();
+        String::from_utf8(both).expect("text")
+    };
+    assert!(text(&["list"]).contains("hebe run --help"));
+    let told = text(&["run", "--name", "x", "--disk", "/no/such.img"]);
+    assert!(told.contains("VM 'x': disk /no/such.img"), "{told}");
+    let tiny = host.path("tiny");
+    fs::write(&tiny, vec![0; 1 << 20]).expect("write");
+    let told = text(&["store", "init", &tiny]);
+    assert!(told.contains("has 1MiB"), "{told}");
 }

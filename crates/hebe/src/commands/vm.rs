@@ -173,11 +173,12 @@ pub fn each<'a, Say: FnOnce(&Output) + Send>(
                     bar.aside(|| say(out));
                     continue;
                 }
-                Ok(Err(error)) => bar.aside(|| out.failure(&error.into())),
+                Ok(Err(error)) => bar.aside(|| out.failure_of(name, &error.into())),
                 Err(_) => bar.aside(|| {
-                    out.failure(&Failure(format!(
+                    let text = format!(
                         "the order for '{name}' broke off: see `hebe list`, and please report this"
-                    )));
+                    );
+                    out.failure_of(name, &Failure(text));
                 }),
             }
             exit = Exit::Failed;
@@ -201,6 +202,9 @@ pub fn list(host: &Host, out: &Output) -> Outcome {
     };
     out.answer(&answer, || {
         let rows: Vec<Vec<String>> = survey.rows.values().map(list_row).collect();
+        if rows.is_empty() {
+            return "there is no VM: `hebe run --help` shows how one is booted\n".to_owned();
+        }
         table(&["NAME", "STATE", "MEMORY", "STORE", "PID", ""], &rows)
     });
     if let Some(trouble) = &survey.store_trouble {
@@ -375,7 +379,13 @@ pub fn drop_vm(host: &Host, name: &VmName, yes: bool, out: &Output) -> Outcome {
     let bar = Bar::busy(out, &format!("dropping '{name}' and scrubbing its memory"));
     order(host, name)?;
     drop(bar);
-    done(out, name, "dropped");
+    let result = "dropped";
+    out.answer(&Done { name, result }, || {
+        match definitions::find(&host.layout, name) {
+            Some(path) => format!("{name}: {result}; its definition stays, {}", path.display()),
+            None => format!("{name}: {result}"),
+        }
+    });
     Ok(Exit::Done)
 }
 
