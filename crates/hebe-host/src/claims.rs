@@ -38,19 +38,12 @@ pub(crate) fn refuse_taken(host: &Host, config: &VmConfig) -> Result<(), HostErr
     if written.is_empty() {
         return Ok(());
     }
-    for other in at_rest(host, &config.name) {
-        let AtRest {
-            name,
-            how,
-            config: theirs,
-        } = other;
-        let claimed = theirs.disks.iter().flat_map(|disk| {
-            let behind = disk.backing.iter();
-            std::iter::once(&disk.path).chain(behind)
-        });
-        let claimed: Vec<Inode> = claimed.filter_map(|path| Inode::of(path)).collect();
+    let others = at_rest(host);
+    for other in others.iter().filter(|other| other.name != config.name) {
+        let claimed = other.claimed();
         let taken = written.iter().find(|(_, inode)| claimed.contains(inode));
         if let Some((path, _)) = taken {
+            let AtRest { name, how, .. } = other;
             return Err(HostError::Refused {
                 name: config.name.clone(),
                 why: format!(
@@ -63,9 +56,27 @@ pub(crate) fn refuse_taken(host: &Host, config: &VmConfig) -> Result<(), HostErr
     Ok(())
 }
 
-/// Every VM but `but` that may be continued, where it is known what it was booted
-/// with.
-fn at_rest(host: &Host, but: &VmName) -> Vec<AtRest> {
+/// Which VM at rest has a disk at `path`, or behind one; and how it is kept.
+pub fn of_vm_at_rest(host: &Host, path: &Path) -> Option<(VmName, &'static str)> {
+    let inode = Inode::of(path)?;
+    let claims = |other: &AtRest| other.claimed().contains(&inode);
+    let found = at_rest(host).into_iter().find(claims)?;
+    Some((found.name, found.how))
+}
+
+impl AtRest {
+    /// Its disks, and what lies behind them.
+    fn claimed(&self) -> Vec<Inode> {
+        let files = self.config.disks.iter().flat_map(|disk| {
+            let behind = disk.backing.iter();
+            std::iter::once(&disk.path).chain(behind)
+        });
+        files.filter_map(|path| Inode::of(path)).collect()
+    }
+}
+
+/// Every VM that may be continued, where it is known what it was booted with.
+fn at_rest(host: &Host) -> Vec<AtRest> {
     let layout = &host.layout;
     let view = host.store.view().ok().flatten();
     let segments = view.iter().flat_map(|view| &view.segments);
@@ -85,8 +96,7 @@ fn at_rest(host: &Host, but: &VmName) -> Vec<AtRest> {
         Some((name, vm, "saved in a file"))
     });
     let kept: Vec<(VmName, VmId, &str)> = frozen.chain(away).chain(files).collect();
-    let others = kept.into_iter().filter(|(name, ..)| name != but);
-    let known = others.filter_map(|(name, vm, how)| {
+    let known = kept.into_iter().filter_map(|(name, vm, how)| {
         let path = LifeFile::new(layout, &name, vm).existing()?;
         let config = definitions::read_toml(&path).ok()?;
         Some(AtRest { name, how, config })

@@ -26,7 +26,7 @@ mod answering;
 pub mod balloon;
 pub mod check;
 mod checks;
-mod claims;
+pub mod claims;
 pub mod cmdline;
 pub mod definitions;
 mod failed;

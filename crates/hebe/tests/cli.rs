@@ -383,6 +383,50 @@ fn a_refusal_is_one_document_and_says_its_reason_once() {
     assert!(error.matches("os error").count() < 2, "{error}");
 }
 
+/// Nobody has it locked, and `--force` says nothing about that VM.
+#[test]
+fn an_image_takes_the_place_of_no_disk_of_a_vm_at_rest() {
+    let host = Host::new();
+    let disk = host.path("disk.img");
+    fs::write(&disk, "mine").expect("disk");
+    let state = host.root.path().join("state");
+    let id = VmId([7; 16]);
+    for (file, text) in [
+        ("saved/web.hebe".to_owned(), "RAM and state".to_owned()),
+        (
+            "saved/web.json".to_owned(),
+            serde_json::json!({"vm": id, "memory": ByteSize::mib(64), "in_store": false})
+                .to_string(),
+        ),
+        (
+            format!("lives/web.{id}.toml"),
+            format!(
+                "name = \"web\"\nmemory = \"64MiB\"\nkernel = \"/k\"\n[[disk]]\npath = \"{disk}\"\n"
+            ),
+        ),
+    ] {
+        let path = state.join(file);
+        fs::create_dir_all(path.parent().expect("folder")).expect("mkdir");
+        fs::write(path, text).expect("write");
+    }
+    let line = [
+        "image", "build", &disk, "--force", "--mirror", "file:/m", "--suite", "s",
+    ];
+    let (status, answer) = host.json(&line);
+    let error = answer["error"].as_str().expect("a sentence");
+    assert_eq!(status, 1, "{error}");
+    assert!(
+        error.contains("'web'") && error.contains("saved in a file"),
+        "{error}"
+    );
+    assert_eq!(fs::read(&disk).expect("disk"), b"mine");
+    let folder = fs::read_dir(host.root.path()).expect("folder");
+    let parts = folder
+        .flatten()
+        .filter(|e| e.file_name().to_string_lossy().contains("part"));
+    assert_eq!(parts.count(), 0, "nothing was begun");
+}
+
 /// A file of half an answer is a failure.
 #[test]
 fn an_answer_that_does_not_fit_is_told() {

@@ -4,6 +4,8 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use hebe_host::Host;
+use hebe_host::claims::of_vm_at_rest;
 use hebe_image::Seed;
 use hebe_image::build::sources::{self, Source};
 use hebe_image::build::{self, Contents, FileIn, Format, Order, Watch};
@@ -44,14 +46,23 @@ struct Done<'a> {
 }
 
 /// `hebe image`.
-pub fn image(command: &ImageCommand, out: &Output) -> Outcome {
+pub fn image(host: &Host, command: &ImageCommand, out: &Output) -> Outcome {
     match command {
-        ImageCommand::Build(args) => build_image(args, out),
+        ImageCommand::Build(args) => build_image(host, args, out),
     }
 }
 
-fn build_image(args: &ImageBuildArgs, out: &Output) -> Outcome {
+fn build_image(host: &Host, args: &ImageBuildArgs, out: &Output) -> Outcome {
     let order = order(args)?;
+    // One that runs has it locked.
+    if args.force
+        && let Some((name, how)) = of_vm_at_rest(host, &args.output)
+    {
+        return Err(Failure(format!(
+            "{} is a disk of VM '{name}', which is {how} and could not be continued without it: name another file, or give the VM up with `hebe drop {name} --yes`",
+            args.output.display()
+        )));
+    }
     let stop = interrupt::noted().map_err(|e| Failure(format!("cannot watch for Ctrl-C: {e}")))?;
     let watch = Watch {
         say: &|text| out.progress(text),

@@ -86,7 +86,7 @@ fn carry_out(host: &Host, command: Command, out: &Output, started: Stamp) -> Out
         Command::Resume(args) => suspend::resume(host, &args, out, started),
         Command::Reboot(args) => reboot::reboot(host, &args, out),
         Command::Store(command) => store::store(host, command, out),
-        Command::Image(command) => image::image(&command, out),
+        Command::Image(command) => image::image(host, &command, out),
         Command::Host(command) => host::host(host, &command, out),
         Command::Fleet(command) => fleet::fleet(host, &command, out),
         Command::Plan(args) => plan::plan(&args, out),
