@@ -277,6 +277,8 @@ pub const ATTEMPTS: &[Attempt] = &[
             disk.read_at(&mut [0; 512], 512)?;
             disk.discard(0, 4096)?;
             disk.flush()?;
+            disk.write_at(&[8; 512], 512)?;
+            disk.settle()?;
             let (mut accepted, _) = open.vsock.accept()?;
             accepted.set_nonblocking(true)?;
             accepted.read_exact(&mut [0; 10])?;
