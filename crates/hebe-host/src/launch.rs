@@ -27,13 +27,15 @@ use std::time::{Duration, Instant};
 use hebe_api::{VmStatus, plain};
 use hebe_store::luo::SegmentFiles;
 use hebe_sys::proc::spawn_detached;
-use hebe_types::{ByteSize, SegmentId, VmConfig, VmId, VmName};
+use hebe_types::{ByteSize, DiskConfig, SegmentId, VmConfig, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
+use crate::definitions;
 use crate::files;
 use crate::host::{Cage, Host};
 use crate::limits::{GroupView, Limits, killed};
 use crate::lock::VmLock;
+use crate::mounted::refuse_mounted;
 use crate::network;
 use crate::saved::LifeFile;
 use crate::stores::{ExecView, SegmentView, StoreTrouble};
@@ -270,6 +272,9 @@ pub enum LaunchError {
         /// The end of its log.
         words: String,
     },
+    /// A disk is this host's own.
+    #[error("{0}")]
+    Mounted(String),
     /// A network that Hebe makes cannot be had.
     #[error("{0}")]
     Network(String),
@@ -306,6 +311,7 @@ pub fn launch(
     wait: Duration,
 ) -> Result<VmStatus, LaunchError> {
     let dir = host.layout.vm_dir(&order.name);
+    refuse_mounted(&disks_of(host, order)).map_err(LaunchError::Mounted)?;
     prepare_dir(host, &dir, order)?;
     // Of VMs that have ended by themselves.
     host.system.let_go_of_ended();
@@ -330,6 +336,17 @@ pub fn launch(
         confined.tell(host, child.id(), adopted);
         wait_until_up(host, &dir, order, child, wait)
     })
+}
+
+/// The VM's disks, as far as they are known here: a state says it, too, and its
+/// VMM wrote that.
+fn disks_of(host: &Host, order: &Launch) -> Vec<DiskConfig> {
+    if let Origin::Boot(config) = &order.origin {
+        return config.disks.clone();
+    }
+    let known = LifeFile::new(&host.layout, &order.name, order.vm).existing();
+    let config = known.and_then(|path| definitions::read_toml::<VmConfig>(&path).ok());
+    config.map_or_else(Vec::new, |config| config.disks)
 }
 
 fn directory_error(path: &Path) -> impl FnOnce(io::Error) -> LaunchError {

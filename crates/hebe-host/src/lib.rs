@@ -40,6 +40,7 @@ pub mod limits;
 pub mod listing;
 pub mod lock;
 pub mod luo;
+mod mounted;
 pub mod network;
 pub mod notes;
 pub mod ops;

@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use hebe_host::listing::{self, VmState};
 use hebe_host::ops::{self, ResumeOptions, StopOptions};
 use hebe_host::resume_all::{Resumed, resume_all};
-use hebe_host::{Host, definitions};
+use hebe_host::{Host, HostError, definitions};
 use hebe_sys::clock::stamp_now;
 use hebe_types::RebootMethod;
 
@@ -22,6 +23,10 @@ pub const CASES: &[crate::Case] = &[
         of_a_saved_vm,
     ),
     ("a_disk_of_a_lost_vm_is_no_other_vms_to_write", of_a_lost_vm),
+    (
+        "a_disk_that_this_host_has_mounted_is_no_vms_to_write",
+        mounted,
+    ),
     (
         "a_disk_behind_an_image_of_a_frozen_vm_is_no_other_vms_to_write",
         behind_an_image,
@@ -127,4 +132,100 @@ fn behind_an_image() {
     let (world, _) = shared("snapshot = true", "");
     ops::suspend(&world.host, &name("web")).expect("suspends");
     refused(&world.host, "frozen");
+}
+
+/// A device of a file, as long as it lives.
+struct Loop(String);
+
+impl Loop {
+    fn of(image: &Path) -> Option<Self> {
+        let output = Command::new("losetup")
+            .args(["-f", "--show"])
+            .arg(image)
+            .output();
+        let output = output.ok().filter(|output| output.status.success())?;
+        let device = String::from_utf8(output.stdout).ok()?;
+        Some(Self(device.trim().to_owned()))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+/// Mounted, as long as it lives.
+struct Mount(PathBuf);
+
+impl Mount {
+    fn of(device: &str, at: &Path) -> Option<Self> {
+        fs::create_dir_all(at).expect("mkdir");
+        let status = Command::new("mount").arg(device).arg(at).status();
+        status
+            .is_ok_and(|s| s.success())
+            .then(|| Self(at.to_owned()))
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+fn mounted() {
+    let world = World::new();
+    let image = world.root.path().join("disk.img");
+    fs::File::create(&image)
+        .and_then(|f| f.set_len(8 << 20))
+        .expect("disk");
+    let made = Command::new("mke2fs")
+        .args(["-q", "-F"])
+        .arg(&image)
+        .status();
+    let device = Loop::of(&image).filter(|_| made.is_ok_and(|s| s.success()));
+    let Some(device) = device else {
+        println!("skipped: no file system on a loop device can be made here");
+        return;
+    };
+    let at = world.root.path().join("mnt");
+    let mount = || Mount::of(&device.0, &at);
+    let Some(mounted) = mount() else {
+        println!("skipped: nothing can be mounted here");
+        return;
+    };
+    world.define("web", &with(Path::new(&device.0), ""));
+    let refused = |result: Result<_, HostError>, what: &str| {
+        let why = result
+            .map(|_: hebe_api::VmStatus| ())
+            .expect_err(what)
+            .to_string();
+        assert!(
+            why.contains(&device.0) && why.contains("mounted at"),
+            "{what}: {why}"
+        );
+    };
+    refused(ops::start(&world.host, &name("web")), "start");
+    assert_eq!(world.segments(), 0);
+    world.define("web", &with(Path::new(&device.0), "readonly = true"));
+    ops::start(&world.host, &name("web")).expect("it does not write");
+    ops::stop(&world.host, &name("web"), FORCE).expect("stops");
+    drop(mounted);
+    world.define("web", &with(Path::new(&device.0), ""));
+    ops::start(&world.host, &name("web")).expect("nobody else writes");
+    // While it stood still, in memory or in a file.
+    ops::suspend(&world.host, &name("web")).expect("suspends");
+    let plain = ResumeOptions::default();
+    let mounted = mount().expect("as before");
+    refused(ops::resume(&world.host, &name("web"), plain), "resume");
+    assert_eq!(world.state("web"), VmState::Frozen);
+    drop(mounted);
+    ops::resume(&world.host, &name("web"), plain).expect("by a person's word");
+    world.reboot(RebootMethod::Saved);
+    let mounted = mount().expect("as before");
+    refused(ops::resume(&world.host, &name("web"), plain), "restore");
+    assert_eq!(world.state("web"), VmState::Saved);
+    drop(mounted);
+    ops::resume(&world.host, &name("web"), plain).expect("by a person's word");
 }
