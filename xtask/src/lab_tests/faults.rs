@@ -7,7 +7,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use lab::assets::KernelName;
 use lab::probe;
+use lab::progress::Progress;
 use lab::scenario::{GuestSpec, Lab, LabOptions};
+use lab::trial::{self, Method};
 
 use super::{json, refused, state, states};
 use crate::test::Scene;
@@ -41,6 +43,8 @@ pub fn run(scene: &Scene) -> Result<()> {
         .progress
         .step("large pages, and no descriptor of the store");
     locked_room(&lab)?;
+    scene.progress.step("a guest that KVM gives up");
+    given_up(&mut lab, &guests, scene.progress)?;
     scene.progress.step("kills during suspend and resume");
     kills(&mut lab, &guests, if scene.full { 60 } else { 12 })?;
     scene
@@ -144,6 +148,87 @@ fn locked_room(lab: &Lab) -> Result<()> {
             "{name}'s VMM holds no KVM descriptor: {listing}"
         );
     }
+    Ok(())
+}
+
+/// An ELF file with a PVH note, whose one act is to jump to where there is no memory:
+/// `mov eax,0xd8000000; jmp eax`.
+fn jumps_to_nowhere() -> Vec<u8> {
+    const ENTRY: u32 = 0x10_0000;
+    const CODE: &[u8] = &[0xb8, 0x00, 0x00, 0x00, 0xd8, 0xff, 0xe0];
+    let note: Vec<u8> = [
+        &4u32.to_le_bytes()[..],
+        &4u32.to_le_bytes(),
+        // XEN_ELFNOTE_PHYS32_ENTRY.
+        &18u32.to_le_bytes(),
+        b"Xen\0",
+        &ENTRY.to_le_bytes(),
+    ]
+    .concat();
+    let (note_len, code_len) = (note.len() as u64, CODE.len() as u64);
+    let headers = 64 + 2 * 56;
+    // A program header: its kind, rights, place, address twice, length twice, alignment.
+    let segment = |kind: u32, rights: u32, at: u64, address: u64, len: u64| {
+        let numbers = [at, address, address, len, len, 1].map(u64::to_le_bytes);
+        [
+            &kind.to_le_bytes()[..],
+            &rights.to_le_bytes(),
+            &numbers.concat(),
+        ]
+        .concat()
+    };
+    let entry = u64::from(ENTRY);
+    let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
+    elf.extend([entry, 64, 0].map(u64::to_le_bytes).concat());
+    elf.extend([0, 0, 0, 0, 64, 0, 56, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+    elf.extend(segment(4, 4, headers, 0, note_len));
+    elf.extend(segment(1, 7, headers + note_len, entry, code_len));
+    elf.extend(note);
+    elf.extend(CODE);
+    elf
+}
+
+/// A VM that its guest brings KVM to give up: the warm reboot of its host goes ahead,
+/// and it is crashed, with its reason, beside VMs that go on.
+fn given_up(lab: &mut Lab, guests: &[GuestSpec], progress: &dyn Progress) -> Result<()> {
+    let kernel = "/data/nowhere.elf";
+    lab.machine.agent.put(kernel, 0o644, &jumps_to_nowhere())?;
+    let definition = format!("name = 'nowhere'\nmemory = '32MiB'\nkernel = '{kernel}'\n");
+    let path = "/etc/hebe/vms/nowhere.toml";
+    lab.machine.agent.put(path, 0o644, definition.as_bytes())?;
+    lab.machine.exec_ok(&["hebe", "start", "nowhere"])?;
+    let mut now = state(lab, "nowhere")?;
+    for _ in 0..100 {
+        if now.0 == "paused" {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(300));
+        now = state(lab, "nowhere")?;
+    }
+    ensure!(
+        now.0 == "paused" && now.1.contains("cannot run again"),
+        "KVM did not give nowhere up: {now:?}"
+    );
+    let trial = trial::reboot(lab, guests, Method::Warm, KERNEL, &[], progress)?;
+    for vm in &trial.vms {
+        ensure!(
+            vm.boot_id_before == vm.boot_id_after,
+            "{} is not what it was",
+            vm.name
+        );
+    }
+    let (after, why) = state(lab, "nowhere")?;
+    let reason = now.1.split(": ").last().unwrap_or_default();
+    ensure!(
+        after == "crashed" && why.contains(reason),
+        "nowhere is {after} after the reboot ({why}), and was {now:?}"
+    );
+    println!(
+        "    nowhere: {} before the reboot, {after} after it: {why}",
+        now.0
+    );
+    lab.machine.exec_ok(&["hebe", "drop", "nowhere"])?;
+    lab.machine.exec_ok(&["/bin/busybox", "rm", path])?;
     Ok(())
 }
 
