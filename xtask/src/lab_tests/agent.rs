@@ -44,6 +44,12 @@ pub fn run(scene: &Scene) -> Result<()> {
     };
     let mut lab = Lab::boot(scene.assets, options, scene.progress)?;
     lab.start(&guests)?;
+    // Its guest may not have come to start its agent yet.
+    let waited = order(&lab, "vm1", &["wait", "up"])?;
+    ensure!(
+        waited["facts"]["phase"] == "up",
+        "no phase was waited for: {waited}"
+    );
     let boots = ping_all(&mut lab, &guests).context("after the start")?;
 
     scene.progress.note("  suspend and resume");
