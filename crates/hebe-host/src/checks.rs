@@ -346,12 +346,14 @@ fn described(host: &Host, store: &StoreView, needed: bool) -> Check {
             "use a devdax device for VMs that are to be kept in memory, or --method saved",
         );
     }
+    let segments = counted(in_use, "segment");
     Check::ok(
         "store",
-        format!(
-            "the store {path} outlives the reload; {}",
-            counted(in_use, "segment")
-        ),
+        match needed {
+            true => format!("the store {path} outlives the reload; {segments}"),
+            // A reset may clear it.
+            false => format!("no VM needs the store {path} over this reboot; {segments}"),
+        },
     )
 }
 

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hebe_agent::guest::Guest;
-use hebe_agent::{Facts, Limits, converse};
+use hebe_agent::{Facts, Limits, Said, converse};
 use hebe_host::lock::VmLock;
 use serde_json::Value;
 
@@ -185,6 +185,42 @@ fn where_programs_are_not_run_it_is_said_how_they_would_be() {
         .expect("hebe runs");
     assert_eq!(output.status.code(), Some(255));
     assert!(text(&output.stderr).contains("does not run"), "{output:?}");
+}
+
+/// A VM that is suspended while a program runs in it: nobody knows what came of that.
+#[test]
+fn a_program_whose_end_is_not_heard_of_may_have_run() {
+    let root = tempfile::tempdir().expect("dir");
+    let dir = root.path().join("run/vms/web");
+    let lock = VmLock::take(&dir).expect("lock").expect("free");
+    let listener = UnixListener::bind(dir.join("vsock.sock")).expect("socket");
+    let vm = Vm {
+        root,
+        guest: Nobody::default(),
+        _lock: lock,
+    };
+    let agent = thread::spawn(move || {
+        let (stream, _) = listener.accept().expect("a connection");
+        let mut asked = BufReader::new(stream);
+        let mut line = String::new();
+        asked.read_line(&mut line).expect("a line");
+        let facts = Facts {
+            protocol: hebe_agent::PROTOCOL,
+            ..Facts::default()
+        };
+        let hello = serde_json::to_string(&Said::Hello(facts)).expect("JSON");
+        let said = format!("OK 1024\n{hello}\n");
+        let stream = asked.get_mut();
+        stream.write_all(said.as_bytes()).expect("answer");
+        line.clear();
+        asked.read_line(&mut line).expect("an order");
+        line
+    });
+    let output = vm.hebe(&["--timeout", "7", "true"]);
+    assert!(agent.join().expect("no panic").contains("exec"));
+    let told = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(255), "{told}");
+    assert!(told.contains("may run on, for 7 s"), "{told}");
 }
 
 #[test]

@@ -464,6 +464,10 @@ fn a_definition_that_cannot_be_read_is_for_a_person_to_mend() {
         check["sentence"].as_str().expect("text").contains("memory"),
         "{check}"
     );
+    // A reset may clear a store: nothing is said of it that only a jump keeps.
+    let (_, answer) = host.json(&["reboot", "--dry-run", "--method", "saved", "--hard"]);
+    let text = answer["checks"].to_string();
+    assert!(text.contains("no VM needs the store"), "{text}");
     let output = host.hebe(&["drop", "web"]);
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{output:?}");

@@ -136,8 +136,23 @@ pub fn stop(host: &Host, args: &StopArgs, out: &Output) -> Outcome {
     };
     each("stopping", &args.names, out, |name| {
         ops::stop(host, name, options)?;
-        Ok(move |out: &Output| done(out, name, "stopped"))
+        Ok(move |out: &Output| stopped(host, name, out))
     })
+}
+
+/// Whoever gave a VM to `hebe run` may think that it can be started now.
+fn stopped(host: &Host, name: &VmName, out: &Output) {
+    let result = "stopped";
+    let own = definitions::expected_path(&host.layout, name);
+    out.answer(&Done { name, result }, || {
+        match definitions::find(&host.layout, name) {
+            Some(_) => format!("{name}: {result}"),
+            None => format!(
+                "{name}: {result}; nothing defines it any more: `hebe run` boots it again, or `hebe start` with {}",
+                own.display()
+            ),
+        }
+    });
 }
 
 /// Carries out an order for each VM, all at once, and says what came of each in

@@ -5,7 +5,7 @@
 use std::io::{self, IsTerminal};
 use std::time::Duration;
 
-use hebe_agent::{Done, Order};
+use hebe_agent::{ClientError, Done, Order};
 use hebe_host::Host;
 use hebe_types::VmName;
 
@@ -32,7 +32,13 @@ pub fn exec(host: &Host, name: &VmName, (order, limit_s): (Order, u32), out: &Ou
 fn ask(host: &Host, name: &VmName, order: Order, limit_s: u32) -> Result<Done, Failure> {
     let mut client = reach(host, name)?;
     client.give(ORDER_MAX + Duration::from_secs(limit_s.into()));
-    client.order(order).map_err(|e| failed(name, &e))
+    client.order(order).map_err(|error| match error {
+        // What was ordered may have begun.
+        ClientError::NoAgent | ClientError::Line(_) => Failure(format!(
+            "'{name}': the word of the program's end did not come, as where the VM is suspended or boots meanwhile: it may have run, and may run on, for {limit_s} s at most"
+        )),
+        error => failed(name, &error),
+    })
 }
 
 /// Shows what a program said, and gives the status it ended with.
