@@ -167,6 +167,11 @@ pub struct EmulatorFailure(
     pub &'static str,
 );
 
+/// What a VMM says when the processor tells KVM that an event was being delivered
+/// as the guest touched a device (`KVM_INTERNAL_ERROR_DELIVERY_EV`). No guest of the
+/// lab has its tables or its stacks there.
+const UNDELIVERED: &str = "KVM internal error 3 ";
+
 /// What QEMU writes to its log at a triple fault of the machine's own.
 const TRIPLE_FAULT: &str = "Triple fault";
 
@@ -312,6 +317,15 @@ impl Machine {
             // Said without the type that has a check repeated.
             Accelerator::Kvm => anyhow::anyhow!("{whose} shut down by triple fault"),
         }
+    }
+
+    /// That a VM does not run, as `hebe list` told it in `row`.
+    pub fn not_running(&self, row: &str) -> anyhow::Error {
+        let error = match row.contains(UNDELIVERED) {
+            true => self.shut_down("a guest"),
+            false => anyhow::anyhow!("it is not running"),
+        };
+        error.context(format!("it does not run: {row}"))
     }
 
     /// Runs a program in the host; five minutes at most.

@@ -571,11 +571,8 @@ impl Lab {
                 .flatten()
                 .find(|row| row["name"] == guest.name.as_str());
             if row.is_none_or(|row| row["state"] != "running") {
-                bail!(
-                    "{} does not run: {text}\n{}",
-                    guest.name,
-                    self.console_tail(guest)
-                );
+                let words = format!("{}: {}", guest.name, self.console_tail(guest));
+                return Err(self.machine.not_running(&text).context(words));
             }
         }
         Ok(())

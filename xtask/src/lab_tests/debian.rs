@@ -436,10 +436,9 @@ fn only_row(lab: &Lab) -> Result<Value> {
 /// The one VM, which runs, as `hebe list` tells it; less what is of one boot.
 fn listed(lab: &Lab) -> Result<Value> {
     let row = only_row(lab)?;
-    ensure!(
-        row["name"] == NAME && row["state"] == "running",
-        "it does not run: {row}"
-    );
+    if row["name"] != NAME || row["state"] != "running" {
+        return Err(lab.machine.not_running(&row.to_string()));
+    }
     let keys = ["name", "id", "state", "detail", "memory", "store"];
     Ok(keys
         .iter()
