@@ -11,7 +11,7 @@
 //! the next boot succeeded, not before, because a boot that fails leaves what
 //! was frozen or saved as it was; when the memory of a life that is nowhere else
 //! is given up; and once nothing knows a VM of that name any more, and every store
-//! is here in which it may be frozen all the same ([`crate::stores_known`]).
+//! is here in which it may be frozen all the same (`stores_known`).
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder};
