@@ -8,6 +8,7 @@
 //! What the image's tables claim is checked before `imago` takes memory for
 //! them, with the bounds that QEMU has.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -28,6 +29,8 @@ const MAGIC: &[u8; 4] = b"QFI\xfb";
 /// `QCOW_MAX_REFTABLE_SIZE`.
 const L1_MAX: u64 = 32 << 20;
 const REFTABLE_MAX: u64 = 8 << 20;
+
+const COUNTS: &str = "what it counts its clusters by does not lie in it, each in its place; `qemu-img check -r all` may mend it";
 
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -120,6 +123,50 @@ pub(crate) fn needs(file: &File) -> Result<Needs, ImageTrouble> {
         backing: backing.map(|name| (name, format)),
         size,
     })
+}
+
+/// Checks what an image that is written to counts its clusters by. Where the
+/// first block of counts is missing, `imago` puts a new one over the header; and
+/// where blocks lie on each other, it takes clusters that are in use for free.
+fn check_counts(file: &File) -> Result<(), ImageTrouble> {
+    let damaged = |()| ImageTrouble::Damaged(COUNTS);
+    let read = |data: &mut [u8], at| file.read_exact_at(data, at).map_err(|_| damaged(()));
+    let mut head = [0; 104];
+    read(&mut head[..72], 0)?;
+    let be32 = |head: &[u8], at: usize| u32::from_be_bytes([0, 1, 2, 3].map(|i| head[at + i]));
+    let order = match be32(&head, 4) {
+        2 => 4,
+        _ => {
+            read(&mut head, 0)?;
+            be32(&head, 96)
+        }
+    };
+    let cluster_bits = be32(&head, 20);
+    // `needs` knows that the clusters and where the table lies are possible.
+    let cluster = 1u64 << cluster_bits;
+    let table_at = u64::from(be32(&head, 48)) << 32 | u64::from(be32(&head, 52));
+    let table_len = u64::from(be32(&head, 56)) << cluster_bits;
+    if order > 6 || !table_at.is_multiple_of(cluster) || table_at == 0 || table_len == 0 {
+        return Err(damaged(()));
+    }
+    let end = file_end(file);
+    // A block has `cluster * 8 >> order` counts.
+    let blocks = end.div_ceil(cluster).div_ceil((cluster * 8) >> order);
+    let mut entries = vec![0; usize::try_from((blocks * 8).min(table_len)).unwrap_or(0)];
+    read(&mut entries, table_at)?;
+    let mut seen = BTreeSet::new();
+    for (index, entry) in entries.as_chunks::<8>().0.iter().enumerate() {
+        let at = u64::from_be_bytes(*entry) & !0x1ff;
+        if at == 0 && index > 0 {
+            continue;
+        }
+        let in_table = (table_at..table_at + table_len).contains(&at);
+        let fits = at.checked_add(cluster).is_some_and(|last| last <= end);
+        if at == 0 || !at.is_multiple_of(cluster) || !fits || in_table || !seen.insert(at) {
+            return Err(damaged(()));
+        }
+    }
+    Ok(())
 }
 
 fn file_end(file: &File) -> u64 {
@@ -216,6 +263,9 @@ impl Image {
     /// Puts a chain together, the disk itself first, then what is behind it.
     /// Every file is open and locked; all but the first are read alone.
     pub(crate) fn open(links: Vec<Link>, readonly: bool) -> Result<Self, ImageTrouble> {
+        if let Some(top) = links.first().filter(|top| !readonly && !top.raw) {
+            check_counts(&top.file)?;
+        }
         guarded(|| {
             let mut below: Option<FormatAccess<Part>> = None;
             let last = links.len();

@@ -239,6 +239,29 @@ fn damaged_tables_do_no_harm() {
     assert!((1..rounds).contains(&opened), "{opened}");
 }
 
+/// The crate would put a new block of counts over the header.
+#[test]
+fn an_image_whose_counts_are_not_in_their_place_is_not_written_to() {
+    let dir = tempfile::tempdir().expect("dir");
+    let path = dir.path().join("disk");
+    make(&path, None);
+    let sound = fs::read(&path).expect("read");
+    let table = u64::from_be_bytes(sound[48..56].try_into().expect("8 bytes"));
+    let entries = [0, 512, table, 1 << 40];
+    for entry in entries {
+        let mut image = sound.clone();
+        let at = table as usize;
+        image[at..at + 8].copy_from_slice(&u64::to_be_bytes(entry));
+        fs::write(&path, &image).expect("write");
+        let refused = open(&path, &[]).map(|disk| disk.write_at(b"some", 0));
+        let refused = refused.expect_err("damaged").to_string();
+        assert!(refused.contains("qemu-img check"), "{refused}");
+        assert_eq!(fs::read(&path).expect("read"), image, "{entry:#x}");
+    }
+    fs::write(&path, &sound).expect("write");
+    open(&path, &[]).expect("sound");
+}
+
 trait Blocks {
     fn blocks_in_bytes(&self) -> u64;
 }
