@@ -48,6 +48,20 @@ struct Vm {
 }
 
 impl Vm {
+    /// Nobody answers at its socket but who takes connections from there.
+    fn with_listener() -> (Self, UnixListener) {
+        let root = tempfile::tempdir().expect("dir");
+        let dir = root.path().join("run/vms/web");
+        let lock = VmLock::take(&dir).expect("lock").expect("free");
+        let listener = UnixListener::bind(dir.join("vsock.sock")).expect("socket");
+        let vm = Self {
+            root,
+            guest: Nobody::default(),
+            _lock: lock,
+        };
+        (vm, listener)
+    }
+
     fn with_agent(exec: bool) -> Self {
         let root = tempfile::tempdir().expect("dir");
         let dir = root.path().join("run/vms/web");
@@ -190,15 +204,7 @@ fn where_programs_are_not_run_it_is_said_how_they_would_be() {
 /// A VM that is suspended while a program runs in it: nobody knows what came of that.
 #[test]
 fn a_program_whose_end_is_not_heard_of_may_have_run() {
-    let root = tempfile::tempdir().expect("dir");
-    let dir = root.path().join("run/vms/web");
-    let lock = VmLock::take(&dir).expect("lock").expect("free");
-    let listener = UnixListener::bind(dir.join("vsock.sock")).expect("socket");
-    let vm = Vm {
-        root,
-        guest: Nobody::default(),
-        _lock: lock,
-    };
+    let (vm, listener) = Vm::with_listener();
     let agent = thread::spawn(move || {
         let (stream, _) = listener.accept().expect("a connection");
         let mut asked = BufReader::new(stream);
@@ -252,15 +258,7 @@ fn a_phase_is_waited_for_and_what_is_there_instead_is_told() {
 /// A guest that has not come to start its agent, or whose VMM hangs up.
 #[test]
 fn an_agent_that_does_not_answer_yet_is_waited_for() {
-    let root = tempfile::tempdir().expect("dir");
-    let dir = root.path().join("run/vms/web");
-    let lock = VmLock::take(&dir).expect("lock").expect("free");
-    let listener = UnixListener::bind(dir.join("vsock.sock")).expect("socket");
-    let vm = Vm {
-        root,
-        guest: Nobody::default(),
-        _lock: lock,
-    };
+    let (vm, listener) = Vm::with_listener();
     vm.is_at("ready");
     let mut waiting = vm.order("wait", &["--timeout", "300"]);
     let mut waiting = waiting.spawn().expect("hebe runs");
