@@ -36,6 +36,12 @@ const MEMORY_MIB: [u64; 2] = [2048, 384];
 const TOOTH_LIMIT: Duration = Duration::from_secs(900);
 /// How long the last tooth may go on.
 const END_LIMIT: Duration = Duration::from_secs(3600);
+/// The host's memory stands still when it changes in so many seconds by less
+/// than this part of what leaks in them.
+const STILL_S: u64 = 8;
+const STILL_PART: u64 = 10;
+/// How long that is waited for.
+const STILL_LIMIT: Duration = Duration::from_secs(120);
 /// Samples of a boot that show that the leak is gone, and comes again.
 const SAMPLES_AFTER: usize = 15;
 /// The policy of the host, without what `hebe reboot` is told.
@@ -144,6 +150,7 @@ pub fn run(assets: &Assets, plan: Plan, found: &mut Found, progress: &dyn Progre
     let guest = GuestSpec::numbered(0, KERNEL);
     let mut scene = Scene { lab, guest, plan };
     scene.lab.start(std::slice::from_ref(&scene.guest))?;
+    scene.quiet(progress)?;
     scene.set_up()?;
     for number in 0..plan.teeth {
         progress.step(&format!("leak {} of {}", number + 1, plan.teeth));
@@ -164,13 +171,15 @@ pub fn run(assets: &Assets, plan: Plan, found: &mut Found, progress: &dyn Progre
 
 /// One tooth in words.
 pub fn words(tooth: &Tooth) -> String {
-    let said = &tooth.flagged;
+    let (said, last) = (&tooth.flagged, &tooth.last);
     format!(
-        "flagged with {} samples: exhausted in {:.0} s, truly {:.0} s ({:+.0} %); available {:.0} MiB before the reboot, {:.0} MiB after (emulated)",
+        "flagged with {} samples: exhausted in {:.0} s, truly {:.0} s ({:+.0} %), with {} samples {:+.0} %; available {:.0} MiB before the reboot, {:.0} MiB after (emulated)",
         said.samples,
         said.predicted_s,
         said.true_s,
         said.off() * 100.0,
+        last.samples,
+        last.off() * 100.0,
         tooth.available[0] / 1048576.0,
         tooth.available[1] / 1048576.0,
     )
@@ -183,6 +192,33 @@ struct Scene {
 }
 
 impl Scene {
+    /// Waits until the VM has booted and the host's memory stands still: what
+    /// their start takes is no leak, but falls like one.
+    fn quiet(&mut self, progress: &dyn Progress) -> Result<()> {
+        self.guest_status()?;
+        let still = self.plan.leak_kib_per_s * STILL_S / STILL_PART;
+        let end = Instant::now() + STILL_LIMIT;
+        let mut before = self.mem_available_kib()?;
+        while Instant::now() < end {
+            std::thread::sleep(Duration::from_secs(STILL_S));
+            let now = self.mem_available_kib()?;
+            if before.abs_diff(now) <= still {
+                return Ok(());
+            }
+            before = now;
+        }
+        progress.note("  the host's memory did not stand still; going on");
+        Ok(())
+    }
+
+    fn mem_available_kib(&self) -> Result<u64> {
+        let text = self.lab.machine.agent.get("/proc/meminfo")?;
+        let text = String::from_utf8_lossy(&text);
+        let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
+        let number = line.and_then(|l| l.split_whitespace().next()?.parse().ok());
+        number.context("the host does not tell its available memory")
+    }
+
     /// The policy and the services, which start now, and by themselves at each
     /// boot.
     fn set_up(&self) -> Result<()> {
