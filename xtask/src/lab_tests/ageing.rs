@@ -8,9 +8,10 @@ use hebe_policy::ageing::Sample;
 use crate::sawtooth::{self, Found, Plan};
 use crate::test::Scene;
 
-/// How far off the prediction may be that the policy acts on, and the first one
-/// where its interval does not hold the truth either.
+/// How far off the prediction may be that the policy acts on.
 const OFF_MAX: f64 = 0.2;
+/// And the first one, from ten samples: the sampler's own start is in them.
+const FIRST_OFF_MAX: f64 = 0.6;
 
 pub fn run(scene: &Scene) -> Result<()> {
     let plan = Plan {
@@ -21,10 +22,9 @@ pub fn run(scene: &Scene) -> Result<()> {
     let mut found = Found::default();
     sawtooth::run(scene.assets, plan, &mut found, scene.progress)?;
     for tooth in &found.teeth {
-        println!("    {}", sawtooth::words(tooth));
         let (first, last) = (&tooth.flagged, &tooth.last);
         ensure!(
-            first.holds() || first.off().abs() <= OFF_MAX,
+            first.holds() || first.off().abs() <= FIRST_OFF_MAX,
             "exhaustion was foretold wrongly at first: {first:?}"
         );
         ensure!(
