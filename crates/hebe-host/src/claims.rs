@@ -4,7 +4,9 @@
 //! process that could, and its memory holds what its disks held: if another VM
 //! wrote to one of them, it could never be continued, or, where nothing shows
 //! that (a block device), would destroy what is there. So a VM that would is not
-//! booted before somebody decided about the one that is at rest.
+//! booted before somebody decided about the one that is at rest. That is looked
+//! after twice: before anything is made, and when its disks are locked
+//! (`crate::gate`).
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -31,29 +33,31 @@ struct AtRest {
 /// # Errors
 /// [`HostError::Refused`], with the ways out.
 pub(crate) fn refuse_taken(host: &Host, config: &VmConfig) -> Result<(), HostError> {
+    let name = config.name.clone();
+    taken(host, config).map_or(Ok(()), |why| Err(HostError::Refused { name, why }))
+}
+
+/// Which disk that a VM is to boot with and would write to is another VM's, which
+/// is at rest; in words, with the ways out.
+pub(crate) fn taken(host: &Host, config: &VmConfig) -> Option<String> {
     let written = config.disks.iter().filter(|d| !d.readonly && !d.snapshot);
     let written: Vec<(&PathBuf, Inode)> = written
         .filter_map(|disk| Some((&disk.path, Inode::of(&disk.path)?)))
         .collect();
     if written.is_empty() {
-        return Ok(());
+        return None;
     }
     let others = at_rest(host);
-    for other in others.iter().filter(|other| other.name != config.name) {
+    let mut others = others.iter().filter(|other| other.name != config.name);
+    others.find_map(|other| {
         let claimed = other.claimed();
-        let taken = written.iter().find(|(_, inode)| claimed.contains(inode));
-        if let Some((path, _)) = taken {
-            let AtRest { name, how, .. } = other;
-            return Err(HostError::Refused {
-                name: config.name.clone(),
-                why: format!(
-                    "its disk {} is VM '{name}''s, too, which is {how} and could not be continued once another VM wrote to it: `hebe resume {name}` and shut it down, or give it up with `hebe drop {name} --yes`",
-                    path.display()
-                ),
-            });
-        }
-    }
-    Ok(())
+        let (path, _) = written.iter().find(|(_, inode)| claimed.contains(inode))?;
+        let AtRest { name, how, .. } = other;
+        Some(format!(
+            "its disk {} is VM '{name}''s, too, which is {how} and could not be continued once another VM wrote to it: `hebe resume {name}` and shut it down, or give it up with `hebe drop {name} --yes`",
+            path.display()
+        ))
+    })
 }
 
 /// Which VM at rest has a disk at `path`, or behind one; and how it is kept.

@@ -11,7 +11,9 @@
 //!    its guest sends waits until passt reads ([`hebe_net::passt::begin`]);
 //! 4. the locked descriptor passes to the VMM; this process lets go of its own
 //!    only after the VMM answers, so that there is no instant without an owner;
-//! 5. the device descriptor is given to the one child it is meant for, and is
+//! 5. a guest boots only after it was certain, with its disks locked, that none is
+//!    another VM's at rest ([`crate::gate`]);
+//! 6. the device descriptor is given to the one child it is meant for, and is
 //!    close-on-exec everywhere else (invariant: a VMM reaches its own segment).
 
 use std::fs::{self, OpenOptions};
@@ -30,8 +32,10 @@ use hebe_sys::proc::spawn_detached;
 use hebe_types::{ByteSize, DiskConfig, SegmentId, VmConfig, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
+use crate::claims;
 use crate::definitions;
 use crate::files;
+use crate::gate::{self, Gate};
 use crate::host::{Cage, Host};
 use crate::limits::{GroupView, Limits, killed};
 use crate::lock::VmLock;
@@ -272,6 +276,9 @@ pub enum LaunchError {
         /// The end of its log.
         words: String,
     },
+    /// A disk is another VM's, which came to rest meanwhile.
+    #[error("{0}")]
+    Taken(String),
     /// A disk is this host's own.
     #[error("{0}")]
     Mounted(String),
@@ -319,7 +326,7 @@ pub fn launch(
     let nets = std::mem::take(&mut passts.ends);
     let mut confined = Confined::of(host).map_err(directory_error(&dir))?;
     confined.later &= order.origin == Origin::Frozen;
-    let child = spawn(host, lock, order, &dir, nets, &mut confined)?;
+    let (child, gate) = spawn(host, lock, order, &dir, nets, &mut confined)?;
     killed::note(&dir, child.id());
     // While it starts, and before it makes its VM: threads that the kernel starts
     // for a VM may stay where it was made (`kvm-nx-lpage-recovery`, as of Linux 6.1),
@@ -334,7 +341,7 @@ pub fn launch(
     passts.look_after_while(host, &order.name, || {
         let adopted = host.system.adopt(&order.name, child.id(), &limits);
         confined.tell(host, child.id(), adopted);
-        wait_until_up(host, &dir, order, child, wait)
+        wait_until_up(host, &dir, order, child, gate, wait)
     })
 }
 
@@ -401,7 +408,7 @@ fn spawn(
     dir: &Path,
     nets: Vec<(usize, OwnedFd)>,
     confined: &mut Confined,
-) -> Result<Child, LaunchError> {
+) -> Result<(Child, Option<gate::Held>), LaunchError> {
     let lock_path = dir.join("lock");
     let lock_fd = lock.share().map_err(directory_error(&lock_path))?;
     let log_path = dir.join("log");
@@ -460,13 +467,19 @@ fn spawn(
         command.arg("--accept-changed-disk");
     }
     confined.order(&mut command, &mut keep);
+    let gate = match &order.origin {
+        Origin::Boot(_) => Some(Gate::new().map_err(directory_error(dir))?),
+        Origin::Frozen | Origin::File(_) => None,
+    };
+    let gate = gate.map(|gate| gate.order(&mut command, &mut keep));
     command.stdin(Stdio::null());
     command.stdout(Stdio::null());
     command.stderr(Stdio::from(log));
-    spawn_detached(command, keep).map_err(|source| LaunchError::NoProgram {
+    let child = spawn_detached(command, keep).map_err(|source| LaunchError::NoProgram {
         path: vmm.clone(),
         source,
-    })
+    })?;
+    Ok((child, gate))
 }
 
 /// How the VMM confines itself. Nothing here keeps a VM from running whose cage
@@ -549,10 +562,19 @@ fn wait_until_up(
     dir: &Path,
     order: &Launch,
     mut child: Child,
+    gate: Option<gate::Held>,
     wait: Duration,
 ) -> Result<VmStatus, LaunchError> {
     let socket = &host.layout.socket(&order.name);
     let began = Instant::now();
+    if let (Some(gate), Origin::Boot(config)) = (gate, &order.origin) {
+        let look = || claims::taken(host, config).map_or(Ok(()), Err);
+        gate.pass(wait, look).map_err(|why| {
+            let _ = child.kill();
+            let _ = child.wait();
+            LaunchError::Taken(why)
+        })?;
+    }
     let mut pause = Duration::from_millis(1);
     loop {
         let left = wait.saturating_sub(began.elapsed());

@@ -32,6 +32,7 @@ pub mod definitions;
 mod failed;
 pub mod files;
 pub mod gantt;
+mod gate;
 pub mod host;
 mod host_id;
 mod job;

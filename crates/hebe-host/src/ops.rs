@@ -215,7 +215,7 @@ pub(crate) fn never_ran(host: &Host, name: &VmName, error: &HostError) -> bool {
             record.is_some_and(|record| record.ran == Some(false))
         }
         HostError::Launch(LaunchError::Silent { .. } | LaunchError::Unanswered { .. }) => false,
-        // No VMM was started.
+        // No VMM was started, or none that was let run its guest.
         _ => true,
     }
 }
@@ -270,7 +270,13 @@ fn boot_new(
         if let Memory::Segment { id, .. } = order.memory {
             let _ = host.store.drop_segment(id, Some(vm));
         }
-        error.into()
+        match error {
+            LaunchError::Taken(why) => HostError::Refused {
+                name: name.clone(),
+                why,
+            },
+            other => other.into(),
+        }
     })
 }
 

@@ -66,6 +66,10 @@ pub struct Args {
     /// nobody waiting. Not with --cage required.
     #[arg(long, requires = "limits_fd")]
     pub limits_later: bool,
+    /// An inherited socket, to boot with: a byte goes there once the VM's disks are locked, and
+    /// the VM does not run before one comes back. It never runs if the other side is closed.
+    #[arg(long, value_name = "FD", conflicts_with_all = ["resume", "restore"])]
+    pub gate_fd: Option<RawFd>,
     /// Restore RAM and execution state from a saved file.
     #[arg(long, value_name = "FILE")]
     pub restore: Option<PathBuf>,

@@ -30,7 +30,7 @@ pub unsafe fn close_others(args: &Args) -> io::Result<()> {
 
 /// Those that the arguments name.
 fn named(args: &Args) -> impl Iterator<Item = RawFd> {
-    let single = [args.lock_fd, args.config_fd, args.limits_fd];
+    let single = [args.lock_fd, args.config_fd, args.limits_fd, args.gate_fd];
     let single = single.into_iter().flatten();
     let segment = args.segment_fd.iter().copied();
     single

@@ -139,6 +139,8 @@ fn write_config(run_dir: &Path, config: &VmConfig) -> io::Result<()> {
 
 const BEFORE_IT_RAN: &str = "ended by a signal before the VM ran";
 
+const NOBODY_LOOKED: &str = "whoever started this VM ended before it was certain that its disks are no other VM's: start it again";
+
 /// What a VM needs to come up.
 struct Start<'a> {
     shared: &'a Shared,
@@ -155,7 +157,9 @@ struct Start<'a> {
 /// 1. what the VM needs from outside is open before the cage is entered;
 /// 2. no thread exists before that: all inherit the cage;
 /// 3. whatever can fail besides the VM itself comes before it: once a vCPU
-///    has run, there is no way back to what it was resumed from.
+///    has run, there is no way back to what it was resumed from;
+/// 4. a VM that boots waits until it is certain, with its disks locked, that they
+///    are no other VM's ([`Gate`]).
 ///
 /// Clients that connect early wait in the listener's queue, then at the lock.
 fn live(
@@ -209,9 +213,11 @@ impl Start<'_> {
             run_dir: args.run_dir.clone(),
         };
         let held = Arc::new(Held::open(&identity, given_nets(args)?)?);
+        let gate = args.gate_fd.map(Gate::locked).transpose()?;
         let cage = self.confine(listener)?;
         let mut vm = Vm::boot_with(held, identity, segment, self.events)?;
         vm.cage = Some(cage);
+        gate.map_or(Ok(()), Gate::wait)?;
         self.set_off(&mut vm)?;
         Ok(vm)
     }
@@ -282,6 +288,24 @@ impl Start<'_> {
         }
         self.ran.set(true);
         Ok(vm.start()?)
+    }
+}
+
+/// Where whoever starts this process looks once more, while the disks are locked,
+/// whether one of them is another VM's.
+struct Gate(File);
+
+impl Gate {
+    /// Says that they are locked.
+    fn locked(fd: RawFd) -> anyhow::Result<Self> {
+        let mut gate = File::from(take_fd(fd)?);
+        gate.write_all(&[1]).context(NOBODY_LOOKED)?;
+        Ok(Self(gate))
+    }
+
+    /// The VM is whole by now, and waits for the word alone.
+    fn wait(mut self) -> anyhow::Result<()> {
+        self.0.read_exact(&mut [0]).context(NOBODY_LOOKED)
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -157,6 +157,11 @@ fn start(
     }
     if fake.told("fail-late") {
         return Err("the disk went away".into());
+    }
+    if let Some(gate) = options.get("--gate-fd") {
+        let mut gate = File::from(take_fd(gate));
+        gate.write_all(&[1]).expect("write");
+        gate.read_exact(&mut [0]).map_err(|_| "nobody looked")?;
     }
     fake.run_guest();
     Ok(fake)

@@ -2,15 +2,17 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
+use hebe_api::VmmState;
 use hebe_host::definitions;
 use hebe_host::listing::VmState;
 use hebe_host::resume_all::{Resumed, resume_all};
 use hebe_host::segments::drop_listed;
 use hebe_host::stores::{ExecView, NewSegment, SegmentView, StoreAccess, StoreTrouble, StoreView};
-use hebe_host::{Host, HostError, notes, ops, vmm};
+use hebe_host::{Host, HostError, notes, ops, saving, vmm};
 use hebe_sys::clock::stamp_now;
-use hebe_types::{ByteSize, SegmentId, VmId, VmName};
+use hebe_types::{ByteSize, RebootMethod, SegmentId, VmId, VmName};
 
 use crate::world::{World, name};
 
@@ -31,21 +33,41 @@ pub const CASES: &[crate::Case] = &[
         "a_suspend_that_is_refused_leaves_the_notes_of_others",
         note_of_another,
     ),
+    (
+        "a_vm_that_comes_to_rest_while_another_boots_keeps_its_disk",
+        at_rest_while_another_boots,
+    ),
 ];
 
-/// A store in which something happens right after the first look at it.
+/// A store in which something happens, once.
 struct Meanwhile {
     inner: Arc<dyn StoreAccess>,
+    after: Moment,
     then: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Moment {
+    /// Right after the first look at it.
+    Look,
+    /// A VMM is about to be started.
+    Launch,
+}
+
+impl Meanwhile {
+    fn come_to(&self, moment: Moment) {
+        if moment == self.after
+            && let Some(then) = self.then.lock().expect("lock").take()
+        {
+            then();
+        }
+    }
 }
 
 impl StoreAccess for Meanwhile {
     fn view(&self) -> Result<Option<StoreView>, StoreTrouble> {
         let seen = self.inner.view();
-        let then = self.then.lock().expect("lock").take();
-        if let Some(then) = then {
-            then();
-        }
+        self.come_to(Moment::Look);
         seen
     }
     fn create(&self, vm: VmId, name: &VmName, size: ByteSize) -> Result<NewSegment, StoreTrouble> {
@@ -55,6 +77,7 @@ impl StoreAccess for Meanwhile {
         self.inner.drop_segment(id, vm)
     }
     fn device(&self) -> Result<OwnedFd, StoreTrouble> {
+        self.come_to(Moment::Launch);
         self.inner.device()
     }
     fn read_report(&self) -> Result<Option<Vec<u8>>, StoreTrouble> {
@@ -81,10 +104,15 @@ fn same(host: &Host) -> Host {
 
 /// The host, in which `then` happens right after the first look at the store.
 fn meanwhile(world: &World, then: impl FnOnce(&Host) + Send + 'static) -> Host {
+    after(Moment::Look, world, then)
+}
+
+fn after(moment: Moment, world: &World, then: impl FnOnce(&Host) + Send + 'static) -> Host {
     let other = same(&world.host);
     let mut host = same(&world.host);
     host.store = Arc::new(Meanwhile {
         inner: Arc::clone(&world.host.store),
+        after: moment,
         then: Mutex::new(Some(Box::new(move || then(&other)))),
     });
     host
@@ -174,4 +202,43 @@ fn note_of_another() {
         Resumed::Resumed,
         "without a word more"
     );
+}
+
+/// The look before a boot finds a VM that runs with the same disk. By the time that
+/// the disk is locked, that one is frozen, or saved.
+fn at_rest_while_another_boots() {
+    for (how, state) in [
+        (RebootMethod::Warm, VmState::Frozen),
+        (RebootMethod::Saved, VmState::Saved),
+    ] {
+        let world = World::new();
+        let disk = world.root.path().join("disk.img");
+        std::fs::write(&disk, vec![7; 1 << 20]).expect("disk");
+        let disk = format!("[[disk]]\npath = \"{}\"\n", disk.display());
+        world.define("db", &disk);
+        world.define("web", &disk);
+        ops::start(&world.host, &name("web")).expect("starts");
+        let host = after(Moment::Launch, &world, move |other| match how {
+            RebootMethod::Saved => save(other),
+            _ => drop(ops::suspend(other, &name("web")).expect("suspends")),
+        });
+        let why = ops::start(&host, &name("db")).expect_err("its disk is taken");
+        let why = why.to_string();
+        for word in ["'db'", "disk.img", "web", "hebe drop web --yes"] {
+            assert!(why.contains(word), "{why}");
+        }
+        assert!(!world.events().contains(&"db runs".to_owned()), "{how:?}");
+        assert!(!host.layout.vm_dir(&name("db")).exists(), "nothing is left");
+        assert_eq!(world.state("db"), VmState::Stopped);
+        assert_eq!(world.state("web"), state);
+        ops::resume(&world.host, &name("web"), ops::ResumeOptions::default()).expect("as it was");
+    }
+}
+
+/// As a reboot does it, which holds all orders up.
+fn save(host: &Host) {
+    let web = name("web");
+    saving::save_held(host, &web, None).expect("saves");
+    vmm::quit(host, &web, Some(VmmState::Saved)).expect("ends");
+    drop(ops::wait_for_end(host, &web, Duration::from_secs(20)).expect("ended"));
 }

@@ -6,6 +6,7 @@ mod descriptors;
 mod ending;
 mod failing;
 mod files;
+mod gate;
 mod guest;
 mod listed;
 mod root;
