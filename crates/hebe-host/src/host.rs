@@ -396,6 +396,18 @@ pub enum HostError {
         /// How long it had.
         seconds: u64,
     },
+    /// VMs would be lost with the store.
+    #[error(
+        "the store {} is not made anew, because {} would be lost for good: `hebe resume NAME` and shut it down, or give it up with `hebe drop NAME --yes`",
+        path.display(),
+        frozen_words(names)
+    )]
+    FrozenInStore {
+        /// The store.
+        path: PathBuf,
+        /// The VMs that are frozen in it, one at least.
+        names: Vec<VmName>,
+    },
     /// A definition is wrong.
     #[error(transparent)]
     Definition(#[from] DefinitionError),
@@ -422,6 +434,15 @@ pub enum HostError {
         #[source]
         source: io::Error,
     },
+}
+
+fn frozen_words(names: &[VmName]) -> String {
+    let each: Vec<String> = names.iter().map(|name| format!("'{name}'")).collect();
+    let (a_vm, is) = match names.len() {
+        1 => ("VM", "which is"),
+        _ => ("VMs", "which are"),
+    };
+    format!("{a_vm} {}, {is} frozen in it,", each.join(", "))
 }
 
 impl HostError {

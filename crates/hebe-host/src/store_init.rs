@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 
 use hebe_store::{Access, FormatOptions, Store, StoreError};
 use hebe_sys::dax::{self, CreateOptions, Created, Roots};
+use hebe_types::VmName;
 use serde::Serialize;
 
 use crate::host::{Host, HostError};
 use crate::listing;
 use crate::notes;
-use crate::stores::StoreTrouble;
+use crate::stores::{DeviceStore, ExecView, StoreAccess, StoreTrouble};
 use crate::stores_known;
 
 /// What is to be made.
@@ -20,7 +21,8 @@ pub struct InitOptions {
     pub device: Option<PathBuf>,
     /// The reserved range to make a device of, such as `namespace0.0`.
     pub namespace: Option<String>,
-    /// Give up a store that is there.
+    /// Give up a store that is there, if no VM is frozen in it as far as it can be
+    /// read.
     pub force: bool,
 }
 
@@ -59,6 +61,7 @@ pub fn init(host: &Host, options: &InitOptions) -> Result<Initialised, HostError
     // A VM that is just starting maps memory that this would hand out anew.
     let _only_one = host.lock_all()?;
     refuse_while_in_use(host)?;
+    refuse_with_frozen(host, &path)?;
     let force = options.force;
     let old = Store::open(&path, Access::Read).and_then(|store| store.info());
     let info = Store::format(&path, FormatOptions { force }).map_err(StoreTrouble::from)?;
@@ -117,11 +120,28 @@ fn refuse_while_in_use(host: &Host) -> Result<(), HostError> {
     }
 }
 
+/// A VM that is frozen is given up by its name. What cannot be read holds nothing
+/// that could be resumed, and is what force is for.
+fn refuse_with_frozen(host: &Host, path: &Path) -> Result<(), HostError> {
+    let view = DeviceStore::new(Some(path.to_owned())).view();
+    let view = view.ok().flatten();
+    let segments = view.iter().flat_map(|view| &view.segments);
+    let frozen = segments.filter(|segment| {
+        let given_up = || notes::is_given_up(&host.layout, segment).unwrap_or(false);
+        matches!(segment.exec, ExecView::Frozen { .. }) && !given_up()
+    });
+    let names: Vec<VmName> = frozen.filter_map(|segment| segment.name.clone()).collect();
+    if names.is_empty() {
+        return Ok(());
+    }
+    let path = path.to_owned();
+    Err(HostError::FrozenInStore { path, names })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::host::Layout;
-    use crate::stores::DeviceStore;
     use crate::system::Machine;
     use std::sync::Arc;
 

@@ -375,7 +375,8 @@ pub enum StoreCommand {
 Examples:
   hebe store init                      # the one devdax device or reserved range
   hebe store init /dev/dax0.0
-  hebe store init --namespace namespace0.0"
+  hebe store init --namespace namespace0.0
+  hebe store init --force              # anew, where it cannot be read"
     )]
     Init {
         /// The devdax device, or a plain file for a try.
@@ -383,7 +384,8 @@ Examples:
         /// The reserved range to make a devdax device of.
         #[arg(long, conflicts_with = "device")]
         namespace: Option<String>,
-        /// Give up a store that is there, with every VM in it.
+        /// Make a store that is there anew, with whatever it holds that cannot be read; refused
+        /// while a VM runs or is frozen in it.
         #[arg(long)]
         force: bool,
     },

@@ -71,6 +71,7 @@ impl From<HostError> for Problem {
             | HostError::HostBusy
             | HostError::OrdersBusy
             | HostError::InUse { .. }
+            | HostError::FrozenInStore { .. }
             | HostError::Stuck { .. }
             | HostError::NoPowerOff { .. } => StatusCode::CONFLICT,
             _ => StatusCode::INTERNAL_SERVER_ERROR,

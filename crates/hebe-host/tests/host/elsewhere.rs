@@ -55,6 +55,10 @@ pub const CASES: &[crate::Case] = &[
     ),
     ("notes_last_as_long_as_the_frozen_state", notes_end),
     (
+        "a_store_with_a_frozen_vm_is_not_made_anew",
+        given_up_by_name,
+    ),
+    (
         "what_a_killed_order_was_writing_is_swept_and_never_a_living_ones",
         unfinished,
     ),
@@ -245,14 +249,9 @@ fn not_mounted() {
 }
 
 /// Nothing in the store names the VM any more, and its memory is there.
-fn record_damaged() {
+/// Nobody can read any more which VM is in the one segment.
+fn damage_record(world: &World) {
     use std::os::unix::fs::FileExt;
-    let world = World::new();
-    // It would boot without the store.
-    world.define("web", "autostart = true");
-    let host = &world.host;
-    ops::start(host, &name("web")).expect("starts");
-    ops::suspend(host, &name("web")).expect("suspends");
     let store = world.root.path().join("store");
     let file = fs::OpenOptions::new().read(true).write(true).open(store);
     let file = file.expect("open");
@@ -265,6 +264,16 @@ fn record_damaged() {
     for page in named {
         file.write_all_at(&[0xff; 4096], page).expect("damage");
     }
+}
+
+fn record_damaged() {
+    let world = World::new();
+    // It would boot without the store.
+    world.define("web", "autostart = true");
+    let host = &world.host;
+    ops::start(host, &name("web")).expect("starts");
+    ops::suspend(host, &name("web")).expect("suspends");
+    damage_record(&world);
     world.define("web", "autostart = true\nstore = \"memfd\"");
     let found = row(host);
     assert_eq!(found.state, VmState::Lost, "not stopped: {found:?}");
@@ -448,9 +457,43 @@ fn notes_end() {
         force: true,
         ..InitOptions::default()
     };
+    let refused = init(host, &anew).expect_err("it is frozen there");
+    let why = refused.to_string();
+    assert!(why.contains("'web'") && why.contains("drop"), "{why}");
+    assert_eq!((row(host).state, noted(&world)), (VmState::Frozen, 1));
+    damage_record(&world);
     init(host, &anew).expect("made anew");
     assert_eq!(noted(&world), 0, "that store is gone for good");
     ops::start(host, &web).expect("with no more words");
+}
+
+/// What force gives up is what nobody can read.
+fn given_up_by_name() {
+    let world = World::new();
+    let host = &world.host;
+    world.start(&["db", "web"]);
+    let force = || {
+        let options = InitOptions {
+            force: true,
+            ..InitOptions::default()
+        };
+        init(host, &options).map_err(|error| error.to_string())
+    };
+    for vm in ["db", "web"] {
+        let why = force().expect_err("they run");
+        assert!(why.contains("runs in this store"), "{why}");
+        ops::suspend(host, &name(vm)).expect("suspends");
+    }
+    let why = force().expect_err("they are frozen");
+    for word in ["'db', 'web'", "hebe resume NAME", "hebe drop NAME --yes"] {
+        assert!(why.contains(word), "{why}");
+    }
+    ops::drop_vm(host, &name("db")).expect("given up");
+    let why = force().expect_err("one is left");
+    assert!(why.contains("VM 'web', which is frozen"), "{why}");
+    ops::resume(host, &name("web"), ResumeOptions::default()).expect("as it was");
+    stop(host);
+    assert!(!force().expect("nothing is lost").existing);
 }
 
 fn unreadable() {
