@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use hebe_sys::fdpass;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -120,10 +121,15 @@ impl Read for Limited<'_> {
 }
 
 impl Client {
-    /// Connects to the control socket at `path`.
+    /// Connects to the control socket at `path`, without waiting: a VMM that hangs
+    /// takes no connections, and whoever gave up stays in its queue, until that is
+    /// full and would hold everybody else up for ever.
+    ///
+    /// # Errors
+    /// [`ClientError::Connect`].
     pub fn connect(path: &Path) -> Result<Self, ClientError> {
-        let stream = UnixStream::connect(path).map_err(ClientError::Connect)?;
-        Ok(Self::on(stream))
+        let connected = connect_at_once(path);
+        Ok(Self::on(connected.map_err(ClientError::Connect)?))
     }
 
     fn on(stream: UnixStream) -> Self {
@@ -199,12 +205,44 @@ impl Client {
     }
 }
 
+fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
 #[cfg(test)]
 mod tests {
     use hebe_types::VmId;
 
     use super::*;
     use crate::{RamMeter, VmStatus, VmmState};
+
+    #[test]
+    fn a_vmm_that_takes_no_connections_keeps_nobody_waiting() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("vmm.sock");
+        let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None);
+        let socket = socket.expect("a socket");
+        let address = SocketAddrUnix::new(&path).expect("an address");
+        rustix::net::bind(&socket, &address).expect("bind");
+        rustix::net::listen(&socket, 1).expect("listen");
+        let mut taken = 0;
+        while Client::connect(&path).is_ok() {
+            taken += 1;
+            assert!(taken < 100, "without end");
+        }
+        assert!(matches!(
+            Client::connect(&path),
+            Err(ClientError::Connect(_))
+        ));
+        // And one that goes on is asked as ever.
+        rustix::net::accept(&socket).expect("one that gave up");
+        assert!(Client::connect(&path).is_ok());
+    }
 
     #[test]
     fn what_changes_a_state_is_sent_with_the_time_that_the_client_waits() {
