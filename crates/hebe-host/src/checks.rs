@@ -366,7 +366,9 @@ pub(crate) fn vms(host: &Host, survey: &Survey, verdicts: &[VmVerdict]) -> Vec<C
                 format!("vmm:{name}"),
                 Level::Fail,
                 format!("the VMM of '{name}' does not answer"),
-                format!("look at its log, or end it with `hebe stop {name} --force`"),
+                format!(
+                    "look at its log, or end it with `hebe stop {name} --force`, which gives up what ran in it"
+                ),
             )),
             VmState::Damaged => checks.push(damaged(survey, name)),
             _ if vm.fate.is_some() => checks.push(Check::ok(

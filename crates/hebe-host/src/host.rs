@@ -376,15 +376,23 @@ pub enum HostError {
     },
     /// The VMM lives and does not answer.
     #[error(
-        "the VMM of '{name}' (process {pid}) does not end: look at {log}, or end it with `hebe stop {name} --force`"
+        "the VMM of '{name}' does not end: look at {log}, or end it with `hebe stop {name} --force`"
     )]
     Stuck {
         /// Which VM.
         name: VmName,
-        /// Its process; 0 when unknown.
-        pid: u32,
         /// Its log.
         log: PathBuf,
+    },
+    /// Not even by force.
+    #[error(
+        "the VMM of '{name}' was killed and does not end: the kernel holds process {pid}, as it does while a disk does not answer; where systemd runs, `systemctl kexec` or `systemctl reboot` takes the host down all the same, and keeps the other VMs"
+    )]
+    Unkillable {
+        /// Which VM.
+        name: VmName,
+        /// Its VMM.
+        pid: u32,
     },
     /// The guest did not shut down in time.
     #[error(

@@ -48,6 +48,7 @@ pub mod ops;
 pub mod overlays;
 pub mod pending;
 pub mod preflight;
+mod process;
 pub mod reboot;
 pub mod report;
 pub mod resume_all;

@@ -5,9 +5,8 @@
 //! host's lock meanwhile, so that none happens in the midst of a reboot; their
 //! parts that a reboot uses too do not.
 
-use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -27,6 +26,7 @@ use crate::network;
 use crate::notes;
 use crate::overlays;
 use crate::pending;
+use crate::process::VmmProcess;
 use crate::saved::{self, SavedPaths};
 use crate::segments::{free_segment, refuse_in_use};
 use crate::stores::{ExecView, SegmentView, StoreTrouble};
@@ -398,7 +398,7 @@ pub fn stop(host: &Host, name: &VmName, options: StopOptions) -> Result<(), Host
     let row = survey.row(host, name)?;
     if row.life == Life::Starting && options.force {
         pending::settle(host, name)?;
-        kill(host, row);
+        kill(host, name, VmmProcess::of(host, row), END_WAIT)?;
     } else {
         admit(row, Order::Stop)?;
         // Before it is down, or a later boot would bring it up again.
@@ -414,6 +414,7 @@ pub fn stop(host: &Host, name: &VmName, options: StopOptions) -> Result<(), Host
 pub fn power_off(host: &Host, row: &VmRow, options: StopOptions) -> Result<(), HostError> {
     let name = &row.name;
     let socket = host.layout.socket(name);
+    let process = VmmProcess::of(host, row);
     if row.life == Life::Paused {
         let _ = vmm::let_run(&socket);
     }
@@ -440,41 +441,38 @@ pub fn power_off(host: &Host, row: &VmRow, options: StopOptions) -> Result<(), H
             seconds: options.timeout.as_secs(),
         });
     }
-    end_vmm(host, row)
+    end(host, name, process)
 }
 
 /// Ends a VMM whose VM is to be no more: by order, or else by force.
 pub(crate) fn end_vmm(host: &Host, row: &VmRow) -> Result<(), HostError> {
-    let name = &row.name;
+    end(host, &row.name, VmmProcess::of(host, row))
+}
+
+/// [`end_vmm`], whose `process` was held when it was certain whose it is.
+fn end(host: &Host, name: &VmName, process: Option<VmmProcess>) -> Result<(), HostError> {
     if vmm::quit(host, name, None).is_err() || !ended_within(host, name, END_WAIT) {
-        kill(host, row);
+        return kill(host, name, process, END_WAIT);
     }
     wait_for_end(host, name, END_WAIT).map(drop)
 }
 
-/// A VMM that does not answer is found by its control socket, or by the
-/// directory on its command line.
-fn kill(host: &Host, row: &VmRow) {
-    let pid = row
-        .pid
-        .or_else(|| vmm::process(&host.layout.socket(&row.name)))
-        .or_else(|| vmm_of(&host.layout.vm_dir(&row.name)));
-    let pid = pid.and_then(|pid| i32::try_from(pid).ok());
-    if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+fn kill(
+    host: &Host,
+    name: &VmName,
+    process: Option<VmmProcess>,
+    wait: Duration,
+) -> Result<(), HostError> {
+    if let Some(process) = &process {
+        process.kill();
     }
-}
-
-/// The process that was started with `--run-dir DIR`.
-fn vmm_of(dir: &Path) -> Option<u32> {
-    let wanted = [b"--run-dir\0", dir.as_os_str().as_encoded_bytes(), b"\0"].concat();
-    let processes = fs::read_dir("/proc").ok()?.flatten();
-    processes
-        .filter(|process| {
-            let arguments = fs::read(process.path().join("cmdline")).unwrap_or_default();
-            arguments.windows(wanted.len()).any(|words| words == wanted)
-        })
-        .find_map(|process| process.file_name().to_str()?.parse().ok())
+    match (wait_for_end(host, name, wait), process) {
+        (Err(HostError::Stuck { name, .. }), Some(process)) => {
+            let pid = process.pid;
+            Err(HostError::Unkillable { name, pid })
+        }
+        (ended, _) => ended.map(drop),
+    }
 }
 
 /// Waits until nobody holds the VM's lock.
@@ -496,7 +494,6 @@ pub fn ended_within(host: &Host, name: &VmName, wait: Duration) -> bool {
 pub fn wait_for_end(host: &Host, name: &VmName, wait: Duration) -> Result<VmLock, HostError> {
     let stuck = || HostError::Stuck {
         name: name.clone(),
-        pid: 0,
         log: host.layout.vm_dir(name).join("log"),
     };
     if !ended_within(host, name, wait) {
@@ -709,4 +706,36 @@ pub fn reap(host: &Host) -> Result<Vec<VmName>, HostError> {
         }
     }
     Ok(reaped)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::Layout;
+
+    /// As one is that waits in the kernel: here it is the test that holds the lock.
+    #[test]
+    fn of_a_vmm_that_outlives_its_kill_the_way_out_is_named() {
+        let root = tempfile::tempdir().expect("dir");
+        let host = Host {
+            layout: Layout::below(root.path()),
+            ..Host::here()
+        };
+        let name: VmName = "web".parse().expect("name");
+        let mut child = std::process::Command::new("sleep")
+            .arg("600")
+            .spawn()
+            .expect("sleep");
+        let _held = lock(&host, &name).expect("free");
+        let process = VmmProcess::hold(child.id(), |_| true);
+        let killed = kill(&host, &name, process, Duration::ZERO);
+        child.wait().expect("killed");
+        let why = killed.expect_err("the lock is held").to_string();
+        for word in [child.id().to_string(), "systemctl kexec".into()] {
+            assert!(why.contains(&word), "{why}");
+        }
+        let killed = kill(&host, &name, None, Duration::ZERO);
+        let why = killed.expect_err("nobody was found").to_string();
+        assert!(why.contains("log"), "{why}");
+    }
 }

@@ -73,6 +73,7 @@ impl From<HostError> for Problem {
             | HostError::InUse { .. }
             | HostError::FrozenInStore { .. }
             | HostError::Stuck { .. }
+            | HostError::Unkillable { .. }
             | HostError::NoPowerOff { .. } => StatusCode::CONFLICT,
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };

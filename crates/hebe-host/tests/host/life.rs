@@ -67,6 +67,10 @@ pub const CASES: &[crate::Case] = &[
     ("a_vmm_that_says_it_is_another_vms_is_not_believed", liar),
     ("an_order_to_kill_reaches_the_vmm_alone", other_process),
     (
+        "an_order_to_kill_reaches_nobody_who_has_the_vmms_process_id_by_now",
+        process_id_used_again,
+    ),
+    (
         "a_vm_that_is_stopped_leaves_no_file_of_its_restore",
         stopped_after_restore,
     ),
@@ -173,6 +177,25 @@ fn other_process() {
     assert_ne!(pid, std::process::id(), "its own word");
     ops::stop(&world.host, &name("web"), force()).expect("this test lives");
     assert_eq!(world.state("web"), VmState::Stopped);
+}
+
+/// Since the look at it the VMM ended, and what began then has its process id.
+fn process_id_used_again() {
+    use rustix::process::{Pid, Signal, kill_process};
+    use std::os::unix::process::ExitStatusExt;
+    let world = World::new();
+    world.start(&["web"]);
+    let mut row = listing::survey(&world.host).rows[&name("web")].clone();
+    ops::stop(&world.host, &name("web"), force()).expect("stops");
+    let mut innocent = std::process::Command::new("sleep")
+        .arg("600")
+        .spawn()
+        .expect("sleep");
+    row.pid = Some(innocent.id());
+    ops::power_off(&world.host, &row, force()).expect("nobody is left");
+    kill_process(Pid::from_child(&innocent), Signal::TERM).expect("it lives");
+    let ended = innocent.wait().expect("ended");
+    assert_eq!(ended.signal(), Some(Signal::TERM.as_raw()), "{ended}");
 }
 
 fn lives() {
