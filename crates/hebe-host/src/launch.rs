@@ -12,7 +12,7 @@
 //! 4. the locked descriptor passes to the VMM; this process lets go of its own
 //!    only after the VMM answers, so that there is no instant without an owner;
 //! 5. a guest boots only after it was certain, with its disks locked, that none is
-//!    another VM's at rest ([`crate::gate`]);
+//!    another VM's at rest (`crate::gate`);
 //! 6. the device descriptor is given to the one child it is meant for, and is
 //!    close-on-exec everywhere else (invariant: a VMM reaches its own segment).
 
