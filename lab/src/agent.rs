@@ -7,7 +7,16 @@ use anyhow::{Context, Result, bail};
 use lab_guest::proto::{HostStatus, Reply, Request, read_message, write_message};
 
 /// How long the agent may take for anything but running a program.
-const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
+const REPLY_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long QEMU may take to accept a connection: all that it waits for is the
+/// computer that it runs on.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long one answer is waited for where it is asked for again and again, since
+/// `begun`: a connection may be lost, and a busy machine may be slow.
+pub(crate) fn patience(begun: Instant) -> Duration {
+    (Duration::from_secs(2) + begun.elapsed() / 20).min(Duration::from_secs(15))
+}
 
 /// How a program in the lab host ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -62,7 +71,7 @@ impl Agent {
     }
 
     fn connect(&self, timeout: Duration) -> Result<TcpStream> {
-        let stream = TcpStream::connect_timeout(&self.address, Duration::from_secs(5))
+        let stream = TcpStream::connect_timeout(&self.address, CONNECT_TIMEOUT)
             .context("cannot reach the lab host")?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(timeout))?;
@@ -146,7 +155,7 @@ impl Agent {
 
     /// Whether a process of the host is there.
     pub fn alive(&self, pid: u32) -> Result<bool> {
-        let mut stream = self.connect(Duration::from_secs(5))?;
+        let mut stream = self.connect(Duration::from_secs(15))?;
         let request = Request::Kill {
             pid: pid as i32,
             signal: 0,
@@ -206,9 +215,10 @@ impl Agent {
         limit: Duration,
         mut check: impl FnMut() -> Result<()>,
     ) -> Result<HostStatus> {
-        let end = Instant::now() + limit;
+        let begun = Instant::now();
+        let end = begun + limit;
         loop {
-            if let Ok(status) = self.status(Duration::from_secs(2))
+            if let Ok(status) = self.status(patience(begun))
                 && before != Some(status.boot_id.as_str())
                 && (status.settled || !settled)
             {

@@ -62,7 +62,7 @@ impl Balancer {
             .stderr(log)
             .spawn()
             .context("cannot start haproxy")?;
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + Duration::from_secs(120);
         while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
             let ended = child.try_wait()?.is_some();
             if ended || Instant::now() > end {
@@ -263,7 +263,7 @@ mod tests {
             }
         });
         let clients = Clients::start(2, port, "/");
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + Duration::from_secs(120);
         while clients.answered(0.0, f64::INFINITY) < 10 && Instant::now() < end {
             thread::sleep(Duration::from_millis(10));
         }

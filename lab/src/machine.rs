@@ -2,11 +2,11 @@
 
 use std::net::{TcpListener, UdpSocket};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use lab_guest::proto::{AGENT_PORT, HostStatus};
@@ -170,10 +170,26 @@ pub struct EmulatorFailure(
 /// What a VMM says when the processor tells KVM that an event was being delivered
 /// as the guest touched a device (`KVM_INTERNAL_ERROR_DELIVERY_EV`). No guest of the
 /// lab has its tables or its stacks there.
-const UNDELIVERED: &str = "KVM internal error 3 ";
+pub const UNDELIVERED: &str = "KVM internal error 3 ";
 
 /// What QEMU writes to its log at a triple fault of the machine's own.
 const TRIPLE_FAULT: &str = "Triple fault";
+
+/// What QEMU says where a port that was free has been taken before it got there.
+const PORT_TAKEN: &str = "Could not set up host forwarding rule";
+/// How often other ports are tried then.
+const PORT_TRIES: u32 = 10;
+/// How long QEMU may take to open its control socket.
+const START_LIMIT: Duration = Duration::from_secs(120);
+/// How long a program in the host may take for which nothing else is said.
+const EXEC_LIMIT: Duration = Duration::from_secs(1200);
+/// How long a host may take to power off, and one with systemd.
+const POWER_OFF_LIMIT: Duration = Duration::from_secs(300);
+const SHUT_DOWN_LIMIT: Duration = Duration::from_secs(900);
+
+#[derive(Debug, thiserror::Error)]
+#[error("QEMU did not start: {0}")]
+struct NotStarted(String);
 
 /// A running machine. Dropping it ends QEMU.
 pub struct Machine {
@@ -197,6 +213,23 @@ pub struct Machine {
 impl Machine {
     /// Starts QEMU; the kernel in it then boots.
     pub fn start(qemu: &Qemu, config: &MachineConfig) -> Result<Self> {
+        let mut tries = 1;
+        loop {
+            match Self::start_once(qemu, config) {
+                Err(error)
+                    if tries < PORT_TRIES
+                        && error
+                            .downcast_ref::<NotStarted>()
+                            .is_some_and(|NotStarted(said)| said.contains(PORT_TAKEN)) =>
+                {
+                    tries += 1;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn start_once(qemu: &Qemu, config: &MachineConfig) -> Result<Self> {
         let accelerator = Accelerator::detect();
         let ports = Ports::choose(config.guests, config.guest_byte)?;
         let serial = Serial::new(&config.dir.join("serial.log"));
@@ -260,10 +293,14 @@ impl Machine {
             .stdout(log.try_clone()?)
             .stderr(log);
         let (pid, ended) = spawn_guarded(command)?;
-        let qmp = Qmp::connect(&socket, Duration::from_secs(20)).with_context(|| {
-            let said = std::fs::read_to_string(config.dir.join("qemu.log")).unwrap_or_default();
-            format!("QEMU did not start: {}", said.trim())
-        })?;
+        let qmp = match control(&socket, &ended) {
+            Ok(qmp) => qmp,
+            Err(error) => {
+                kill(pid, ended);
+                let said = std::fs::read_to_string(config.dir.join("qemu.log")).unwrap_or_default();
+                return Err(error.context(NotStarted(said.trim().to_owned())));
+            }
+        };
         Ok(Self {
             agent: Agent::new(ports.agent),
             serial,
@@ -281,9 +318,19 @@ impl Machine {
     /// Waits for a kernel other than `before`; fails at once when the serial
     /// line shows a kernel failure.
     pub fn wait_for_boot(&mut self, before: Option<&str>, limit: Duration) -> Result<HostStatus> {
+        self.wait_for_answer(before, true, limit)
+    }
+
+    /// The same; where it needs not be `settled`, the first answer is enough.
+    pub fn wait_for_answer(
+        &mut self,
+        before: Option<&str>,
+        settled: bool,
+        limit: Duration,
+    ) -> Result<HostStatus> {
         let agent = self.agent;
         agent
-            .wait_for_boot(before, true, limit, || self.check())
+            .wait_for_boot(before, settled, limit, || self.check())
             .with_context(|| format!("last lines of the serial line:\n{}", self.serial.tail(15)))
     }
 
@@ -328,9 +375,9 @@ impl Machine {
         error.context(format!("it does not run: {row}"))
     }
 
-    /// Runs a program in the host; five minutes at most.
+    /// Runs a program in the host; twenty minutes at most.
     pub fn exec(&self, argv: &[&str]) -> Result<ExecOutput> {
-        self.agent.exec(argv, b"", Duration::from_secs(300))
+        self.agent.exec(argv, b"", EXEC_LIMIT)
     }
 
     /// Runs a program that must end with status 0; returns its output.
@@ -370,7 +417,7 @@ impl Machine {
     /// Powers the host off and waits for QEMU's end.
     pub fn power_off(self) -> Result<()> {
         self.agent.power_off()?;
-        self.wait_for_end(Duration::from_secs(30))
+        self.wait_for_end(POWER_OFF_LIMIT)
     }
 
     /// Has systemd take the host down, with all its file systems in order, and
@@ -378,13 +425,13 @@ impl Machine {
     pub fn shut_down_by_systemd(self) -> Result<()> {
         self.agent
             .spawn(&["systemctl", "poweroff"], "/data/poweroff.log")?;
-        self.wait_for_end(Duration::from_secs(300))
+        self.wait_for_end(SHUT_DOWN_LIMIT)
     }
 
     fn wait_for_end(mut self, limit: Duration) -> Result<()> {
-        let end = std::time::Instant::now() + limit;
+        let end = Instant::now() + limit;
         while self.ended.as_ref().is_some_and(|e| !e.is_finished()) {
-            if std::time::Instant::now() > end {
+            if Instant::now() > end {
                 bail!("the lab host did not power off");
             }
             thread::sleep(Duration::from_millis(50));
@@ -399,15 +446,31 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        let Some(ended) = self.ended.take() else {
-            return;
-        };
-        if !ended.is_finished() {
-            // SAFETY: kill(2) takes no pointer; the process is our child and
-            // not yet waited for, because its waiting thread still runs.
-            unsafe { libc::kill(self.pid as i32, libc::SIGKILL) };
+        if let Some(ended) = self.ended.take() {
+            kill(self.pid, ended);
         }
-        let _ = ended.join();
+    }
+}
+
+/// Ends QEMU, if it has not ended.
+fn kill(pid: u32, ended: thread::JoinHandle<()>) {
+    if !ended.is_finished() {
+        // SAFETY: kill(2) takes no pointer; the process is our child and
+        // not yet waited for, because its waiting thread still runs.
+        unsafe { libc::kill(pid as i32, libc::SIGKILL) };
+    }
+    let _ = ended.join();
+}
+
+/// QEMU's control socket, unless it ends before it opens it.
+fn control(socket: &Path, ended: &thread::JoinHandle<()>) -> Result<Qmp> {
+    let end = Instant::now() + START_LIMIT;
+    loop {
+        match Qmp::connect(socket, Duration::from_millis(200)) {
+            Ok(qmp) => return Ok(qmp),
+            Err(error) if ended.is_finished() || Instant::now() > end => return Err(error),
+            Err(_) => {}
+        }
     }
 }
 

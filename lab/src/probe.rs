@@ -17,6 +17,7 @@ use anyhow::{Context, Result, bail};
 use lab_guest::status::GuestStatus;
 use serde::Serialize;
 
+use crate::agent::patience;
 use crate::machine::GuestPorts;
 
 /// Usual pause between two UDP probes.
@@ -25,9 +26,14 @@ pub const UDP_INTERVAL: Duration = Duration::from_millis(10);
 pub const TCP_INTERVAL: Duration = Duration::from_secs(1);
 /// Pause between two requests to the slow service.
 pub const SLOW_INTERVAL: Duration = Duration::from_millis(500);
-/// A probe run ends by itself after this many UDP probes (20 minutes at
+/// A probe run ends by itself after this many UDP probes (an hour at
 /// [`UDP_INTERVAL`]).
-const SAMPLES_MAX: usize = 120_000;
+const SAMPLES_MAX: usize = 360_000;
+/// How long QEMU may take to accept a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the last bytes of a session may take: retransmission backs off
+/// during an outage.
+const LAST_BYTES: Duration = Duration::from_secs(240);
 
 /// One UDP probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -287,15 +293,14 @@ fn tcp_run(address: SocketAddr, stop: &AtomicBool) -> TcpRecord {
 }
 
 fn tcp_session(address: SocketAddr, stop: &AtomicBool, record: &mut TcpRecord) -> Result<()> {
-    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
+    let mut stream = TcpStream::connect_timeout(&address, CONNECT_TIMEOUT)?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(Duration::from_millis(100)))?;
     let mut next = Instant::now();
     let mut last_call: Option<Instant> = None;
     loop {
         if stop.load(Ordering::Acquire) {
-            // Retransmission backs off during an outage: give the last bytes time.
-            let end = *last_call.get_or_insert(Instant::now() + Duration::from_secs(60));
+            let end = *last_call.get_or_insert(Instant::now() + LAST_BYTES);
             if record.echoed == record.sent {
                 return Ok(());
             }
@@ -330,7 +335,7 @@ fn byte_at(position: u64) -> u8 {
 
 /// Fetches a page of a guest by HTTP; only status 200 is a success.
 pub fn http_get(port: u16, path: &str, timeout: Duration) -> Result<Vec<u8>> {
-    let mut stream = TcpStream::connect_timeout(&local(port), Duration::from_secs(5))?;
+    let mut stream = TcpStream::connect_timeout(&local(port), CONNECT_TIMEOUT)?;
     stream.set_read_timeout(Some(timeout))?;
     stream.set_nodelay(true)?;
     write!(
@@ -373,9 +378,10 @@ pub fn wait_for_guest(
     limit: Duration,
     mut check: impl FnMut() -> Result<()>,
 ) -> Result<GuestStatus> {
-    let end = Instant::now() + limit;
+    let begun = Instant::now();
+    let end = begun + limit;
     loop {
-        match guest_status(ports, Duration::from_secs(3)) {
+        match guest_status(ports, patience(begun)) {
             Ok(status) => return Ok(status),
             Err(e) if Instant::now() > end => {
                 return Err(e).with_context(|| {
@@ -395,6 +401,8 @@ pub fn wait_for_guest(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicU32;
+
     use super::*;
 
     fn record(replies: &[Option<u64>], end_us: u64) -> UdpRecord {
@@ -461,13 +469,20 @@ mod tests {
             slow: 0,
             agent: 0,
         };
+        // Answers, is silent for a second, and answers again.
+        const BEFORE: u32 = 3;
+        let answered = Arc::new(AtomicU32::new(0));
+        let count = answered.clone();
         thread::spawn(move || {
-            let begin = Instant::now();
+            let mut silent_until = Instant::now();
             let mut bytes = [0; 64];
             while let Ok((len, from)) = echo.recv_from(&mut bytes) {
-                let pause = Duration::from_millis(200)..Duration::from_millis(500);
-                if !pause.contains(&begin.elapsed()) {
-                    let _ = echo.send_to(&bytes[..len], from);
+                if Instant::now() < silent_until {
+                    continue;
+                }
+                let _ = echo.send_to(&bytes[..len], from);
+                if count.fetch_add(1, Ordering::AcqRel) + 1 == BEFORE {
+                    silent_until = Instant::now() + Duration::from_secs(1);
                 }
             }
         });
@@ -479,10 +494,13 @@ mod tests {
             }
         });
         let probe = Probe::start(&ports, false).expect("start");
-        thread::sleep(Duration::from_millis(800));
+        let end = Instant::now() + Duration::from_secs(120);
+        while answered.load(Ordering::Acquire) <= 2 * BEFORE && Instant::now() < end {
+            thread::sleep(Duration::from_millis(10));
+        }
         let record = probe.finish().expect("finish");
         let gap = record.udp.longest_gap().expect("gap");
-        assert!(gap.ended && gap.ms() >= 280.0, "{gap:?}");
+        assert!(gap.ended && gap.ms() >= 500.0, "{gap:?}");
         assert!(record.tcp.survived(), "{:?}", record.tcp);
     }
 }

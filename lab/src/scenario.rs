@@ -24,16 +24,19 @@ use crate::system::{self, System};
 use crate::{disk, initramfs, peer, probe, serial, tools};
 
 /// Longest time a host may take from reset or kexec to the end of its start-up.
-pub const BOOT_LIMIT: Duration = Duration::from_secs(180);
+pub const BOOT_LIMIT: Duration = Duration::from_secs(600);
 /// The same for a host with systemd.
-const SYSTEM_BOOT_LIMIT: Duration = Duration::from_secs(420);
-/// The same for the first start of one that starts by itself, which is tried again.
-const FIRST_START_LIMIT: Duration = Duration::from_secs(200);
+const SYSTEM_BOOT_LIMIT: Duration = Duration::from_secs(1200);
+/// Longest time until the first word of a host that was just started, which is
+/// started again after that.
+const FIRST_WORD_LIMIT: Duration = Duration::from_secs(480);
 /// Longest time a guest may take to answer.
-pub const GUEST_LIMIT: Duration = Duration::from_secs(240);
+pub const GUEST_LIMIT: Duration = Duration::from_secs(600);
 /// Longest wait for guests that were just started, and the part of each.
-const FIRST_BOOT_LIMIT: Duration = Duration::from_secs(60);
-const FIRST_BOOT_LIMIT_EACH: Duration = Duration::from_secs(30);
+const FIRST_BOOT_LIMIT: Duration = Duration::from_secs(240);
+const FIRST_BOOT_LIMIT_EACH: Duration = Duration::from_secs(60);
+/// How long a list of the VMs may take.
+const LIST_LIMIT: Duration = Duration::from_secs(120);
 /// How much of a guest's console an error shows.
 const CONSOLE_LINES: usize = 80;
 /// The last address byte of the first guest.
@@ -215,6 +218,11 @@ impl GuestSpec {
             autostart: true,
             append: String::new(),
         }
+    }
+
+    /// Its command line asks for the disk writer, which writes to a disk of its own.
+    pub fn has_disk_writer(&self) -> bool {
+        self.disk && !self.tools && self.append.contains("lab.disk_ms=")
     }
 
     /// Its command line asks for the slow-starting service.
@@ -518,16 +526,26 @@ impl Lab {
                     None => Ok(()),
                 }
             });
-            all.push(status.with_context(|| self.console_tail(guest))?);
+            match status {
+                Ok(status) => all.push(status),
+                Err(error) => {
+                    let error = error.context(self.console_tail(guest));
+                    return Err(self.blame(std::slice::from_ref(guest), error));
+                }
+            }
         }
         Ok(all)
     }
 
     /// The emulator's failure behind an error, where there is evidence of one.
     pub fn blame(&mut self, guests: &[GuestSpec], error: anyhow::Error) -> anyhow::Error {
+        if error.is::<EmulatorFailure>() {
+            return error;
+        }
         let checks = [self.machine.check()].into_iter();
         let exits = guests.iter().map(|guest| self.check_exit(guest));
-        let mut failures = checks.chain(exits).filter_map(Result::err);
+        let lists = std::iter::once_with(|| self.all_running(guests));
+        let mut failures = checks.chain(exits).chain(lists).filter_map(Result::err);
         match failures.find(|failure| failure.is::<EmulatorFailure>()) {
             Some(failure) => failure.context(format!("{error:#}")),
             None => error,
@@ -561,7 +579,8 @@ impl Lab {
 
     /// Fails with a VM's last words if one of the guests is not running.
     pub fn all_running(&self, guests: &[GuestSpec]) -> Result<()> {
-        let text = self.machine.exec_ok(&["hebe", "list", "--json"])?;
+        let list = ["hebe", "list", "--json"];
+        let text = self.machine.agent.exec(&list, b"", LIST_LIMIT)?.text();
         let list: serde_json::Value =
             serde_json::from_str(&text).context("hebe list printed no JSON")?;
         let rows = list.as_array().or_else(|| list["vms"].as_array());
@@ -622,16 +641,18 @@ pub fn host_files(kernel: KernelName) -> (String, String) {
     (format!("{folder}/vmlinuz"), format!("{folder}/initrd.img"))
 }
 
-/// Waits for the first boot. One that starts by itself has nothing of the product in
-/// it yet, so that where it does not come up the emulator failed.
+/// Waits for the first boot. Nothing of the product runs before the lab's agent
+/// does, so that where this never answers the emulator failed; nor is there any in a
+/// host that starts by itself.
 fn first_boot(machine: &mut Machine, options: &LabOptions) -> Result<HostStatus> {
-    if !options.starts_by_itself() {
-        return machine.wait_for_boot(None, options.boot_limit());
-    }
-    let boot = machine.wait_for_boot(None, FIRST_START_LIMIT);
-    boot.map_err(|error| {
-        let failure = machine.shut_down("the lab host");
-        failure.context(format!("{error:#}"))
+    let word = machine.wait_for_answer(None, false, FIRST_WORD_LIMIT);
+    let emulators = word.is_err() || options.starts_by_itself();
+    let boot = word.and_then(|_| machine.wait_for_boot(None, options.boot_limit()));
+    boot.map_err(|error| match emulators {
+        true => machine
+            .shut_down("the lab host")
+            .context(format!("{error:#}")),
+        false => error,
     })
 }
 

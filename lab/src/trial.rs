@@ -8,6 +8,7 @@ use lab_guest::proto::HostStatus;
 pub use lab_guest::status::GuestStatus;
 use serde::Serialize;
 
+use crate::agent::patience;
 use crate::assets::KernelName;
 use crate::peer;
 use crate::probe::{self, Probe, ProbeRecord};
@@ -15,12 +16,18 @@ use crate::progress::Progress;
 use crate::scenario::{GuestSpec, Lab, host_files};
 
 /// Longest time from the order to the next kernel's settled user space.
-const REBOOT_LIMIT: Duration = Duration::from_secs(420);
+const REBOOT_LIMIT: Duration = Duration::from_secs(1200);
 /// The same where systemd goes down before it and comes up after it.
-const SYSTEM_REBOOT_LIMIT: Duration = Duration::from_secs(900);
+const SYSTEM_REBOOT_LIMIT: Duration = Duration::from_secs(1800);
 /// How long guests are watched before the order and after the last of them
 /// answers again.
 const WATCH: Duration = Duration::from_secs(3);
+/// How long a guest's checkers may take to go on: what they do is small, and the
+/// guest runs on an emulated machine.
+const WORK_LIMIT: Duration = Duration::from_secs(300);
+/// How close a guest's clock is looked at, and how often at most.
+const UNSURE_MS: f64 = 100.0;
+const CLOCK_LOOKS: u32 = 10;
 /// Where the order's output goes in the lab host; outlives the kernel.
 const LOG: &str = "/data/reboot.log";
 
@@ -107,6 +114,9 @@ pub struct VmRow {
     pub wall_clock_off_before_ms: f64,
     /// And after, behind the new host kernel's.
     pub wall_clock_off_ms: f64,
+    /// How far off both of these together may be, because an answer's way through a
+    /// busy machine takes its time.
+    pub wall_clock_unsure_ms: f64,
     /// Longest time without an answer of the slow-starting service, asked
     /// twice a second; only where the guest has one.
     pub slow_service_downtime_ms: Option<f64>,
@@ -179,9 +189,10 @@ fn watched(
     argv: &[String],
     progress: &dyn Progress,
 ) -> Result<Trial> {
-    let before = lab.wait_for_guests(guests)?;
+    let up = lab.wait_for_guests(guests)?;
+    let before = at_work(lab, guests, &up)?;
     wait_for_slow(lab, guests)?;
-    let behind_before = clocks_behind_ms(lab, guests)?;
+    let behind_before = clocks_behind(lab, guests)?;
     let host_before = lab.boot.clone();
     let mut probes = Vec::new();
     for guest in guests {
@@ -200,8 +211,8 @@ fn watched(
     wait_for_slow(lab, guests)?;
     std::thread::sleep(WATCH);
     lab.machine.check()?;
-    let after = lab.wait_for_guests(guests)?;
-    let behind_after = clocks_behind_ms(lab, guests)?;
+    let after = at_work(lab, guests, &first)?;
+    let behind_after = clocks_behind(lab, guests)?;
     for guest in guests {
         if let Some(alarm) = lab.guest_alarms(guest).first() {
             bail!("the kernel of {} is in trouble: {alarm}", guest.name);
@@ -258,13 +269,10 @@ fn order(lab: &mut Lab, argv: &[&str]) -> Result<HostStatus> {
         Some(_) => SYSTEM_REBOOT_LIMIT,
         None => REBOOT_LIMIT,
     };
-    let end = Instant::now() + limit;
+    let begun = Instant::now();
+    let end = begun + limit;
     let agent = lab.machine.agent;
-    let same_kernel = || {
-        agent
-            .status(Duration::from_secs(2))
-            .map(|s| s.boot_id == old)
-    };
+    let same_kernel = || agent.status(patience(begun)).map(|s| s.boot_id == old);
     loop {
         match same_kernel() {
             Ok(false) => break,
@@ -348,7 +356,7 @@ fn row(
     guest: &GuestSpec,
     [before, first, after]: [&GuestStatus; 3],
     raw: &ProbeRecord,
-    behind_ms: [f64; 2],
+    behind: [Behind; 2],
 ) -> Result<VmRow> {
     let gap = raw.udp.longest_gap();
     let gap = gap.with_context(|| format!("{} never answered a probe", guest.name))?;
@@ -373,8 +381,9 @@ fn row(
             && first.memory_check.verified >= before.memory_check.verified,
         downtime_ms: gap.ms(),
         monotonic_backwards: after.monotonic_backwards,
-        wall_clock_off_before_ms: behind_ms[0],
-        wall_clock_off_ms: behind_ms[1],
+        wall_clock_off_before_ms: behind[0].ms,
+        wall_clock_off_ms: behind[1].ms,
+        wall_clock_unsure_ms: behind[0].unsure_ms + behind[1].unsure_ms,
         slow_service_downtime_ms: raw
             .slow
             .as_ref()
@@ -383,22 +392,73 @@ fn row(
     })
 }
 
+/// Waits until the memory checkers, and the disk writers of guests that have one,
+/// have gone on since they told `since`; as they are when they do not, for whoever
+/// judges them.
+fn at_work(lab: &mut Lab, guests: &[GuestSpec], since: &[GuestStatus]) -> Result<Vec<GuestStatus>> {
+    let end = Instant::now() + WORK_LIMIT;
+    loop {
+        let now = lab.wait_for_guests(guests)?;
+        let mut rows = guests.iter().zip(since.iter().zip(&now));
+        let all = rows.all(|(guest, (since, now))| has_worked(guest, since, now));
+        if all || Instant::now() > end {
+            return Ok(now);
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+}
+
+fn has_worked(guest: &GuestSpec, since: &GuestStatus, now: &GuestStatus) -> bool {
+    let written = |status: &GuestStatus| status.disk.as_ref().map_or(0, |disk| disk.fsyncs);
+    let checked =
+        guest.memcheck_mib == 0 || now.memory_check.verified > since.memory_check.verified;
+    let wrote = !guest.has_disk_writer() || written(now) > written(since);
+    since.boot_id != now.boot_id || (checked && wrote)
+}
+
+/// A guest's wall clock beside its host's.
+#[derive(Clone, Copy, Debug)]
+struct Behind {
+    /// How far it is behind it.
+    ms: f64,
+    /// And how far off that may be.
+    unsure_ms: f64,
+}
+
 /// How far each guest's wall clock is behind the host's. The host's own clock
 /// starts from a hardware clock with whole seconds, so it is no measure of
-/// the time here.
-fn clocks_behind_ms(lab: &Lab, guests: &[GuestSpec]) -> Result<Vec<f64>> {
-    let limit = Duration::from_secs(10);
-    let behind_ms = |guest: &GuestSpec| -> Result<f64> {
+/// the time here. It is read before the guest's and after it: the guest's was read
+/// in between, however long that took.
+fn clocks_behind(lab: &Lab, guests: &[GuestSpec]) -> Result<Vec<Behind>> {
+    let limit = Duration::from_secs(20);
+    let host_ns = || -> Result<i128> { Ok(lab.machine.agent.status(limit)?.realtime_ns.into()) };
+    let look = |guest: &GuestSpec| -> Result<Behind> {
+        let earliest = host_ns()?;
         let status = probe::guest_status(&lab.ports(guest)?, limit);
         let status = status.with_context(|| format!("{} does not tell the time", guest.name))?;
-        let guest_ns = status.realtime_ns;
-        let host_ns = lab.machine.agent.status(limit)?.realtime_ns;
-        Ok((i128::from(host_ns) - i128::from(guest_ns)) as f64 / 1e6)
+        let latest = host_ns()?;
+        let twice = earliest + latest - 2 * i128::from(status.realtime_ns);
+        Ok(Behind {
+            ms: twice as f64 / 2e6,
+            unsure_ms: (latest - earliest).max(0) as f64 / 2e6,
+        })
     };
-    guests
-        .iter()
-        .map(|guest| again(|| behind_ms(guest)))
-        .collect()
+    let closest = |guest: &GuestSpec| -> Result<Behind> {
+        let mut best = again(|| look(guest))?;
+        for _ in 1..CLOCK_LOOKS {
+            if best.unsure_ms <= UNSURE_MS {
+                break;
+            }
+            let next = again(|| look(guest))?;
+            best = if next.unsure_ms < best.unsure_ms {
+                next
+            } else {
+                best
+            };
+        }
+        Ok(best)
+    };
+    guests.iter().map(closest).collect()
 }
 
 /// Asks again a few times: QEMU's user network may lose a connection while

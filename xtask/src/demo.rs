@@ -210,14 +210,15 @@ pub fn check(trial: &Trial) -> Result<()> {
         ensure!(vm.tcp_session_survived, "{name}: its TCP session broke");
         let drift_ms = vm.wall_clock_off_ms - vm.wall_clock_off_before_ms;
         ensure!(
-            drift_ms.abs() < WALL_CLOCK_DRIFT_MS_MAX,
-            "{name}: its wall clock is {drift_ms:.0} ms off from where it was"
+            drift_ms.abs() < WALL_CLOCK_DRIFT_MS_MAX + vm.wall_clock_unsure_ms,
+            "{name}: its wall clock is {drift_ms:.0} ms off from where it was, {:.0} ms more or less",
+            vm.wall_clock_unsure_ms
         );
     }
     Ok(())
 }
 
 /// A guest's clock may be off from its boot on, which is slow here; the reboot
-/// must not move it. The promise is 100 ms; the status page's way through an
-/// emulated machine is part of what is measured.
+/// must not move it. The promise is 100 ms; the emulated machine is slow, and how
+/// long the clocks took to be read comes on top.
 const WALL_CLOCK_DRIFT_MS_MAX: f64 = 500.0;

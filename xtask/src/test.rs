@@ -68,7 +68,7 @@ const LAB_LANES: usize = 2;
 /// comes from a suite that changes every day, and may be broken on one.
 const ONLY_FULL: &[&str] = &["lab: live update by systemd"];
 /// How often a check is repeated because the emulated processor failed.
-const EMULATOR_FAILURES: u32 = 2;
+const EMULATOR_FAILURES: u32 = 4;
 
 const CHECKS: &[Check] = &[
     Check {

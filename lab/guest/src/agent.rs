@@ -19,6 +19,10 @@ use lab_guest::proto::{
 
 use crate::{dax, sys};
 
+/// How long the output of a program that ended is waited for, where somebody else
+/// holds it open: on a busy machine it takes a moment until all of it is read.
+const LEFT_OPEN: Duration = Duration::from_secs(5);
+
 /// The running agent, as the host role sees it.
 pub struct Agent {
     /// Set when init has done everything.
@@ -250,10 +254,8 @@ fn collect(mut from: impl Read + Send + 'static) -> Arc<Collected> {
 }
 
 fn finish(collected: &Collected) -> Vec<u8> {
-    for _ in 0..100 {
-        if collected.closed.load(Ordering::Acquire) {
-            break;
-        }
+    let end = Instant::now() + LEFT_OPEN;
+    while !collected.closed.load(Ordering::Acquire) && Instant::now() < end {
         thread::sleep(Duration::from_millis(5));
     }
     collected

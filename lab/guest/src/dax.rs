@@ -33,7 +33,7 @@ pub fn make_devdax() -> Result<()> {
     )?;
     write(&format!("{dax}/namespace"), "namespace0.0")?;
     write(&format!("{nd}/drivers/dax_pmem/bind"), "dax0.0")?;
-    if !wait_for(device, Duration::from_secs(5)) {
+    if !wait_for(device, Duration::from_secs(60)) {
         bail!("the kernel made no /dev/dax0.0");
     }
     Ok(())

@@ -14,6 +14,8 @@ use serde_json::{Value, json};
 
 /// Events kept until somebody waits for them; older ones are dropped.
 const EVENTS_MAX: usize = 256;
+/// How long QEMU may say nothing, on a computer that is busy.
+const SILENCE: Duration = Duration::from_secs(120);
 
 /// A connection to one QEMU.
 pub struct Qmp {
@@ -35,7 +37,7 @@ impl Qmp {
                 Err(_) => std::thread::sleep(Duration::from_millis(5)),
             }
         };
-        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        stream.set_read_timeout(Some(SILENCE))?;
         let reader = BufReader::new(stream.try_clone()?);
         let mut qmp = Self {
             stream,
@@ -67,7 +69,7 @@ impl Qmp {
 
     /// Waits for the first event that `wanted` says yes to; those before it
     /// are given to `wanted`, too, and gone then. Fails when QEMU says nothing
-    /// at all for 20 seconds.
+    /// at all for two minutes.
     pub fn wait_for(&mut self, mut wanted: impl FnMut(&Value) -> bool) -> Result<Value> {
         loop {
             let event = match self.events.pop_front() {

@@ -18,10 +18,10 @@ const ROOT: &str = "/sysroot";
 const ROOT_DEVICE: &str = "/dev/vda1";
 const DATA_DEVICE: &str = "/dev/vdb";
 /// How long the disks may take to appear.
-const DISKS: Duration = Duration::from_secs(20);
+const DISKS: Duration = Duration::from_secs(120);
 
 /// How long the bridge may take.
-const BRIDGE: Duration = Duration::from_secs(120);
+const BRIDGE: Duration = Duration::from_secs(300);
 
 /// As PID 1: mounts the root and becomes its init. Comes back with an error
 /// alone.

@@ -211,7 +211,7 @@ impl Rig {
     pub fn drop_vm(&mut self) -> Result<()> {
         self.vm = None;
         // A thread that was joined may still be listed for an instant.
-        let until = Instant::now() + Duration::from_secs(5);
+        let until = Instant::now() + Duration::from_secs(60);
         loop {
             let left = Footprint::now()?;
             if left == self.idle {

@@ -8,8 +8,8 @@ use suspend_loop::faults;
 use suspend_loop::loops::{Options, run};
 use suspend_loop::rig::Plan;
 
-const TRIAL_MAX: Duration = Duration::from_secs(5);
-const PROGRESS_MAX: Duration = Duration::from_secs(20);
+const TRIAL_MAX: Duration = Duration::from_secs(20);
+const PROGRESS_MAX: Duration = Duration::from_secs(120);
 const SEED: u64 = 0x2007;
 
 /// Past the test harness, which keeps the output of tests that pass.
