@@ -33,7 +33,7 @@ const LOOK_EVERY_S: u32 = 4;
 /// The host's RAM and the part of it that the store has, in MiB.
 const MEMORY_MIB: [u64; 2] = [2048, 384];
 /// Longest time from a boot to the reboot that the policy orders.
-const TOOTH_LIMIT: Duration = Duration::from_secs(900);
+const TOOTH_LIMIT: Duration = Duration::from_secs(1800);
 /// How long the last tooth may go on.
 const END_LIMIT: Duration = Duration::from_secs(3600);
 /// The host's memory stands still when it changes in so many seconds by less
@@ -41,13 +41,17 @@ const END_LIMIT: Duration = Duration::from_secs(3600);
 const STILL_S: u64 = 8;
 const STILL_PART: u64 = 10;
 /// How long that is waited for.
-const STILL_LIMIT: Duration = Duration::from_secs(120);
+const STILL_LIMIT: Duration = Duration::from_secs(300);
+/// How long the host may take to tell how it is.
+const STATUS_WAIT: Duration = Duration::from_secs(10);
 /// Samples of a boot that show that the leak is gone, and comes again.
 const SAMPLES_AFTER: usize = 15;
-/// The policy of the host, without what `hebe reboot` is told.
+/// How long a boot lasts at least before the policy reboots the host, in seconds;
+/// and how long the leak does, whose prediction is better the longer it was seen.
+const UPTIME_S: u64 = 180;
+const LEAK_S: u64 = 120;
+/// The policy of the host, without what `hebe reboot` is told, and when.
 const POLICY: &str = r#"
-least_uptime = "3min"
-
 [[rule]]
 when = "ageing"
 exhausted_within = "2h"
@@ -152,9 +156,9 @@ pub fn run(assets: &Assets, plan: Plan, found: &mut Found, progress: &dyn Progre
     scene.lab.start(std::slice::from_ref(&scene.guest))?;
     scene.quiet(progress)?;
     scene.set_up()?;
-    for number in 0..plan.teeth {
-        progress.step(&format!("leak {} of {}", number + 1, plan.teeth));
-        let tooth = scene.tooth()?;
+    for number in 1..=plan.teeth {
+        progress.step(&format!("leak {number} of {}", plan.teeth));
+        let tooth = scene.tooth(number == plan.teeth)?;
         progress.note(&format!("  {}", words(&tooth)));
         found.teeth.push(tooth);
     }
@@ -223,8 +227,13 @@ impl Scene {
     /// boot.
     fn set_up(&self) -> Result<()> {
         let words = self.lab.reboot_arguments(KERNEL);
-        let policy = format!("reboot = {}\n{POLICY}", serde_json::to_string(&words)?);
         let agent = &self.lab.machine.agent;
+        let up_s = agent.status(STATUS_WAIT)?.uptime_ms / 1000;
+        let policy = format!(
+            "reboot = {}\nleast_uptime = \"{}s\"\n{POLICY}",
+            serde_json::to_string(&words)?,
+            UPTIME_S.max(up_s + LEAK_S)
+        );
         agent.put("/etc/hebe/policy.toml", 0o644, policy.as_bytes())?;
         let services = [
             format!("/bin/hebed --sample-every {SAMPLE_EVERY_S} --look-every {LOOK_EVERY_S}"),
@@ -245,12 +254,16 @@ impl Scene {
         wait_for_guest(&ports, GUEST_LIMIT, || machine.check())
     }
 
-    /// One boot: until the host reboots itself, and its VM goes on.
-    fn tooth(&mut self) -> Result<Tooth> {
+    /// One boot: until the host reboots itself, and its VM goes on. After the last
+    /// one nothing reboots it again, however long it is looked at.
+    fn tooth(&mut self, last_one: bool) -> Result<Tooth> {
         let before = self.guest_status()?;
         let said_before = self.log()?.len();
         let (flagged, last) = self.watch(TOOTH_LIMIT, false)?;
         self.lab.wait_for_next_boot()?;
+        if last_one {
+            self.no_policy()?;
+        }
         let after = self.guest_status()?;
         lives_on(&before, &after)?;
         let log = self.log()?;
@@ -275,7 +288,7 @@ impl Scene {
         ensure!(report["method"] == "warm", "{}", report["method"]);
         let flagged = flagged.context("the host rebooted before anything was flagged")?;
         let last = last.unwrap_or_else(|| flagged.clone());
-        let risen = self.available()?;
+        let risen = self.available_at_first()?;
         ensure!(
             risen > last.available + self.leaked_least(),
             "the leak is not gone: {:.0} bytes before the reboot, {risen:.0} after",
@@ -306,7 +319,7 @@ impl Scene {
         let (mut flagged, mut last) = (None::<Prediction>, None::<Prediction>);
         while Instant::now() < end {
             std::thread::sleep(Duration::from_millis(700));
-            let status = self.lab.machine.agent.status(Duration::from_secs(2));
+            let status = self.lab.machine.agent.status(STATUS_WAIT);
             if status.as_ref().is_ok_and(|s| s.boot_id != old) {
                 return Ok((flagged, last));
             }
@@ -358,22 +371,26 @@ impl Scene {
         })
     }
 
-    /// What the running boot has left, by its newest sample.
-    fn available(&self) -> Result<f64> {
+    /// What the running boot had left at its first sample: it leaks, too, from then
+    /// on, whoever looks at it when.
+    fn available_at_first(&self) -> Result<f64> {
         let end = Instant::now() + GUEST_LIMIT;
-        loop {
-            let age = self.age();
-            let memory = age.as_ref().and_then(|age| {
-                let mut findings = age["findings"].as_array()?.iter();
-                let memory = findings.find(|f| f["indicator"] == "memory-available")?;
-                memory["last"]["value"].as_f64()
-            });
-            match memory {
-                Some(bytes) => return Ok(bytes),
-                None if Instant::now() < end => std::thread::sleep(Duration::from_millis(500)),
-                None => bail!("the new boot takes no samples: {}", self.log()?),
-            }
+        while self
+            .age()
+            .is_none_or(|age| age["samples"].as_u64().is_none_or(|n| n == 0))
+        {
+            ensure!(
+                Instant::now() < end,
+                "the new boot takes no samples: {}",
+                self.log()?
+            );
+            std::thread::sleep(Duration::from_millis(500));
         }
+        let samples = self.samples()?;
+        let boot = samples.last().context("no samples")?.boot;
+        let first = samples.iter().find(|sample| sample.boot == boot);
+        let memory = first.and_then(|sample| sample.readings[0]);
+        Ok(memory.context("a sample without memory")?.value)
     }
 
     /// Waits for enough samples of the running boot to be seen in a chart.
@@ -389,10 +406,14 @@ impl Scene {
         }
     }
 
+    fn no_policy(&self) -> Result<()> {
+        let agent = &self.lab.machine.agent;
+        agent.put("/etc/hebe/policy.toml", 0o644, NEVER.as_bytes())
+    }
+
     /// Takes the policy away, and lets the leak go on until memory is exhausted.
     fn end(&mut self) -> Result<End> {
-        let agent = &self.lab.machine.agent;
-        agent.put("/etc/hebe/policy.toml", 0o644, NEVER.as_bytes())?;
+        self.no_policy()?;
         let (flagged, _) = self.watch(END_LIMIT, true)?;
         let flagged = flagged.context("nothing was flagged")?;
         let samples = self.samples()?;

@@ -2,7 +2,7 @@
 //! any instant: afterwards every VM runs, is frozen and listed, or is gone
 //! with a reason; what runs is what it was.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use lab::assets::KernelName;
@@ -19,6 +19,10 @@ const KERNEL: KernelName = KernelName::V6_1Cloud;
 const FIRST_SLOT: u64 = 0x2000;
 /// A byte well inside any state.
 const INTO_STATE: u64 = 200;
+/// How long a VM may take to come to where it stays, and how often in a row it is
+/// seen there.
+const PATIENCE: Duration = Duration::from_secs(180);
+const STAYS: u32 = 3;
 
 /// Two guests go through everything.
 pub fn run(scene: &Scene) -> Result<()> {
@@ -197,11 +201,9 @@ fn given_up(lab: &mut Lab, guests: &[GuestSpec], progress: &dyn Progress) -> Res
     let path = "/etc/hebe/vms/nowhere.toml";
     lab.machine.agent.put(path, 0o644, definition.as_bytes())?;
     lab.machine.exec_ok(&["hebe", "start", "nowhere"])?;
+    let end = Instant::now() + PATIENCE;
     let mut now = state(lab, "nowhere")?;
-    for _ in 0..100 {
-        if now.0 == "paused" {
-            break;
-        }
+    while now.0 != "paused" && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(300));
         now = state(lab, "nowhere")?;
     }
@@ -311,15 +313,16 @@ fn kills(lab: &mut Lab, guests: &[GuestSpec], rounds: u32) -> Result<()> {
 
 /// A killed `hebe` may leave its VMM at work: waits until the state stays.
 fn settle(lab: &Lab, name: &str) -> Result<(String, String)> {
-    for _ in 0..50 {
-        let first = state(lab, name)?;
+    let end = Instant::now() + PATIENCE;
+    let (mut last, mut same) = (state(lab, name)?, 0);
+    while same < STAYS && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(300));
-        let (second, why) = state(lab, name)?;
-        if first.0 == second && !matches!(second.as_str(), "paused" | "starting") {
-            return Ok((second, why));
-        }
+        let now = state(lab, name)?;
+        let stays = now.0 == last.0 && !matches!(now.0.as_str(), "paused" | "starting");
+        same = if stays { same + 1 } else { 0 };
+        last = now;
     }
-    state(lab, name)
+    Ok(last)
 }
 
 /// The reset button with one VM frozen and one running: the frozen one

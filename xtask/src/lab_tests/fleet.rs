@@ -29,8 +29,13 @@ const NEW: KernelName = KernelName::V7_3Cloud;
 /// The computer outside, as the host sees it.
 const OUTSIDE: &str = "10.0.2.2";
 /// Longest wait for etcd, and for what the host does by itself.
-const ETCD_LIMIT: Duration = Duration::from_secs(60);
-const TURN_LIMIT: Duration = Duration::from_secs(240);
+const ETCD_LIMIT: Duration = Duration::from_secs(180);
+const TURN_LIMIT: Duration = Duration::from_secs(900);
+/// How often etcd is started, for whom a port that was free may be taken.
+const ETCD_STARTS: u32 = 5;
+/// How long a host asks for a slot that it must not get, and for one that it must.
+const HELD: Span = Span::seconds(2);
+const FREE: Span = Span::seconds(120);
 const DAEMON_LOG: &str = "/data/hebed.log";
 
 /// One boot of the host, and two reboots under its VM.
@@ -179,7 +184,7 @@ fn held(lab: &mut Lab, guest: &GuestSpec, next: &Member) -> Result<()> {
         "the slot is {:?}",
         slot.phase
     );
-    match wants(next) {
+    match wants(next, HELD) {
         Err(Stop::NoSlot(why)) => ensure!(why.contains("node1"), "it says: {why}"),
         Err(other) => bail!("the next host was held otherwise: {other}"),
         Ok(()) => bail!("the next host began beside a VM that does not answer"),
@@ -191,16 +196,16 @@ fn held(lab: &mut Lab, guest: &GuestSpec, next: &Member) -> Result<()> {
         after.boot_id == before.boot_id,
         "the guest is not what it was"
     );
-    if let Err(stop) = wants(next) {
+    if let Err(stop) = wants(next, FREE) {
         bail!("the next host does not go on: {stop}");
     }
     Ok(())
 }
 
-/// Asks for a slot for a short time; its lease ends by itself.
-fn wants(next: &Member) -> Result<(), Stop> {
+/// Asks for a slot so long; its lease ends by itself.
+fn wants(next: &Member, patience: Span) -> Result<(), Stop> {
     let slot = next.new_slot().map_err(|e| Stop::NoSlot(e.to_string()))?;
-    let times = next.config.times(Span::seconds(2));
+    let times = next.config.times(patience);
     Order::take(&next.slots, slot, times, &|_| {}).map(drop)
 }
 
@@ -231,14 +236,26 @@ struct Etcd {
 
 impl Etcd {
     fn start(program: &Path, dir: &Path) -> Result<Self> {
-        let port = || -> Result<u16> {
-            let listener = TcpListener::bind("127.0.0.1:0").context("no port")?;
-            Ok(listener.local_addr()?.port())
-        };
-        let (clients, peers) = (port()?, port()?);
+        for _ in 1..ETCD_STARTS {
+            if let Ok(etcd) = Self::start_once(program, dir) {
+                return Ok(etcd);
+            }
+        }
+        Self::start_once(program, dir)
+    }
+
+    fn start_once(program: &Path, dir: &Path) -> Result<Self> {
+        let port = || TcpListener::bind("127.0.0.1:0").context("no port");
+        // Both are held until both are known, so that they are two.
+        let held = [port()?, port()?];
+        let (clients, peers) = (held[0].local_addr()?.port(), held[1].local_addr()?.port());
+        drop(held);
         let url = |port: u16| format!("http://127.0.0.1:{port}");
         let child = Command::new(program)
-            .arg(format!("--data-dir={}", dir.join("etcd").display()))
+            .arg(format!(
+                "--data-dir={}",
+                dir.join(format!("etcd-{clients}")).display()
+            ))
             .arg(format!("--listen-client-urls={}", url(clients)))
             .arg(format!("--advertise-client-urls={}", url(clients)))
             .arg(format!("--listen-peer-urls={}", url(peers)))
@@ -249,13 +266,14 @@ impl Etcd {
             .stderr(Stdio::null())
             .spawn()
             .context("etcd does not start")?;
-        let etcd = Self {
+        let mut etcd = Self {
             child,
             port: clients,
         };
         let member = etcd.member("next", "127.0.0.1", dir)?;
         let end = Instant::now() + ETCD_LIMIT;
         while let Err(error) = member.slots.all() {
+            ensure!(etcd.child.try_wait()?.is_none(), "etcd ended");
             ensure!(Instant::now() < end, "etcd does not answer: {error}");
             thread::sleep(Duration::from_millis(100));
         }

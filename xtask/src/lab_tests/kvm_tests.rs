@@ -14,7 +14,7 @@ use crate::test::Scene;
 /// The packages whose tests run guests; of the first those of KVM itself.
 const PACKAGES: [&str; 2] = ["hebe-kvm", "hebe-vmm"];
 /// Longest run of one test program.
-const LIMIT: Duration = Duration::from_secs(600);
+const LIMIT: Duration = Duration::from_secs(2400);
 /// How a test says that it did not run.
 const SKIPPED: &str = "skipped";
 

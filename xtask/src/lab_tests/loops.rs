@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lab::binaries::{Binaries, HEBE, HEBE_VMM, Program};
-use lab::machine::Accelerator;
+use lab::machine::{Accelerator, UNDELIVERED};
 use lab::scenario::{Lab, LabOptions};
 
 use crate::test::Scene;
@@ -22,7 +22,9 @@ const SUSPEND_LOOP: Program = Program {
 };
 
 /// Longest run of the program in the emulated machine.
-const LIMIT: Duration = Duration::from_secs(900);
+const LIMIT: Duration = Duration::from_secs(3600);
+/// How long a guest that was resumed may take to make progress.
+const PROGRESS: [&str; 2] = ["--progress-s", "240"];
 /// The many loops.
 const LOOPS: &str = "1000";
 const LOOPS_FULL: &str = "10000";
@@ -60,7 +62,7 @@ fn here(scene: &Scene, loops: &str) -> Result<bool> {
     scene
         .progress
         .step(&format!("{loops} suspends and resumes on /dev/kvm"));
-    let output = runs(&["--loops", loops, "--vcpus", "2"])?;
+    let output = runs(&[&["--loops", loops, "--vcpus", "2"][..], &PROGRESS].concat())?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     tell("/dev/kvm", &text);
     ensure!(
@@ -84,11 +86,18 @@ fn emulated(scene: &Scene, loops: &str) -> Result<()> {
     scene.progress.step(&format!(
         "fault checks, and {loops} suspends and resumes in the emulated machine"
     ));
-    let argv = ["suspend-loop", "--loops", loops, "--vcpus", "2", "--faults"];
+    let argv = [
+        &["suspend-loop", "--loops", loops, "--vcpus", "2", "--faults"][..],
+        &PROGRESS,
+    ];
+    let argv = argv.concat();
     let output = lab.machine.agent.exec(&argv, b"", LIMIT)?;
     let text = output.all_text();
     tell("emulated", &text);
-    if text.contains(SHUT_DOWN) {
+    if [SHUT_DOWN, UNDELIVERED]
+        .iter()
+        .any(|word| text.contains(word))
+    {
         return Err(lab.machine.shut_down("a guest"));
     }
     ensure!(output.ok(), "suspend-loop found something: {text}");

@@ -147,7 +147,7 @@ fn reboots(lab: &Lab) -> Result<()> {
     let now = lab
         .machine
         .agent
-        .status(std::time::Duration::from_secs(10))?;
+        .status(std::time::Duration::from_secs(120))?;
     ensure!(now.boot_id == boot_id, "a refused reboot rebooted the host");
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use lab::assets::KernelName;
 use lab::probe;
-use lab::scenario::{GuestSpec, Lab, LabOptions};
+use lab::scenario::{GUEST_LIMIT, GuestSpec, Lab, LabOptions};
 use lab::trial::{self, Method, Trial};
 use lab_guest::status::GenerationCheck;
 
@@ -196,16 +196,9 @@ fn what_is_there(lab: &Lab) -> String {
 /// Its VMM can exhaust neither memory nor tasks: systemd did as it was told, and the
 /// kernel says so.
 fn limited(lab: &Lab, guest: &GuestSpec) -> Result<()> {
-    let text = lab
-        .machine
-        .exec_ok(&["/usr/bin/hebe", "show", &guest.name, "--json"])?;
-    let shown: serde_json::Value = serde_json::from_str(&text)?;
+    let shown = in_its_scope(lab, &guest.name)?;
     let limits = &shown["limits"];
     let scope = limits["path"].as_str().context("no group")?;
-    ensure!(
-        scope.starts_with(&format!("/hebe.slice/hebe-vm-{}-", guest.name)),
-        "{scope}"
-    );
     let read = |file: &str| -> Result<u64> {
         let path = format!("/sys/fs/cgroup{scope}/{file}");
         let text = lab.machine.exec_ok(&["cat", &path])?;
@@ -236,10 +229,26 @@ fn limited(lab: &Lab, guest: &GuestSpec) -> Result<()> {
     Ok(())
 }
 
+/// What `hebe show` says of a VM in its scope. Whoever starts it waits for systemd for
+/// a moment alone, and an emulated one may take longer.
+pub(super) fn in_its_scope(lab: &Lab, name: &str) -> Result<serde_json::Value> {
+    let scope = format!("/hebe.slice/hebe-vm-{name}-");
+    let end = Instant::now() + GUEST_LIMIT;
+    loop {
+        let shown = super::json(lab, &["/usr/bin/hebe", "show", name, "--json"])?;
+        let path = shown["limits"]["path"].as_str();
+        if path.is_some_and(|path| path.starts_with(&scope)) {
+            return Ok(shown);
+        }
+        ensure!(Instant::now() < end, "it is not in its scope: {shown}");
+        std::thread::sleep(Duration::from_millis(500));
+    }
+}
+
 fn stop_by_hand(lab: &Lab, guest: &GuestSpec, boot_id: &str) -> Result<()> {
     lab.machine
         .exec_ok(&["systemctl", "stop", "hebe-freeze.service"])?;
-    let status = probe::guest_status(&lab.ports(guest)?, Duration::from_secs(30))?;
+    let status = probe::wait_for_guest(&lab.ports(guest)?, GUEST_LIMIT, || Ok(()))?;
     ensure!(status.boot_id == boot_id, "the guest was touched");
     let (state, why) = state(lab, &guest.name)?;
     ensure!(state == "running", "{state}: {why}");
@@ -259,10 +268,15 @@ fn stop_by_hand(lab: &Lab, guest: &GuestSpec, boot_id: &str) -> Result<()> {
 
 /// The guest's kernel looks at the ID, and was told this often that it changed.
 fn generation(lab: &Lab, guest: &GuestSpec, changes: u64) -> Result<()> {
-    let end = Instant::now() + Duration::from_secs(30);
+    let end = Instant::now() + GUEST_LIMIT;
     loop {
         let ports = lab.ports(guest)?;
-        let body = probe::http_get(ports.http, "/generation", Duration::from_secs(30))?;
+        let body = match probe::http_get(ports.http, "/generation", Duration::from_secs(30)) {
+            Ok(body) => body,
+            // A connection may be lost on its way.
+            Err(_) if Instant::now() < end => continue,
+            Err(error) => return Err(error),
+        };
         let found: GenerationCheck = serde_json::from_slice(&body)?;
         ensure!(found.bound, "no driver is bound to the generation ID");
         if found.changes == changes {
