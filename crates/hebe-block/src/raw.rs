@@ -25,7 +25,7 @@ pub const SECTOR_SIZE: u64 = 512;
 /// How long a taken lock is asked for. Where one who held it looked at the disk
 /// and forked just then, as a daemon does that starts VMs, the child has the
 /// lock until it calls `execve`.
-const FORKED_WAIT: Duration = Duration::from_millis(200);
+const FORKED_WAIT: Duration = Duration::from_secs(1);
 
 /// Why a disk cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -614,7 +614,7 @@ fn lock(file: &File, path: &Path, readonly: bool) -> Result<(), BlockError> {
         return match rustix::fs::flock(file, how) {
             Ok(()) => Ok(()),
             Err(Errno::WOULDBLOCK) if Instant::now() < deadline => {
-                thread::sleep(FORKED_WAIT / 100);
+                thread::sleep(FORKED_WAIT / 500);
                 continue;
             }
             Err(Errno::INTR) => continue,
@@ -701,7 +701,7 @@ mod tests {
         assert_eq!(disk_change(&saved, &now), None);
         // File systems may count time in ticks.
         let change = || disk_change(&saved, &disk.identity().expect("identity"));
-        let until = Instant::now() + Duration::from_secs(10);
+        let until = Instant::now() + Duration::from_secs(120);
         while change().is_none() {
             assert!(Instant::now() < until, "a write does not show");
             disk.write_at(&[1; 512], 0).expect("write");
@@ -827,7 +827,7 @@ mod tests {
         let of_child = of_child.expect("open");
         rustix::fs::flock(&of_child, FlockOperation::NonBlockingLockExclusive).expect("free");
         let child = thread::spawn(move || {
-            thread::sleep(FORKED_WAIT / 10);
+            thread::sleep(FORKED_WAIT / 50);
             drop(of_child);
         });
         BlockBackend::open(file.path(), false).expect("waited for");

@@ -18,7 +18,7 @@ use rustix::fs::{FlockOperation, flock};
 /// The file that is locked.
 const LOCK: &str = "lock";
 /// How long one who takes a lock waits for those who only look at it.
-const LOOKERS_WAIT: Duration = Duration::from_millis(200);
+const LOOKERS_WAIT: Duration = Duration::from_secs(2);
 
 /// The held lock of one VM.
 #[derive(Debug)]
