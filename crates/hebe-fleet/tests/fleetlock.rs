@@ -121,9 +121,9 @@ fn config(url: &str) -> FleetConfig {
         host: None,
         at_most: 1,
         give_up_after: Span::minutes(2),
-        lease: Span::seconds(5),
+        lease: Span::seconds(15),
         patience: Span::minutes(1),
-        request_timeout: Span::seconds(1),
+        request_timeout: Span::seconds(5),
         always: false,
         etcd: None,
         fleetlock: Some(FleetLockConfig {
@@ -297,9 +297,8 @@ fn a_server_that_is_none_or_does_not_answer_gives_no_slot() {
     // It accepts, and never answers.
     let mute = TcpListener::bind("127.0.0.1:0").expect("port");
     let mute_url = format!("http://{}", mute.local_addr().expect("address"));
-    let closed = TcpListener::bind("127.0.0.1:0").expect("port");
-    let closed_url = format!("http://{}", closed.local_addr().expect("address"));
-    drop(closed);
+    // Nobody listens there; a port that was free may be somebody's a moment later.
+    let closed_url = "http://127.0.0.1:1".to_owned();
     let odd = Server::start(Some("<html>it works</html>"));
     for url in [&mute_url, &closed_url, &odd.url] {
         let config = config(url);
@@ -314,7 +313,7 @@ fn a_server_that_is_none_or_does_not_answer_gives_no_slot() {
         assert!(why.contains("nobody keeps the slots"), "{why}");
         let kept = give_up(&a, slot, times(&config), &quiet).expect_err("nobody heard it");
         assert!(kept.to_string().contains("hebe fleet release"), "{kept}");
-        assert!(begun.elapsed() < Duration::from_secs(15));
+        assert!(begun.elapsed() < Duration::from_secs(120));
     }
     let angry = Server::start(Some("{\"kind\": \"on\\nfire\", \"value\": \"help\"}"));
     let config = config(&angry.url);

@@ -100,7 +100,7 @@ fn without_etcd_one_sentence_says_so() {
     let Some(mut server) = Server::start(1) else {
         return;
     };
-    let a = Host::of(&server, "a");
+    let a = Host::hasty(&server, "a");
     server.kill(0);
     for line in ["fleet status", "fleet unlock b --yes"] {
         a.says(line, 1, "nobody keeps the slots of this group just now");

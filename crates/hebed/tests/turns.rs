@@ -32,7 +32,7 @@ fn host(dir: &Path, server: &Server, policy: &str) -> Host {
         fs::create_dir_all(dir.join(sub)).expect("folder");
     }
     let fleet = format!(
-        "group = \"rack1\"\nhost = \"a\"\nlease = \"6s\"\nrequest_timeout = \"1s\"\n[etcd]\nendpoints = {:?}\n",
+        "group = \"rack1\"\nhost = \"a\"\nlease = \"60s\"\nrequest_timeout = \"20s\"\n[etcd]\nendpoints = {:?}\n",
         server.endpoints
     );
     fs::write(dir.join("etc/fleet.toml"), fleet).expect("write");

@@ -8,24 +8,27 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use hebe_fleet::Member;
 use hebe_fleet::etcd::{Change, Condition};
 use hebe_fleet::order::{Order, release_after_boot};
 use hebe_fleet::rolls::{Going, Read, Rolls, WishError};
 use hebe_fleet::slots::FleetError;
+use hebe_fleet::{FleetConfig, Member};
 use hebe_policy::fleet::forecast::Inventory;
 use hebe_policy::fleet::holder::Stop;
 use hebe_policy::fleet::slots::{Found, Phase};
 use hebe_policy::fleet::turns::{Denied, MarkState, RollState, Rollout, Turn, Wish};
 
 use crate::server::Server;
-use crate::{config, name, quiet, slots, there, times, vms};
+use crate::{PATIENCE_S, config, hasty, name, quiet, slots, there, times, vms};
 
 /// How long a roll of the tests may take.
-const ROLL_MAX: Duration = Duration::from_secs(120);
+const ROLL_MAX: Duration = Duration::from_secs(300);
 
 fn member(server: &Server, host: &str, boot_id: &str) -> Member {
-    let config = config(&server.endpoints, 9);
+    member_by(config(&server.endpoints, 9), host, boot_id)
+}
+
+fn member_by(config: FleetConfig, host: &str, boot_id: &str) -> Member {
     Member {
         slots: slots(&config, host),
         host: name(host),
@@ -59,7 +62,7 @@ fn state(rolls: &Rolls, host: &str) -> Option<MarkState> {
 /// Takes a slot for a turn, as `hebe reboot --roll` does.
 fn take<'a>(member: &'a Member, slots: &'a hebe_fleet::Slots) -> Result<Order<'a>, Stop> {
     let slot = member.new_slot().expect("slot");
-    Order::take(slots, slot, times(&member.config, 10), &quiet)
+    Order::take(slots, slot, times(&member.config, PATIENCE_S), &quiet)
 }
 
 fn going(member: &Member, id: &str) -> hebe_fleet::Slots {
@@ -77,8 +80,8 @@ fn is_back(server: &Server, host: &str) {
     let member = member(server, host, "boot-2");
     let slot = there(&member.slots, host).expect("its slot");
     let mut look = |_: &BTreeSet<String>| Ok(());
-    let times = times(&member.config, 5);
-    release_after_boot(&member.slots, slot, times, 20, &mut look, &quiet).expect("released");
+    let times = times(&member.config, PATIENCE_S);
+    release_after_boot(&member.slots, slot, times, 120, &mut look, &quiet).expect("released");
     rolls(&member).settle(&member, false).expect("answer");
 }
 
@@ -268,10 +271,10 @@ fn without_an_answer_it_is_nobodys_turn_and_what_cannot_be_read_is_told() {
     let Some(mut server) = Server::start(1) else {
         return;
     };
-    let (a, b) = (
-        member(&server, "a", "boot-1"),
-        member(&server, "b", "boot-1"),
-    );
+    let [a, b] = ["a", "b"].map(|host| {
+        // It does not insist for long where nobody answers.
+        member_by(hasty(&server.endpoints, 9), host, "boot-1")
+    });
     let keeps = rolls(&a);
     assert!(keeps.read().expect("answer").is_none());
     let begun = keeps.begin(&rollout("1", 1, &["a", "b"]));

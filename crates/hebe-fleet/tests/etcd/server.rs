@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,13 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 /// How long etcd may take to answer for the first time.
-const START_MAX: Duration = Duration::from_secs(40);
+const START_MAX: Duration = Duration::from_secs(180);
+/// How often a cluster is begun anew because one of its ports, which were free, was
+/// taken before it got there.
+const STARTS_MAX: u32 = 10;
+
+/// How long it may take to answer then.
+const ANSWER_MAX: Duration = Duration::from_secs(20);
 
 /// The program: `HEBE_ETCD`, or `etcd` in `PATH`. Without one the tests say so
 /// and do nothing, unless `HEBE_REQUIRE_ETCD` is set.
@@ -47,11 +53,19 @@ impl Member {
         let log = log.expect("log");
         let child = Command::new(&self.program)
             .args(&self.arguments)
+            // What a test writes need not outlive this computer, whose disk is busy
+            // with other tests; an etcd that does not know the word lets it be.
+            .env("ETCD_UNSAFE_NO_FSYNC", "true")
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("log"))
             .stderr(log)
             .spawn();
         self.child = Some(child.expect("etcd starts"));
+    }
+
+    fn has_ended(&mut self) -> bool {
+        let child = self.child.as_mut();
+        child.is_some_and(|child| child.try_wait().is_ok_and(|ended| ended.is_some()))
     }
 
     fn kill(&mut self) {
@@ -78,9 +92,12 @@ pub struct Server {
     _dir: TempDir,
 }
 
-fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("port");
-    listener.local_addr().expect("address").port()
+/// So many ports that are free, all of them different.
+fn free_ports(count: usize) -> Vec<u16> {
+    let bind = |_| TcpListener::bind("127.0.0.1:0").expect("port");
+    let held: Vec<TcpListener> = (0..count).map(bind).collect();
+    let port = |listener: &TcpListener| listener.local_addr().expect("address").port();
+    held.iter().map(port).collect()
 }
 
 impl Server {
@@ -93,14 +110,29 @@ impl Server {
     /// `access`: over TLS if that names an authority.
     pub fn start_with(size: usize, access: EtcdConfig, flags: &[(&str, String)]) -> Option<Self> {
         let program = program()?;
+        for _ in 1..STARTS_MAX {
+            let mut server = Self::once(&program, size, &access, flags);
+            if server.answers() {
+                return Some(server);
+            }
+        }
+        let server = Self::once(&program, size, &access, flags);
+        server.wait();
+        Some(server)
+    }
+
+    fn once(program: &Path, size: usize, access: &EtcdConfig, flags: &[(&str, String)]) -> Self {
         let dir = tempfile::tempdir().expect("folder");
-        let url = |scheme: &str| format!("{scheme}://127.0.0.1:{}", free_port());
         let scheme = if access.ca.is_some() { "https" } else { "http" };
-        let endpoints: Vec<String> = (0..size).map(|_| url(scheme)).collect();
-        let peers: Vec<String> = (0..size).map(|_| url("http")).collect();
+        let ports = free_ports(2 * size);
+        let url = |scheme: &str, port: u16| format!("{scheme}://127.0.0.1:{port}");
+        let urls = |scheme: &str, ports: &[u16]| -> Vec<String> {
+            ports.iter().map(|port| url(scheme, *port)).collect()
+        };
+        let (endpoints, peers) = (urls(scheme, &ports[..size]), urls("http", &ports[size..]));
         let cluster: Vec<String> = (0..size).map(|i| format!("m{i}={}", peers[i])).collect();
         let member = |i: usize| Member {
-            program: program.clone(),
+            program: program.to_owned(),
             arguments: [
                 ("name", format!("m{i}")),
                 (
@@ -123,12 +155,23 @@ impl Server {
         let mut server = Self {
             members: (0..size).map(member).collect(),
             endpoints,
-            access,
+            access: access.clone(),
             _dir: dir,
         };
         server.members.iter_mut().for_each(Member::start);
-        server.wait();
-        Some(server)
+        server
+    }
+
+    /// Waits until a majority answers, or a member has ended.
+    fn answers(&mut self) -> bool {
+        let begun = Instant::now();
+        while self.client().range("/").is_err() && begun.elapsed() < START_MAX {
+            if self.members.iter_mut().any(Member::has_ended) {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        begun.elapsed() < START_MAX
     }
 
     /// How clients reach it.
@@ -141,7 +184,7 @@ impl Server {
 
     /// A client of all members.
     pub fn client(&self) -> Etcd {
-        Etcd::new(&self.config(), Duration::from_secs(1)).expect("client")
+        Etcd::new(&self.config(), ANSWER_MAX).expect("client")
     }
 
     /// Waits until a majority answers.
@@ -193,6 +236,12 @@ impl Server {
 
     /// Starts it again, with what it has on disk.
     pub fn restart(&mut self, member: usize) {
+        for _ in 1..STARTS_MAX {
+            self.members[member].start();
+            if self.answers() {
+                return;
+            }
+        }
         self.members[member].start();
         self.wait();
     }

@@ -18,6 +18,10 @@ use serde_json::{Value, json};
 use server::Server;
 use tempfile::TempDir;
 
+/// How long slots and requests last: more than a busy computer ever stands still.
+const LEASE: &str = "lease = \"60s\"\nrequest_timeout = \"20s\"\n";
+const HASTY_LEASE: &str = "lease = \"5s\"\nrequest_timeout = \"1s\"\n";
+
 /// A host: `hebe` with folders of its own.
 pub struct Host {
     dir: TempDir,
@@ -34,6 +38,14 @@ impl Host {
     pub fn of(server: &Server, name: &str) -> Self {
         let host = Self::new();
         host.configure(&config(server, name));
+        host
+    }
+
+    /// The same, of one who does not insist for long where nobody answers.
+    pub fn hasty(server: &Server, name: &str) -> Self {
+        let host = Self::new();
+        let config = config(server, name);
+        host.configure(&config.replace(LEASE, HASTY_LEASE));
         host
     }
 
@@ -81,7 +93,7 @@ impl Host {
 
 fn config(server: &Server, host: &str) -> String {
     format!(
-        "group = \"rack1\"\nhost = \"{host}\"\nlease = \"5s\"\nrequest_timeout = \"1s\"\n[etcd]\nendpoints = {:?}\n",
+        "group = \"rack1\"\nhost = \"{host}\"\n{LEASE}[etcd]\nendpoints = {:?}\n",
         server.endpoints
     )
 }
