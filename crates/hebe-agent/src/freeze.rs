@@ -390,7 +390,7 @@ nonsense
         }
 
         fn wait(&self, at: usize, act: Act) {
-            let until = Instant::now() + Duration::from_secs(10);
+            let until = Instant::now() + LONG;
             while !self.tried().contains(&(at, act)) {
                 assert!(Instant::now() < until, "{act:?} of {at}: not in time");
                 thread::sleep(Duration::from_millis(1));
@@ -451,8 +451,9 @@ nonsense
             _ => 0,
         };
         let freezer = Arc::new(Freezer::new(mounts.control(fails)));
-        assert_eq!(freezer.freeze(&mounts.points, SHORT), Ok(2));
-        assert_eq!(freezer.thaw(), Ok(2));
+        // On a busy computer its time may be over before it is thawed.
+        let thawed = || freezer.freeze(&mounts.points, SHORT) == Ok(2) && freezer.thaw() == Ok(2);
+        assert!((0..50).any(|_| thawed()), "never in its time");
         assert!(freezer.thaw().is_err());
         assert_eq!(freezer.freeze(&mounts.points, LONG), Ok(2));
         thread::sleep(SHORT * 2);

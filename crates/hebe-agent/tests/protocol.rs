@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use hebe_agent::guest::Guest;
 use hebe_agent::{Client, ClientError, Done, Facts, Limits, LineError, Order, Said, converse};
 
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(90);
 const SHORT: Duration = Duration::from_millis(100);
 
 #[derive(Default)]
@@ -251,7 +251,7 @@ fn refused(says: &[u8]) -> ClientError {
     let (near, mut far) = UnixStream::pair().expect("pair");
     far.write_all(says).expect("write");
     far.shutdown(std::net::Shutdown::Write).expect("shut");
-    let client = Client::new(near, SHORT);
+    let client = Client::new(near, LONG);
     client
         .and_then(|mut c| c.order(Order::Ping))
         .expect_err("refused")

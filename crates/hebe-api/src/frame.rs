@@ -246,7 +246,8 @@ mod tests {
 
     #[test]
     fn what_changes_a_state_is_sent_with_the_time_that_the_client_waits() {
-        let wait = Duration::from_millis(20);
+        // The answer is there already, and read in time on a busy computer, too.
+        let wait = Duration::from_secs(1);
         for (request, timeout, bounded) in [
             (Request::Freeze, Some(wait), true),
             (Request::Freeze, None, false),
@@ -255,13 +256,14 @@ mod tests {
             let (stream, mut peer) = UnixStream::pair().expect("pair");
             let mut client = Client::on(stream);
             client.set_timeout(timeout).expect("timeout");
-            // The answer is there already.
             write_frame(&mut peer, &Response::Done).expect("answer");
             client.call(&request).expect("call");
             let order: Order = read_frame(&mut peer).expect("read").expect("a frame");
             assert_eq!(order.request, request);
             assert_eq!(order.until.is_some(), bounded, "{order:?}");
-            std::thread::sleep(wait);
+            if bounded {
+                std::thread::sleep(wait);
+            }
             assert_eq!(order.is_expired(), bounded);
         }
     }
@@ -323,7 +325,7 @@ mod tests {
         let began = Instant::now();
         let late = client.call(&Request::Status).expect_err("too slow");
         assert!(matches!(late, ClientError::Broken(_)), "{late}");
-        assert!(began.elapsed() < 20 * wait, "{:?}", began.elapsed());
+        assert!(began.elapsed() < 400 * wait, "{:?}", began.elapsed());
         drop(client);
         drip.join().expect("join");
     }

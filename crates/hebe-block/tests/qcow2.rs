@@ -232,7 +232,7 @@ fn damaged_tables_do_no_harm() {
         assert!(len < 256 << 20, "{len} bytes are taken in round {round}");
         let took = began.elapsed();
         assert!(
-            took < Duration::from_secs(60),
+            took < Duration::from_secs(300),
             "round {round} took {took:?}"
         );
     }

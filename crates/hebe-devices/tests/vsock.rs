@@ -199,7 +199,7 @@ fn buffer(n: u16) -> u64 {
 }
 
 fn line(program: &mut UnixStream) -> String {
-    let limit = Some(Duration::from_secs(10));
+    let limit = Some(Duration::from_secs(120));
     program.set_read_timeout(limit).expect("time limit");
     let mut line = Vec::new();
     let mut byte = [0];
@@ -210,7 +210,7 @@ fn line(program: &mut UnixStream) -> String {
 }
 
 fn hung_up(program: &mut UnixStream) -> bool {
-    let limit = Some(Duration::from_secs(10));
+    let limit = Some(Duration::from_secs(120));
     program.set_read_timeout(limit).expect("time limit");
     let mut rest = Vec::new();
     match program.read_to_end(&mut rest) {

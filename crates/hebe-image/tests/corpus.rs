@@ -14,7 +14,7 @@ fn the_corpus_is_looked_at_in_no_time() {
         let began = Instant::now();
         booted += u32::from(hebe_image::fuzzing::look_at(&input));
         assert!(
-            began.elapsed() < Duration::from_secs(30),
+            began.elapsed() < Duration::from_secs(300),
             "{}",
             path.display()
         );

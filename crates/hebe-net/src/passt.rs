@@ -417,8 +417,12 @@ esac
 
     fn stand_in(dir: &Path, script: &str) -> Order {
         use std::os::unix::fs::PermissionsExt;
-        let program = dir.join("passt");
-        fs::write(&program, script).expect("write");
+        let (program, text) = (dir.join("passt"), dir.join("text"));
+        fs::write(&text, script).expect("write");
+        // What this process has open to write, a child that another test has forked
+        // may have open still, and no such file can be run.
+        let copied = Command::new("cp").args([&text, &program]).status();
+        assert!(copied.expect("cp runs").success());
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("mode");
         Order {
             program,

@@ -93,7 +93,7 @@ fn whatever_a_killed_process_leaves_is_whole() {
             .spawn()
             .expect("spawn");
         // Once it is at work, a moment more.
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(180);
         while ram_word() == last && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }

@@ -35,7 +35,10 @@ mod tests {
     #[test]
     fn no_huge_page_has_room_in_a_stack() {
         let (ready, all) = std::sync::mpsc::channel();
+        // Where one ends before the next begins, they all have the same stack.
+        let together = std::sync::Arc::new(std::sync::Barrier::new(8));
         let measure = move || {
+            together.wait();
             let on_the_stack = 0_u8;
             ready.send(mapping_len(std::ptr::from_ref(&on_the_stack).addr()))
         };

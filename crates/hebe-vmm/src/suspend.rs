@@ -440,7 +440,7 @@ mod tests {
             let (events, _inbox) = mpsc::channel();
             let running = testing::running_code(PANICS, dir.path(), more, &events);
             let (mut vm, segment) = running.expect("vm");
-            let until = std::time::Instant::now() + Duration::from_secs(10);
+            let until = std::time::Instant::now() + Duration::from_secs(120);
             while vm.status().guest_panicked != told {
                 assert!(std::time::Instant::now() < until, "nothing is told");
                 std::thread::sleep(Duration::from_millis(5));
@@ -481,7 +481,7 @@ mod tests {
         let (events, _inbox) = mpsc::channel();
         let (code, more) = (LOADS_A_LONG_SEGMENT, "pvpanic = true\n");
         let (mut vm, segment) = testing::running_code(code, dir.path(), more, &events).expect("vm");
-        let until = std::time::Instant::now() + Duration::from_secs(10);
+        let until = std::time::Instant::now() + Duration::from_secs(120);
         while !vm.status().guest_panicked {
             assert!(std::time::Instant::now() < until, "nothing is told");
             std::thread::sleep(Duration::from_millis(5));

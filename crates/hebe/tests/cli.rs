@@ -19,7 +19,7 @@ struct Host {
 /// A program that another test starts holds each lock of this process, too, until
 /// it is itself: between `fork` and `exec`.
 fn manage(path: &Path) -> Store {
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + Duration::from_secs(120);
     loop {
         match Store::open(path, Access::Manage) {
             Err(StoreError::Busy(_)) if Instant::now() < until => {

@@ -517,7 +517,14 @@ mod tests {
     fn stand_in(dir: &Path, end: &str) -> PathBuf {
         let hebe = dir.join("hebe");
         let text = format!("#!/bin/sh\necho \"hebe: $2 is not done\" >&2\n{end}\n");
-        std::fs::write(&hebe, text).expect("write");
+        let file = dir.join("text");
+        std::fs::write(&file, text).expect("write");
+        // What this process has open to write, a child that another test has forked
+        // may have open still, and no such file can be run.
+        let copied = std::process::Command::new("cp")
+            .args([&file, &hebe])
+            .status();
+        assert!(copied.expect("cp runs").success());
         let mode = std::fs::Permissions::from_mode(0o755);
         std::fs::set_permissions(&hebe, mode).expect("mode");
         hebe

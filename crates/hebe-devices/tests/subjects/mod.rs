@@ -326,7 +326,7 @@ impl Subject for StreamSubject {
 
     fn new() -> Self {
         let (near, far) = UnixStream::pair().expect("pair");
-        let wait = std::time::Duration::from_secs(10);
+        let wait = std::time::Duration::from_secs(120);
         far.set_read_timeout(Some(wait)).expect("timeout");
         Self {
             wire: NetBackend::stream(near),

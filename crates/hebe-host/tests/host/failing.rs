@@ -16,7 +16,7 @@ use hebe_host::stores::StoreAccess;
 use hebe_sys::clock::stamp_now;
 use hebe_types::RebootMethod;
 
-use crate::world::{World, name};
+use crate::world::{PATIENCE, World, name};
 
 pub const CASES: &[crate::Case] = &[
     (
@@ -209,7 +209,7 @@ fn crashes_meanwhile() {
             world.tell("db", "triple-fault");
             let between = move || {
                 let db = name("db");
-                let wait = std::time::Duration::from_secs(5);
+                let wait = PATIENCE;
                 let socket = host.layout.socket(&db);
                 let _ = hebe_host::vmm::order(&socket, &hebe_api::Request::Pause, wait);
                 assert!(ops::ended_within(&host, &db, wait));

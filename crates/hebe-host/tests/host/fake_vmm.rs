@@ -239,7 +239,7 @@ impl Fake {
             Request::PowerButton if self.told("power-off-late") => {
                 let (dir, marked) = (self.dir.clone(), self.segment.take());
                 thread::spawn(move || {
-                    thread::sleep(Duration::from_millis(1300));
+                    thread::sleep(Duration::from_secs(6));
                     if let Some(segment) = marked {
                         segment.exec().mark_empty().expect("mark");
                     }

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command, ExitCode};
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hebe_host::listing::VmState;
 use hebe_host::ops::{self, ResumeOptions};
@@ -18,7 +18,7 @@ use hebe_host::system::Machine;
 use hebe_host::{Host, Layout};
 use hebe_sys::clock::stamp_now;
 
-use crate::world::{World, name};
+use crate::world::{PATIENCE, World, name};
 
 pub const CASES: &[crate::Case] = &[
     ("a_manager_killed_while_it_suspends_and_resumes", manager),
@@ -79,13 +79,11 @@ fn instants() -> impl Iterator<Item = Duration> {
 
 /// A manager that was killed may leave a VMM that is still starting.
 pub fn settle(world: &World) {
-    for _ in 0..200 {
-        if world.state("web") != VmState::Unresponsive {
-            return;
-        }
+    let until = Instant::now() + PATIENCE;
+    while world.state("web") == VmState::Unresponsive {
+        assert!(Instant::now() < until, "the VMM does not answer");
         thread::sleep(Duration::from_millis(5));
     }
-    panic!("the VMM does not answer");
 }
 
 fn manager() {
@@ -155,6 +153,8 @@ fn vmm() {
         thread::sleep(delay);
         kill_process(pid);
         operator.wait().expect("wait");
+        // It may have hung up, and not yet let go of its lock.
+        settle(&world);
         match world.state("web") {
             VmState::Frozen => {
                 ops::resume(&world.host, &name("web"), ResumeOptions::default())

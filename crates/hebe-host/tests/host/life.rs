@@ -14,7 +14,7 @@ use hebe_host::saved::SavedPaths;
 use hebe_snapshot::RamView;
 use hebe_sys::clock::stamp_now;
 
-use crate::world::{World, name};
+use crate::world::{PATIENCE, World, name};
 
 pub const CASES: &[crate::Case] = &[
     ("a_vm_lives_from_start_to_stop", lives),
@@ -213,7 +213,7 @@ fn lives() {
     assert_eq!(back.id, status.id, "the same VM");
     assert_eq!(world.state("web"), VmState::Running);
     let options = StopOptions {
-        timeout: Duration::from_secs(5),
+        timeout: PATIENCE,
         force: false,
     };
     ops::stop(&world.host, &name("web"), options).expect("stops");
@@ -369,16 +369,8 @@ fn powers_off() {
     let world = World::new();
     world.start(&["web"]);
     let socket = world.host.layout.socket(&name("web"));
-    let _ = hebe_host::vmm::order(
-        &socket,
-        &hebe_api::Request::PowerButton,
-        Duration::from_secs(5),
-    );
-    assert!(ops::ended_within(
-        &world.host,
-        &name("web"),
-        Duration::from_secs(5)
-    ));
+    let _ = hebe_host::vmm::order(&socket, &hebe_api::Request::PowerButton, PATIENCE);
+    assert!(ops::ended_within(&world.host, &name("web"), PATIENCE));
     assert_eq!(world.state("web"), VmState::Stopped);
     let reaped = ops::reap(&world.host).expect("reap");
     assert_eq!(reaped, [name("web")]);
@@ -412,7 +404,7 @@ fn two_states_held() {
     let world = World::new();
     world.start(&["web"]);
     let paths = SavedPaths::new(&world.host.layout, &name("web"));
-    let wait = Duration::from_secs(5);
+    let wait = PATIENCE;
     hebe_host::vmm::freeze(&world.host.layout.socket(&name("web")), wait).expect("freezes");
     let info = hebe_host::saved::SavedInfo {
         vm: world.instance("web").expect("instance").vm,
@@ -506,7 +498,7 @@ fn held() {
     let world = World::new();
     world.start(&["web"]);
     let socket = world.host.layout.socket(&name("web"));
-    hebe_host::vmm::freeze(&socket, Duration::from_secs(5)).expect("freezes");
+    hebe_host::vmm::freeze(&socket, PATIENCE).expect("freezes");
     // The manager was killed here, before it told the VMM to end.
     assert_eq!(world.state("web"), VmState::Frozen);
     let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
@@ -539,7 +531,7 @@ fn reaped_room() {
     ops::start(&world.host, &name("one")).expect("starts");
     assert!(ops::start(&world.host, &name("two")).is_err(), "no room");
     let socket = world.host.layout.socket(&name("one"));
-    let wait = Duration::from_secs(5);
+    let wait = PATIENCE;
     let _ = hebe_host::vmm::order(&socket, &hebe_api::Request::PowerButton, wait);
     assert!(ops::ended_within(&world.host, &name("one"), wait));
     ops::start(&world.host, &name("two")).expect("now there is room");
@@ -574,7 +566,7 @@ fn silent_with_a_state() {
     assert_eq!(world.state("web"), VmState::Unresponsive, "it has its lock");
     let pid = rustix::process::Pid::from_raw(*pid as i32).expect("pid");
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it lives");
-    let end = Duration::from_secs(5);
+    let end = PATIENCE;
     assert!(ops::ended_within(&world.host, &name("web"), end));
     // A boot has nothing to lose.
     let config = definitions::load(&world.host.layout, &name("web"));
@@ -619,7 +611,7 @@ fn held_without_directory() {
     let (web, host) = (name("web"), &world.host);
     let id = world.instance("web").expect("instance").vm;
     let pid = listing::survey(host).rows[&web].pid.expect("up");
-    let wait = Duration::from_secs(5);
+    let wait = PATIENCE;
     hebe_host::vmm::freeze(&host.layout.socket(&web), wait).expect("freezes");
     fs::remove_dir_all(&host.layout.run).expect("remove");
     let row = listing::survey(host).rows.remove(&web).expect("listed");

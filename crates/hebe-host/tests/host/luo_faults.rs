@@ -32,7 +32,7 @@ use hebe_types::{ByteSize, RebootMethod, VmId};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-use crate::world::{World, name};
+use crate::world::{PATIENCE, World, name};
 
 pub const CASES: &[crate::Case] = &[
     ("a_late_part_that_fails_leaves_every_vm_running", late_part),
@@ -265,7 +265,7 @@ fn ended_by_its_own_will() {
     }
     assert_eq!(noted(&world), 2);
     let stop = StopOptions {
-        timeout: Duration::from_secs(5),
+        timeout: PATIENCE,
         force: false,
     };
     ops::stop(&world.host, &name("web"), stop).expect("stops");
@@ -364,10 +364,7 @@ fn one_by_one() {
         let goes_on = GoesOn(world.luo());
         let began = Instant::now();
         while !world.events().contains(&"web runs".to_owned()) {
-            assert!(
-                began.elapsed() < Duration::from_secs(20),
-                "web waits for db"
-            );
+            assert!(began.elapsed() < PATIENCE, "web waits for db");
             thread::sleep(Duration::from_millis(2));
         }
         assert!(!world.events().contains(&"db runs".to_owned()));
@@ -445,7 +442,7 @@ fn ends(mut child: Child) {
             assert!(status.success(), "{status}");
             return;
         }
-        assert!(began.elapsed() < Duration::from_secs(20), "it ends");
+        assert!(began.elapsed() < PATIENCE, "it ends");
         thread::sleep(Duration::from_millis(2));
     }
 }
@@ -478,7 +475,7 @@ fn starter_gone() {
     let socket = Layout::below(root.path()).keeper_socket();
     let began = Instant::now();
     let held = loop {
-        assert!(began.elapsed() < Duration::from_secs(20), "it listens");
+        assert!(began.elapsed() < PATIENCE, "it listens");
         match asking::list(&socket) {
             Ok(Some(held)) => break held,
             _ => thread::sleep(Duration::from_millis(5)),

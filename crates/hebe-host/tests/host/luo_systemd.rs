@@ -21,7 +21,7 @@ use hebe_sys::fdstore::FdStore;
 use hebe_sys::luo::fake::Fault;
 use hebe_types::{RebootMethod, VmId};
 
-use crate::world::{World, name};
+use crate::world::{PATIENCE, World, name};
 
 pub const CASES: &[crate::Case] = &[
     ("pid_1_carries_vms_while_every_process_ends", carried),
@@ -100,7 +100,7 @@ fn id(world: &World, vm: &str) -> VmId {
 fn let_go(world: &World) {
     let began = Instant::now();
     while !world.manager().names().is_empty() {
-        assert!(began.elapsed() < Duration::from_secs(20), "PID 1 holds on");
+        assert!(began.elapsed() < PATIENCE, "PID 1 holds on");
         std::thread::sleep(Duration::from_millis(2));
     }
 }

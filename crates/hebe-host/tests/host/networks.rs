@@ -19,7 +19,7 @@ use hebe_types::{NAT_BRIDGE, RebootMethod};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::Case;
-use crate::world::{World, name};
+use crate::world::{PATIENCE, World, name};
 
 pub const CASES: &[Case] = &[
     (
@@ -115,7 +115,7 @@ fn a_nic_has_the_same_mac_at_each_boot_and_what_goes_on_keeps_its_own() {
 const NAT: &str = "[[net]]\nnetwork = \"nat\"\nforward = [\"8080:80\"]";
 
 /// How long anything may take.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = PATIENCE;
 
 /// A network namespace; gone when dropped.
 struct Space(String);

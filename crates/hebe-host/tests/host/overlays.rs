@@ -26,7 +26,7 @@ use hebe_host::store_init::{InitOptions, init};
 use hebe_sys::clock::stamp_now;
 use hebe_types::{ByteSize, DiskConfig, RebootMethod, VmConfig, VmId};
 
-use crate::world::{World, name};
+use crate::world::{PATIENCE, World, name};
 
 pub const CASES: &[crate::Case] = &[
     (
@@ -233,7 +233,7 @@ fn powers_off() {
     }
     let db = booted(&world, "db").disks.remove(0).path;
     let socket = world.host.layout.socket(&name("web"));
-    let wait = Duration::from_secs(5);
+    let wait = PATIENCE;
     let _ = hebe_host::vmm::order(&socket, &hebe_api::Request::PowerButton, wait);
     assert!(ops::ended_within(&world.host, &name("web"), wait));
     assert_eq!(images(&world).len(), 2);
@@ -495,7 +495,7 @@ fn killed_at_a_look() {
         for round in 0..20 {
             ops::start(&world.host, &name("web")).expect("starts");
             let socket = world.host.layout.socket(&name("web"));
-            let wait = Duration::from_secs(10);
+            let wait = PATIENCE;
             let _ = hebe_host::vmm::order(&socket, &hebe_api::Request::PowerButton, wait);
             assert!(ops::ended_within(&world.host, &name("web"), wait));
             ops::start(&world.host, &name("web")).expect("starts");

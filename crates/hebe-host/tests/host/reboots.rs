@@ -8,7 +8,7 @@ use std::time::Duration;
 use hebe_host::listing::VmState;
 use hebe_host::ops;
 use hebe_host::pending::Pending;
-use hebe_host::preflight::Level;
+use hebe_host::preflight::{Level, RebootOptions};
 use hebe_host::reboot::{RebootEnd, reboot};
 use hebe_host::report::complete_report;
 use hebe_host::resume_all::{Resumed, resume_all};
@@ -18,7 +18,7 @@ use hebe_host::timeline::{EventKind, Side};
 use hebe_sys::clock::stamp_now;
 use hebe_types::RebootMethod;
 
-use crate::world::{World, name};
+use crate::world::{PATIENCE, World, name};
 
 pub const CASES: &[crate::Case] = &[
     (
@@ -95,7 +95,11 @@ pub const CASES: &[crate::Case] = &[
 fn silent(_: &str) {}
 
 fn abort(world: &World, method: RebootMethod) -> (String, Vec<String>, Vec<String>) {
-    match reboot(&world.host, &world.options(method), &silent) {
+    abort_after(world, &world.options(method))
+}
+
+fn abort_after(world: &World, options: &RebootOptions) -> (String, Vec<String>, Vec<String>) {
+    match reboot(&world.host, options, &silent) {
         Err(RebootEnd::Aborted {
             why,
             stranded,
@@ -200,7 +204,10 @@ fn powers_off_late() {
     world.start(&["db", "web"]);
     let before = world.instance("web").expect("instance").vm;
     world.tell("web", "power-off-late");
-    let (why, stranded, _) = abort(&world, RebootMethod::Cold);
+    // It goes down two seconds after that, and two before it is given up.
+    let mut options = world.options(RebootMethod::Cold);
+    options.timeout_s = 4;
+    let (why, stranded, _) = abort_after(&world, &options);
     assert!(why.contains("did not power off"), "{why}");
     assert!(stranded.is_empty(), "{stranded:?}");
     assert_eq!(world.state("web"), VmState::Running);
@@ -214,7 +221,9 @@ fn cold() {
     let world = World::new();
     world.start(&["db", "web"]);
     world.tell("web", "ignore-button");
-    let (why, stranded, _) = abort(&world, RebootMethod::Cold);
+    let mut options = world.options(RebootMethod::Cold);
+    options.timeout_s = 4;
+    let (why, stranded, _) = abort_after(&world, &options);
     assert!(why.contains("did not power off"), "{why}");
     assert_eq!(stranded, ["web"], "it may go down at any time");
     assert_eq!(world.state("web"), VmState::Running);
@@ -329,7 +338,7 @@ fn ended_meanwhile() {
                 let host = world.host.clone();
                 let between = move || {
                     let db = name("db");
-                    let wait = Duration::from_secs(5);
+                    let wait = PATIENCE;
                     let button = hebe_api::Request::PowerButton;
                     let _ = hebe_host::vmm::order(&host.layout.socket(&db), &button, wait);
                     assert!(ops::ended_within(&host, &db, wait));
@@ -517,7 +526,7 @@ fn ended_after_restore() {
     resume_all(&world.host, stamp_now(), false).expect("not busy");
     paths.prepare(&info).expect("prepare");
     fs::write(&paths.restoring, "web").expect("write");
-    let wait = Duration::from_secs(5);
+    let wait = PATIENCE;
     let socket = world.host.layout.socket(&name("web"));
     let _ = hebe_host::vmm::order(&socket, &hebe_api::Request::PowerButton, wait);
     assert!(ops::ended_within(&world.host, &name("web"), wait));

@@ -9,7 +9,6 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use hebe_api::VmmState;
 use hebe_flow::resume::SavedFact;
@@ -22,7 +21,7 @@ use hebe_sys::clock::stamp_now;
 use hebe_types::VmId;
 
 use crate::kills::settle;
-use crate::world::{World, name};
+use crate::world::{PATIENCE, World, name};
 
 pub const CASES: &[crate::Case] = &[
     ("a_restore_that_is_killed_at_any_step", restored),
@@ -129,7 +128,7 @@ fn save(world: &World) {
     let web = name("web");
     saving::save_held(&world.host, &web, None).expect("saves");
     vmm::quit(&world.host, &web, Some(VmmState::Saved)).expect("quits");
-    let wait = Duration::from_secs(5);
+    let wait = PATIENCE;
     drop(ops::wait_for_end(&world.host, &web, wait).expect("ends"));
     assert_eq!(world.state("web"), VmState::Saved);
 }

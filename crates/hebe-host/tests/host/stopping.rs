@@ -20,7 +20,7 @@ use hebe_host::vmm;
 use hebe_sys::clock::stamp_now;
 use hebe_types::RebootMethod;
 
-use crate::world::{World, name};
+use crate::world::{PATIENCE, World, name};
 
 pub const CASES: &[crate::Case] = &[
     ("a_host_that_stays_up_keeps_its_vms_running", stays),
@@ -154,7 +154,7 @@ fn by_manager() {
     thread::spawn(move || reboot(&host, &options, &silent));
     let began = Instant::now();
     while !world.machine.left.load(Ordering::Acquire) {
-        assert!(began.elapsed() < Duration::from_secs(20), "it leaves");
+        assert!(began.elapsed() < PATIENCE, "it leaves");
         thread::sleep(Duration::from_millis(5));
     }
     let first = world.at("host load");
@@ -197,7 +197,7 @@ fn reset() {
 fn shut_down() {
     let world = World::new();
     let toml = world.host.layout.config.join("host.toml");
-    fs::write(toml, "[shutdown]\nvms = \"shutdown\"\ntimeout_s = 1\n").expect("write");
+    fs::write(toml, "[shutdown]\nvms = \"shutdown\"\ntimeout_s = 4\n").expect("write");
     world.start(&["db", "web"]);
     world.tell("db", "ignore-button");
     let stopped = stop(&world, Going::Reset);
@@ -384,7 +384,7 @@ fn stuck() {
 fn panics() {
     let world = World::new();
     let toml = world.host.layout.config.join("host.toml");
-    fs::write(toml, "[shutdown]\nvms = \"shutdown\"\ntimeout_s = 1\n").expect("write");
+    fs::write(toml, "[shutdown]\nvms = \"shutdown\"\ntimeout_s = 60\n").expect("write");
     world.start(&["db", "web"]);
     goes(&world, Going::Reset);
     *world.machine.panics.lock().expect("lock") = Some(("stamp", 1));

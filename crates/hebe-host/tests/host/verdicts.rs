@@ -1,7 +1,6 @@
 //! Pre-flight: what is refused, and in which words; and the shapes of JSON.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use hebe_flow::reboot::Fate;
 use hebe_host::ops;
@@ -10,7 +9,7 @@ use hebe_host::reboot::{RebootEnd, reboot};
 use hebe_host::saved::{SavedInfo, SavedPaths};
 use hebe_types::RebootMethod;
 
-use crate::world::{RESERVED, World, name};
+use crate::world::{PATIENCE, RESERVED, World, name};
 
 pub const CASES: &[crate::Case] = &[
     ("each_method_has_its_verdict_per_vm", verdicts),
@@ -129,7 +128,7 @@ fn disk() {
         &world.host,
         &name("web"),
         ops::StopOptions {
-            timeout: std::time::Duration::from_secs(5),
+            timeout: PATIENCE,
             force: true,
         },
     )
@@ -154,7 +153,7 @@ fn reset() {
 fn left_standing() {
     let world = World::new();
     world.start(&["db", "web"]);
-    let wait = Duration::from_secs(5);
+    let wait = PATIENCE;
     let layout = &world.host.layout;
     hebe_host::vmm::freeze(&layout.socket(&name("web")), wait).expect("freezes");
     let mut options = world.options(RebootMethod::Saved);
@@ -281,7 +280,7 @@ fn paused() {
     world.start(&["web"]);
     let socket = world.host.layout.socket(&name("web"));
     let pause = hebe_api::Request::Pause;
-    hebe_host::vmm::order(&socket, &pause, Duration::from_secs(5)).expect("pauses");
+    hebe_host::vmm::order(&socket, &pause, PATIENCE).expect("pauses");
     for method in [RebootMethod::Warm, RebootMethod::Saved, RebootMethod::Cold] {
         let verdict = verdict(&world, method);
         let sentence = &verdict.vms[0].sentence;

@@ -18,7 +18,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// How long anything may take.
-const WAIT: Duration = Duration::from_secs(30);
+const WAIT: Duration = Duration::from_secs(180);
 /// How long what is to be refused is tried.
 const TRY: Duration = Duration::from_millis(500);
 
@@ -224,7 +224,7 @@ impl Guest {
         run(&["chmod", "755", &script.display().to_string()]).expect("chmod");
         let script = script.display().to_string();
         let _ = self.space.run(&[
-            "busybox", "udhcpc", "-i", "eth0", "-f", "-q", "-n", "-t", "20", "-T", "1", "-s",
+            "busybox", "udhcpc", "-i", "eth0", "-f", "-q", "-n", "-t", "120", "-T", "1", "-s",
             &script,
         ]);
         let text = fs::read_to_string(said).expect("a lease");

@@ -31,7 +31,7 @@ fn type_a_byte(vmm: &Vmm) {
 }
 
 fn wait_for(vmm: &Vmm, word: &str) {
-    let until = Instant::now() + Duration::from_secs(60);
+    let until = Instant::now() + Duration::from_secs(120);
     while !vmm.log().contains(word) {
         assert!(Instant::now() < until, "no '{word}': {}", vmm.log());
         thread::sleep(Duration::from_millis(2));

@@ -62,7 +62,7 @@ fn numbers(text: &str) -> Vec<u32> {
 /// A thread takes its name, and its own filters, after it began: that of the vCPU
 /// and those of console, entropy and disk.
 fn wait_for_threads(tasks: &str) {
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + Duration::from_secs(120);
     let narrowed = |kind: &str| {
         let tasks = fs::read_dir(tasks).expect("tasks").flatten();
         let is_one = |task: PathBuf| {

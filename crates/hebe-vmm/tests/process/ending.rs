@@ -53,7 +53,7 @@ fn a_panic_of_the_guest_is_on_record_when_its_vmm_ends() {
         return;
     }
     let mut vmm = Vmm::run(PANICS, "pvpanic = true\n");
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + Duration::from_secs(120);
     while !vmm.status().guest_panicked {
         assert!(Instant::now() < until, "nothing is told");
         thread::sleep(Duration::from_millis(5));
@@ -150,7 +150,7 @@ fn a_guest_that_resets_boots_again_and_a_boot_that_fails_is_on_record() {
         let attached = client.call(&Request::Console);
         assert!(matches!(attached, Ok(Response::Done)), "{attached:?}");
         client.into_stream().write_all(b"!").expect("type");
-        let until = Instant::now() + Duration::from_secs(60);
+        let until = Instant::now() + Duration::from_secs(120);
         while vmm.log().matches("reset by the guest").count() < times {
             assert!(Instant::now() < until, "no reset: {}", vmm.log());
             thread::sleep(Duration::from_millis(2));

@@ -14,7 +14,7 @@ const JUMP_TO_NOWHERE: &[u8] = &[0xb8, 0x00, 0x00, 0x00, 0xd8, 0xff, 0xe0];
 /// A VMM whose VM failed.
 fn failed() -> Vmm {
     let vmm = Vmm::start_guest(JUMP_TO_NOWHERE, "");
-    let until = Instant::now() + Duration::from_secs(60);
+    let until = Instant::now() + Duration::from_secs(120);
     while vmm.status().failed.is_none() {
         assert!(Instant::now() < until, "it did not fail: {}", vmm.log());
         thread::sleep(Duration::from_millis(2));

@@ -74,7 +74,7 @@ fn a_vm_in_files_hands_them_out_and_does_not_let_them_go_while_it_is_frozen() {
         let pid = Pid::from_child(&vmm.child);
         kill_process(pid, number).expect("kill");
     }
-    let until = Instant::now() + Duration::from_secs(60);
+    let until = Instant::now() + Duration::from_secs(120);
     while !vmm.log().contains("SIGTERM is not obeyed") {
         assert!(Instant::now() < until, "not a word: {}", vmm.log());
         thread::sleep(Duration::from_millis(2));

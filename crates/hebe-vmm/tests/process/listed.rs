@@ -43,7 +43,7 @@ fn start(host: &Host, name: &VmName) -> u32 {
 }
 
 fn wait_for_end(host: &Host, name: &VmName) {
-    let until = Instant::now() + Duration::from_secs(20);
+    let until = Instant::now() + Duration::from_secs(120);
     while VmLock::is_held(&host.layout.vm_dir(name)) {
         assert!(Instant::now() < until, "its VMM lives");
         std::thread::sleep(Duration::from_millis(2));
@@ -61,7 +61,7 @@ fn listed(host: &Host, name: &VmName) -> (VmState, String) {
 /// how: that is after its lock has fallen.
 fn listed_with(word: &str, host: &Host, name: &VmName) -> (VmState, String) {
     wait_for_end(host, name);
-    let until = Instant::now() + Duration::from_secs(20);
+    let until = Instant::now() + Duration::from_secs(120);
     loop {
         let (state, why) = listed(host, name);
         if why.contains(word) {

@@ -80,7 +80,7 @@ impl Early {
     }
 
     fn connect(&self) -> Client {
-        let until = Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + Duration::from_secs(120);
         loop {
             match Client::connect(&self.dir.path().join("vmm.sock")) {
                 Ok(client) => return client,
@@ -117,7 +117,7 @@ impl Early {
         let attached = client.call(&Request::Console).expect("attach");
         assert_eq!(attached, Response::Done);
         client.into_stream().write_all(b"!").expect("type");
-        let until = Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + Duration::from_secs(120);
         while !self.log().contains("reset by the guest") {
             assert!(Instant::now() < until, "no reset: {}", self.log());
             thread::sleep(Duration::from_millis(2));

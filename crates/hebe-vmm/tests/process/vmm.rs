@@ -67,7 +67,7 @@ impl Vmm {
 
     /// A connection to its control socket.
     pub fn connect(&self) -> Client {
-        let until = Instant::now() + Duration::from_secs(60);
+        let until = Instant::now() + Duration::from_secs(120);
         loop {
             match Client::connect(&self.dir.path().join("vmm.sock")) {
                 Ok(client) => return client,

@@ -250,7 +250,7 @@ fn life() {
     };
     let began = std::time::Instant::now();
     while !zombies().trim().is_empty() {
-        assert!(began.elapsed() < Duration::from_secs(30), "{}", zombies());
+        assert!(began.elapsed() < crate::world::PATIENCE, "{}", zombies());
         std::thread::sleep(Duration::from_millis(20));
     }
     let all = daemon.order("/v1/resume-all", "{}");

@@ -13,7 +13,7 @@ use hebe_host::listing::VmState;
 use serde_json::Value;
 
 use crate::chromium::Browser;
-use crate::world::World;
+use crate::world::{Daemon, World};
 
 pub const CASES: &[crate::Case] = &[("the_page_is_live_in_a_browser_that_was_let_in", page)];
 
@@ -148,7 +148,7 @@ fn page() {
     // Everything that can be pressed says what it does.
     let unnamed = "[...document.querySelectorAll('button, a, img')].filter(e => !(e.alt || e.getAttribute('aria-label'))).length";
     assert_eq!(browser.evaluate(&tab, unnamed), 0);
-    orders(&world, &mut browser, &tab);
+    orders(&world, &daemon, &mut browser, &tab);
     strangers(&dashboard, &mut browser);
     let complaints = browser.complaints(&tab);
     assert!(complaints.is_empty(), "{complaints:#?}");
@@ -158,7 +158,7 @@ fn page() {
 }
 
 /// An order through the page, and one by somebody else, are seen in it.
-fn orders(world: &World, browser: &mut Browser, tab: &crate::chromium::Tab) {
+fn orders(world: &World, daemon: &Daemon, browser: &mut Browser, tab: &crate::chromium::Tab) {
     let state = |name: &str, state: &str| {
         format!("document.querySelector('#vms tr[data-name={name}]').dataset.state === '{state}'")
     };
@@ -166,6 +166,7 @@ fn orders(world: &World, browser: &mut Browser, tab: &crate::chromium::Tab) {
     browser.evaluate(tab, press);
     browser.until(tab, &state("web", "running"));
     world.until("web", VmState::Running);
+    daemon.settled();
     let name = crate::world::name("web");
     hebe_host::ops::suspend(&world.host, &name).expect("suspended");
     browser.until(tab, &state("web", "frozen"));

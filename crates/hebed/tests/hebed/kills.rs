@@ -91,7 +91,7 @@ fn settle(world: &World, death: u32) {
     let began = Instant::now();
     while world.state("web") == Some(VmState::Unresponsive) {
         let waited = began.elapsed();
-        assert!(waited < Duration::from_secs(30), "death {death}");
+        assert!(waited < crate::world::PATIENCE, "death {death}");
         thread::sleep(Duration::from_millis(2));
     }
 }

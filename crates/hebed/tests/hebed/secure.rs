@@ -44,14 +44,14 @@ fn address(world: &World) -> SocketAddr {
         if let Some(address) = rest.and_then(|rest| rest.split(',').next()) {
             return address.parse().expect("an address");
         }
-        assert!(began.elapsed() < Duration::from_secs(60), "{log}");
+        assert!(began.elapsed() < crate::world::PATIENCE, "{log}");
         thread::sleep(Duration::from_millis(5));
     }
 }
 
 fn connect(address: SocketAddr) -> TcpStream {
     let stream = TcpStream::connect(address).expect("connect");
-    let patience = Some(Duration::from_secs(60));
+    let patience = Some(crate::world::PATIENCE);
     stream.set_read_timeout(patience).expect("timeout");
     stream
 }

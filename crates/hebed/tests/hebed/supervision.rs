@@ -3,7 +3,7 @@
 use std::fs::{self, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -65,7 +65,7 @@ fn autostart() {
     assert_eq!(daemon.order("/v1/vms/db/stop", "")["state"], "done");
     daemon.kill();
     let stop = StopOptions {
-        timeout: Duration::from_secs(10),
+        timeout: PATIENCE,
         force: true,
     };
     ops::stop(&world.host, &name("cache"), stop).expect("stops");
@@ -132,8 +132,15 @@ fn network_helper() {
     let bin = world.root.path().join("bin");
     fs::create_dir(&bin).expect("mkdir");
     // Beside its own program it looks for the other.
-    fs::copy(env!("CARGO_BIN_EXE_hebed"), bin.join("hebed")).expect("copy");
-    fs::write(bin.join("hebe"), HELPER).expect("write");
+    // By another process: what this one has open to write, a child that another test
+    // has forked may have open still, and no such file can be run.
+    let text = world.root.path().join("helper");
+    fs::write(&text, HELPER).expect("write");
+    let hebed = Path::new(env!("CARGO_BIN_EXE_hebed"));
+    for (from, to) in [(hebed, "hebed"), (&text, "hebe")] {
+        let copied = Command::new("cp").arg(from).arg(bin.join(to)).status();
+        assert!(copied.expect("cp runs").success());
+    }
     fs::set_permissions(bin.join("hebe"), Permissions::from_mode(0o755)).expect("chmod");
     let mut apart = Command::new("unshare");
     apart.arg("--net").arg(bin.join("hebed"));

@@ -19,7 +19,7 @@ use serde_json::Value;
 use crate::client::{self, Reply};
 
 /// How long anything may take here: the machine may be busy with other tests.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(180);
 
 pub struct World {
     pub root: tempfile::TempDir,
