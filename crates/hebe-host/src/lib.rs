@@ -10,6 +10,7 @@
 //!   [`system::System`]) behind which tests put fakes.
 //! - [`definitions`], [`launch`], [`ops`], [`listing`]: one VM.
 //! - [`limits`]: what a VMM may take of its host.
+//! - [`agent`]: the agents in guests.
 //! - [`balloon`]: memory that a guest gives back.
 //! - [`overlays`]: disks that keep nothing.
 //! - [`preflight`], [`reboot`], [`resume_all`]: all of them.
@@ -22,6 +23,7 @@
 //! - [`ageing`]: samples of how it is doing.
 
 pub mod ageing;
+pub mod agent;
 mod answering;
 pub mod balloon;
 pub mod check;

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::sync::OnceLock;
 
 use hebe_host::HostError;
+use hebe_host::agent::AgentError;
 use hebe_host::listing::with_cause;
 use hebe_types::VmName;
 use serde::Serialize;
@@ -49,6 +50,12 @@ pub struct Failure(pub String);
 impl From<HostError> for Failure {
     fn from(error: HostError) -> Self {
         Self(with_cause(&error))
+    }
+}
+
+impl From<AgentError> for Failure {
+    fn from(error: AgentError) -> Self {
+        Self(error.to_string())
     }
 }
 

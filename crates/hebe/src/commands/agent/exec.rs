@@ -3,13 +3,12 @@
 //! `ssh` has it.
 
 use std::io::{self, IsTerminal};
-use std::time::Duration;
 
-use hebe_agent::{ClientError, Done, Order};
-use hebe_host::Host;
+use hebe_agent::{Done, Order};
+use hebe_host::agent::Answer;
+use hebe_host::{Host, listing};
 use hebe_types::VmName;
 
-use super::{Answer, ORDER_MAX, failed, reach};
 use crate::bar::Bar;
 use crate::output::{Exit, Failure, Output};
 use crate::plain::Plain;
@@ -20,7 +19,7 @@ const NOT_ENDED: u8 = 255;
 /// `hebe agent NAME exec`: the order, and within how many seconds it ends.
 pub fn exec(host: &Host, name: &VmName, (order, limit_s): (Order, u32), out: &Output) -> Exit {
     let bar = Bar::busy(out, &format!("a program runs in '{name}'"));
-    let done = ask(host, name, order, limit_s);
+    let done = ask(host, name, order);
     drop(bar);
     let told = done.and_then(|done| tell(name, done, limit_s, out));
     Exit::Passed(told.unwrap_or_else(|failure| {
@@ -29,16 +28,10 @@ pub fn exec(host: &Host, name: &VmName, (order, limit_s): (Order, u32), out: &Ou
     }))
 }
 
-fn ask(host: &Host, name: &VmName, order: Order, limit_s: u32) -> Result<Done, Failure> {
-    let mut client = reach(host, name)?;
-    client.give(ORDER_MAX + Duration::from_secs(limit_s.into()));
-    client.order(order).map_err(|error| match error {
-        // What was ordered may have begun.
-        ClientError::NoAgent | ClientError::Line(_) => Failure(format!(
-            "'{name}': the word of the program's end did not come, as where the VM is suspended or boots meanwhile: it may have run, and may run on, for {limit_s} s at most"
-        )),
-        error => failed(name, &error),
-    })
+fn ask(host: &Host, name: &VmName, order: Order) -> Result<Done, Failure> {
+    let survey = listing::survey(host);
+    let row = survey.row(host, name)?;
+    Ok(hebe_host::agent::order(host, row, || order)?)
 }
 
 /// Shows what a program said, and gives the status it ended with.

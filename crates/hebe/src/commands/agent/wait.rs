@@ -3,16 +3,17 @@
 //! Its agent tells of each phase by itself, and is connected to anew whenever the
 //! connection breaks: the guest may boot, or be suspended meanwhile.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use hebe_agent::{Client, ClientError, Done, Facts, LineError, Order, Said};
 use hebe_api::plain;
-use hebe_host::Host;
+use hebe_host::agent::{AgentError, Answer, ORDER_MAX, plain_facts, socket};
+use hebe_host::{Host, listing};
 use hebe_types::VmName;
 
-use super::{Answer, ORDER_MAX, facts_text, failed, plain_facts, socket};
+use super::facts_text;
 use crate::bar::Bar;
 use crate::output::{Exit, Failure, Outcome, Output};
 
@@ -27,7 +28,7 @@ pub fn wait(host: &Host, name: &VmName, phase: &str, limit_s: u32, out: &Output)
     let bar = Bar::busy(out, &format!("waiting until '{name}' is at '{phase}'"));
     let mut last = None;
     while Instant::now() < until {
-        match come(&socket(host, name)?, phase, until, &mut last) {
+        match come(&reached(host, name)?, phase, until, &mut last) {
             Ok(facts) => {
                 drop(bar);
                 let text = format!("{name}: {}", facts_text(&facts));
@@ -39,7 +40,10 @@ pub fn wait(host: &Host, name: &VmName, phase: &str, limit_s: u32, out: &Output)
                 let left = until.saturating_duration_since(Instant::now());
                 thread::sleep(TRY_EVERY.min(left));
             }
-            Err(error) => return Err(failed(name, &error)),
+            Err(error) => {
+                let name = name.clone();
+                return Err(AgentError::Agent { name, error }.into());
+            }
         }
     }
     Err(Failure(match last {
@@ -50,6 +54,12 @@ pub fn wait(host: &Host, name: &VmName, phase: &str, limit_s: u32, out: &Output)
             "'{name}' is not at '{phase}': no agent answered in it for {limit_s} s (--timeout); `hebe logs {name} --console` shows how far its guest came"
         ),
     }))
+}
+
+/// The socket of the VM, looked for anew: it may be another life's by now.
+fn reached(host: &Host, name: &VmName) -> Result<PathBuf, Failure> {
+    let survey = listing::survey(host);
+    Ok(socket(host, survey.row(host, name)?)?)
 }
 
 /// Nobody answers yet, or any more.
