@@ -13,6 +13,7 @@ use hebe_policy::ageing::Assessment;
 use hebe_types::{VmConfig, VmName};
 use serde::Serialize;
 
+use crate::agents::Agent;
 use crate::engine::{Ask, Broken};
 
 /// What went wrong, as one sentence with the way out.
@@ -110,6 +111,8 @@ pub struct Vm<'a> {
     pub definition_error: Option<String>,
     /// What the supervisor has in mind with it.
     pub supervision: Supervision,
+    /// The agent in its guest, where something is known of it.
+    pub agent: Option<Agent>,
 }
 
 /// What the supervisor has in mind with a VM.

@@ -10,6 +10,7 @@ use hebe_types::VmName;
 use serde_json::Value;
 use tokio::sync::{Notify, Semaphore};
 
+use crate::agents::Agents;
 use crate::answers::{Problem, Supervision};
 use crate::engine::{Broken, Engine};
 use crate::events::{Bus, Event};
@@ -35,10 +36,14 @@ pub struct Inner {
     pub listeners: Arc<Semaphore>,
     /// When this daemon began.
     pub began: Instant,
+    /// All who may give orders may run programs in guests.
+    pub allow_exec: bool,
     /// Names this run of the daemon.
     pub id: String,
     /// What the supervisor thinks.
     watched: Mutex<Watched>,
+    /// What is known of the agents in VMs.
+    agents: Mutex<Agents>,
     /// Whose turn it is to write that down: what is older is never written last.
     keeping: Mutex<()>,
     /// What tends to its limit, and in how many seconds it reaches it.
@@ -57,7 +62,7 @@ impl std::ops::Deref for App {
 
 impl App {
     /// For this host.
-    pub fn new(host: Host) -> Self {
+    pub fn new(host: Host, allow_exec: bool) -> Self {
         let bus: Arc<Bus> = Arc::default();
         let began = hebe_sys::clock::stamp_now().realtime_ns;
         Self(Arc::new(Inner {
@@ -66,8 +71,10 @@ impl App {
             bus,
             listeners: Arc::new(Semaphore::new(LISTENERS_MAX)),
             began: Instant::now(),
+            allow_exec,
             id: format!("{:x}-{:x}", std::process::id(), began),
             watched: Mutex::default(),
+            agents: Mutex::default(),
             keeping: Mutex::default(),
             exhaustions: Mutex::default(),
             look_now: Notify::new(),
@@ -77,6 +84,11 @@ impl App {
     /// What the supervisor thinks.
     pub fn watched(&self) -> MutexGuard<'_, Watched> {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is known of the agents in VMs.
+    pub fn agents(&self) -> MutexGuard<'_, Agents> {
+        self.agents.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The turn to write down what the supervisor thinks; taken before [`Self::watched`].

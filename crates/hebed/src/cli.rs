@@ -18,6 +18,8 @@ Examples:
   hebed                            # /run/hebe/hebed.sock, for root alone
   hebed --group hebe               # and for the members of group hebe
   hebed --listen 192.0.2.7:7443 --tls-cert host.pem --tls-key host.key --client-ca operators.pem
+  hebed --group hebe --allow-exec  # they may also run programs in guests that allow it
+  hebed --agent-every 60           # ask guests' agents how they are once a minute
   curl --unix-socket /run/hebe/hebed.sock http://localhost/v1/vms
   curl --unix-socket /run/hebe/hebed.sock -X POST http://localhost/v1/vms/web/start
   curl --unix-socket /run/hebe/hebed.sock -N http://localhost/v1/events
@@ -74,6 +76,13 @@ pub struct Args {
     /// How often to look at the policy and at new samples, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=300))]
     pub look_every: u64,
+    /// All who may give orders may run programs in guests whose agents allow it, not root alone.
+    #[arg(long)]
+    pub allow_exec: bool,
+    /// How often to ask the agent in each VM that has sockets for programs of the host how its
+    /// guest is, in seconds; 0 asks none.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(0..=3600))]
+    pub agent_every: u64,
     /// Print the manual page, and end.
     #[arg(long, hide = true)]
     pub manual_page: bool,
@@ -106,6 +115,11 @@ impl Args {
     /// How often to look.
     pub fn poll(&self) -> Duration {
         Duration::from_millis(self.poll_ms)
+    }
+
+    /// Between two questions to an agent; none where none is asked.
+    pub fn agent_every(&self) -> Option<Duration> {
+        (self.agent_every > 0).then(|| Duration::from_secs(self.agent_every))
     }
 
     /// Between two samples.
@@ -158,6 +172,7 @@ mod tests {
             "hebed --socket",
             "hebed --sample-every 0",
             "hebed --look-every 301",
+            "hebed --agent-every 3601",
         ] {
             assert!(Args::try_parse_from(line.split(' ')).is_err(), "{line}");
         }
@@ -184,5 +199,8 @@ mod tests {
         assert_eq!(args.poll(), Duration::from_secs(2));
         assert_eq!(args.sample_every(), Duration::from_secs(600));
         assert_eq!(args.look_every(), Duration::from_secs(60));
+        assert_eq!(args.agent_every(), Some(Duration::from_secs(10)));
+        let args = Args::try_parse_from(["hebed", "--agent-every", "0"]).expect("fine");
+        assert_eq!(args.agent_every(), None);
     }
 }

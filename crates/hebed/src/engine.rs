@@ -14,6 +14,8 @@ use tokio::sync::{Mutex, RwLock, Semaphore};
 
 /// Questions that are answered at a time, besides looks and jobs.
 const READERS: usize = 8;
+/// Agents in guests that are told something at a time.
+const SPEAKERS: usize = 8;
 /// Jobs that are carried out at a time.
 const WORKERS: usize = 32;
 
@@ -32,6 +34,7 @@ pub struct Broken;
 pub struct Engine {
     host: Host,
     readers: Arc<Semaphore>,
+    speakers: Arc<Semaphore>,
     workers: Arc<Semaphore>,
     /// Shared by all work, for as long as it may wait for children of its own.
     at_work: Arc<RwLock<()>>,
@@ -58,6 +61,7 @@ impl Engine {
         Self {
             host,
             readers: Arc::new(Semaphore::new(READERS)),
+            speakers: Arc::new(Semaphore::new(SPEAKERS)),
             workers: Arc::new(Semaphore::new(WORKERS)),
             at_work: Arc::default(),
             last: Arc::default(),
@@ -132,6 +136,26 @@ impl Engine {
         order: impl FnOnce(&Host) -> T + Send + 'static,
     ) -> Result<T, Broken> {
         self.with(&self.workers, order).await
+    }
+
+    /// An order for an agent in a guest, which may take minutes; none where too
+    /// many are under way.
+    pub async fn speak<T: Send + 'static>(
+        &self,
+        order: impl FnOnce(&Host) -> T + Send + 'static,
+    ) -> Result<Option<T>, Broken> {
+        let Ok(turn) = Arc::clone(&self.speakers).try_acquire_owned() else {
+            return Ok(None);
+        };
+        let host = self.host.clone();
+        // Not as other work: this has no children, and would keep those of other
+        // work from being buried.
+        let work = move || {
+            let _turn = turn;
+            order(&host)
+        };
+        let done = tokio::task::spawn_blocking(work).await;
+        done.map(Some).map_err(|_| Broken)
     }
 
     async fn with<T: Send + 'static>(

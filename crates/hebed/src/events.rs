@@ -11,6 +11,7 @@ use hebe_types::VmName;
 use serde::Serialize;
 use tokio::sync::broadcast;
 
+use crate::agents::AgentState;
 use crate::jobs::Job;
 
 /// Events that are kept for a slow listener.
@@ -42,6 +43,15 @@ pub enum Event {
         /// Somebody should look.
         trouble: bool,
     },
+    /// An agent was heard for the first time, fell silent, or is back.
+    Agent {
+        /// Of which VM.
+        name: VmName,
+        /// How it is now.
+        state: AgentState,
+        /// When it was last heard, in seconds since 1970.
+        heard_at: Option<f64>,
+    },
     /// How the host is ageing.
     Ageing {
         /// A sentence with its reason.
@@ -58,6 +68,7 @@ impl Event {
             Self::Job(_) => "job",
             Self::Vm { .. } => "vm",
             Self::Supervisor { .. } => "supervisor",
+            Self::Agent { .. } => "agent",
             Self::Ageing { .. } => "ageing",
         }
     }

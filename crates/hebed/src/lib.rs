@@ -9,7 +9,7 @@
 //!
 //! - [`server`]: sockets, connections and what bounds them; [`tls`]: those over
 //!   the network; [`limits`]: what a request has to keep to.
-//! - [`routes`] and [`orders`]: the API, described by `docs/openapi.json`;
+//! - [`routes`], [`orders`] and [`agent_orders`]: the API, described by `docs/openapi.json`;
 //!   [`answers`]: what it says.
 //! - [`engine`]: everything that blocks; [`jobs`]: what takes long;
 //!   [`events`]: what is told to whoever listens.
@@ -17,9 +17,12 @@
 //!   [`hebe_flow::supervise`] decides; takes samples of the host.
 //! - [`policy`]: runs `hebe reboot` when the host's policy says so; [`ageing`]:
 //!   alerts when the host begins to age.
+//! - [`agents`]: which guests' agents answer.
 //! - [`metrics`], [`log`], [`systemd`], [`cli`]: the rest.
 
 pub mod ageing;
+pub mod agent_orders;
+pub mod agents;
 pub mod answers;
 pub mod app;
 pub mod cli;

@@ -38,6 +38,12 @@ impl Peer {
     pub fn may_name_kernels(self) -> bool {
         matches!(self, Self::Local { uid: 0 })
     }
+
+    /// Whether it may run programs in guests: root, and with `allowed` who may
+    /// give orders at all.
+    pub fn may_run_programs(self, allowed: bool) -> bool {
+        allowed || matches!(self, Self::Local { uid: 0 })
+    }
 }
 
 /// Checks a request, and takes all of its body.
@@ -129,6 +135,20 @@ mod tests {
             headers.insert(*name, value.parse().expect("value"));
         }
         headers
+    }
+
+    #[test]
+    fn programs_are_run_for_root_alone_where_nobody_says_otherwise() {
+        let (root, member) = (Peer::Local { uid: 0 }, Peer::Local { uid: 1000 });
+        for (peer, allowed, may) in [
+            (root, false, true),
+            (member, false, false),
+            (Peer::Certified, false, false),
+            (member, true, true),
+            (Peer::Certified, true, true),
+        ] {
+            assert_eq!(peer.may_run_programs(allowed), may, "{peer:?} {allowed}");
+        }
     }
 
     #[test]

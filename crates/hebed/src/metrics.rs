@@ -15,6 +15,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::agents::{AgentState, Agents};
 use crate::app::App;
 
 /// The content type.
@@ -68,6 +69,7 @@ pub fn text(app: &App, survey: Option<&Survey>, figures: &HostFigures) -> String
     daemon(app, &mut registry);
     if let Some(survey) = survey {
         vms(survey, &mut registry);
+        agents(&app.agents(), survey, &mut registry);
     }
     host(figures, &mut registry);
     exhaustions(&app.exhaustions(), &mut registry);
@@ -156,6 +158,29 @@ fn balloons(survey: &Survey, registry: &mut Registry) {
     }
     let help = "Balloons: RAM left to the guest, wanted, given back since the VMM began, in use";
     registry.register_with_unit("vm_balloon", help, Unit::Bytes, bytes);
+}
+
+/// Of VMs whose agent was asked.
+fn agents(agents: &Agents, survey: &Survey, registry: &mut Registry) {
+    let (up, heard) = (Gauges::default(), Gauges::default());
+    for row in survey.rows.values() {
+        let Some(agent) = agents.of(&row.name, row.state) else {
+            continue;
+        };
+        let labels = label("vm", row.name.as_str());
+        if agent.state != AgentState::Unasked {
+            let answers = agent.state == AgentState::Answers;
+            up.get_or_create_owned(&labels)
+                .set(f64::from(u8::from(answers)));
+        }
+        if let Some(at) = agent.heard_at {
+            heard.get_or_create_owned(&labels).set(at);
+        }
+    }
+    let help = "Whether the agent in the guest of a VM that runs answers";
+    registry.register("vm_agent_up", help, up);
+    let help = "When the agent in the guest was last heard, since 1970";
+    registry.register_with_unit("vm_agent_heard_timestamp", help, Unit::Seconds, heard);
 }
 
 fn host(figures: &HostFigures, registry: &mut Registry) {
@@ -276,7 +301,8 @@ mod tests {
         let mut started_again = Registry::with_prefix("hebe");
         let counts = BTreeMap::from([(figures.downtimes[0].vm.clone(), 2)]);
         restarts(&counts, &mut started_again);
-        let app = App::new(host);
+        let app = App::new(host, false);
+        app.agents().hear_all(&survey);
         app.note_exhaustions(vec![(Indicator::Slab, 3_600.0)]);
         let mut all = text(&app, Some(&survey), &figures);
         encode(&mut all, &started_again).expect("text");

@@ -30,7 +30,7 @@ const TIMEOUT_S: u64 = 60;
 const TIMEOUT_S_MAX: u64 = 3600;
 
 /// A body of JSON; an empty one stands for all defaults.
-pub struct Body<T>(T);
+pub struct Body<T>(pub T);
 
 impl<T: DeserializeOwned + Default, S: Send + Sync> FromRequest<S> for Body<T> {
     type Rejection = Problem;

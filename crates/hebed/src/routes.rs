@@ -31,7 +31,7 @@ use tokio_stream::{Stream, StreamExt};
 use crate::answers::{AgeAnswer, CheckAnswer, HostAnswer, Problem, ReportAnswer, Vm, Vms};
 use crate::app::App;
 use crate::jobs::Job;
-use crate::{limits, metrics, orders, policy};
+use crate::{agent_orders, limits, metrics, orders, policy};
 
 /// How this API is described.
 pub const OPENAPI: &str = include_str!("../../../docs/openapi.json");
@@ -65,6 +65,32 @@ pub fn routes() -> Vec<Route> {
         (&["post"], "/v1/vms/{name}/stop", post(orders::stop)),
         (&["post"], "/v1/vms/{name}/suspend", post(orders::suspend)),
         (&["post"], "/v1/vms/{name}/resume", post(orders::resume)),
+        (&["get"], "/v1/vms/{name}/agent", get(agent_orders::ping)),
+        (
+            &["post"],
+            "/v1/vms/{name}/agent/time",
+            post(agent_orders::time),
+        ),
+        (
+            &["post"],
+            "/v1/vms/{name}/agent/freeze",
+            post(agent_orders::freeze),
+        ),
+        (
+            &["post"],
+            "/v1/vms/{name}/agent/thaw",
+            post(agent_orders::thaw),
+        ),
+        (
+            &["post"],
+            "/v1/vms/{name}/agent/shutdown",
+            post(agent_orders::shutdown),
+        ),
+        (
+            &["post"],
+            "/v1/vms/{name}/agent/exec",
+            post(agent_orders::exec),
+        ),
         (&["post"], "/v1/resume-all", post(orders::resume_all)),
         (&["post"], "/v1/reboot", post(orders::reboot)),
         (&["post"], "/v1/reboot/preflight", post(orders::preflight)),
@@ -277,6 +303,7 @@ fn described<'a>(app: &App, survey: &'a Survey, row: &'a VmRow) -> Vm<'a> {
         definition: definition.and_then(|d| d.as_ref().ok()),
         definition_error: definition.and_then(|d| d.as_ref().err().map(ToString::to_string)),
         supervision: app.supervision(&row.name),
+        agent: app.agents().of(&row.name, row.state),
     }
 }
 

@@ -11,6 +11,7 @@ use hebe_types::counted;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Semaphore;
 
+use crate::agents::Asking;
 use crate::app::App;
 use crate::cli::Args;
 use crate::routes::router;
@@ -86,7 +87,7 @@ async fn serve(
     let unheard = |e: std::io::Error| format!("signals cannot be heard: {}", with_cause(&e));
     let mut terminate = signal(SignalKind::terminate()).map_err(unheard)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(unheard)?;
-    let app = App::new(host);
+    let app = App::new(host, args.allow_exec);
     let turns = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut servers = tokio::task::JoinSet::new();
     for listener in listeners {
@@ -105,7 +106,9 @@ async fn serve(
     tokio::spawn(policy::follow(app.clone(), args.look_every()));
     let systemd = Arc::new(systemd);
     systemd.say("READY=1");
-    let watcher = tokio::spawn(watch::watch(app.clone(), args.poll(), Arc::clone(&systemd)));
+    let agents = Asking::new(args.agent_every());
+    let looks = watch::watch(app.clone(), args.poll(), agents, Arc::clone(&systemd));
+    let watcher = tokio::spawn(looks);
     let ended = tokio::select! {
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),

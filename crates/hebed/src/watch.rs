@@ -19,6 +19,7 @@ use hebe_host::{Host, files, network, ops, overlays};
 use hebe_types::VmName;
 use tokio::task::JoinHandle;
 
+use crate::agents::Asking;
 use crate::answers::Supervision;
 use crate::app::{App, Failed};
 use crate::events::Event;
@@ -59,9 +60,9 @@ pub fn memory_path(host: &Host) -> PathBuf {
     host.layout.run.join("hebed").join("supervisor.json")
 }
 
-/// Looks at the VMs every `poll`, for ever. Systemd hears of each look, so one
+/// Looks at the VMs every `poll`, for ever; then it is the turn of their `agents`. Systemd hears of each look, so one
 /// that hangs is told of by silence.
-pub async fn watch(app: App, poll: Duration, systemd: Arc<Systemd>) {
+pub async fn watch(app: App, poll: Duration, mut agents: Asking, systemd: Arc<Systemd>) {
     let mut began = false;
     let mut told: Option<tokio::time::Instant> = None;
     let mut tending = Tending::default();
@@ -70,6 +71,7 @@ pub async fn watch(app: App, poll: Duration, systemd: Arc<Systemd>) {
             Ok(survey) => {
                 began |= begin(&app, &survey, began);
                 look(&app, &survey);
+                agents.turn(&app, &survey);
             }
             // Somebody else is at work on all VMs.
             Err(_) if app.engine.is_quiet() => {}
@@ -369,7 +371,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("dir");
         let mut host = Host::here();
         host.layout = Layout::below(dir.path());
-        let app = App::new(host);
+        let app = App::new(host, false);
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {

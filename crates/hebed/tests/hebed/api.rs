@@ -71,8 +71,14 @@ fn validator(described: &Value, place: &str) -> jsonschema::Validator {
     jsonschema::validator_for(&schema).unwrap_or_else(|e| panic!("{place}: {e}"))
 }
 
+/// Compares what is told with its schema.
+pub fn is_valid(schema: &str, value: &Value) {
+    let validator = validator(&description(), &format!("#/components/schemas/{schema}"));
+    assert!(validator.is_valid(value), "{schema}: {value}");
+}
+
 /// Compares an answer with what is said of it.
-fn check(method: &str, path: &str, reply: &Reply) {
+pub fn check(method: &str, path: &str, reply: &Reply) {
     let described = description();
     let operation = &described["paths"][path][method];
     let status = reply.status.to_string();
@@ -332,11 +338,6 @@ fn events() {
                 return serde_json::from_str(data).expect("JSON");
             }
         }
-    };
-    let described = description();
-    let is_valid = |schema: &str, value: &Value| {
-        let validator = validator(&described, &format!("#/components/schemas/{schema}"));
-        assert!(validator.is_valid(value), "{schema}: {value}");
     };
     let hello = next("hello");
     is_valid("HelloEvent", &hello);

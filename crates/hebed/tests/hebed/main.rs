@@ -4,6 +4,7 @@
 //! arguments: mostly one without a guest, and the real one where a test's
 //! directory says so and the machine runs guests.
 
+mod agents;
 mod api;
 mod bounds;
 mod browser;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         supervision::CASES,
         kills::CASES,
         browser::CASES,
+        agents::CASES,
     ];
     let cases: Vec<Case> = groups
         .concat()
