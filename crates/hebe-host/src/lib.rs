@@ -13,7 +13,7 @@
 //! - [`agent`]: the agents in guests.
 //! - [`balloon`]: memory that a guest gives back.
 //! - [`overlays`]: disks that keep nothing.
-//! - [`preflight`], [`reboot`], [`resume_all`]: all of them.
+//! - [`preflight`], [`reboot`], [`suspend_all`], [`resume_all`]: all of them.
 //! - [`stopping`]: the suspend event, where a service manager takes the host
 //!   down; [`systemd`]: that service manager.
 //! - [`timeline`], [`report`], [`gantt`]: the report that spans both kernels.
@@ -63,6 +63,7 @@ pub mod stopping;
 pub mod store_init;
 pub mod stores;
 mod stores_known;
+pub mod suspend_all;
 pub mod system;
 pub mod systemd;
 pub mod timeline;

@@ -19,7 +19,7 @@ use crate::definitions;
 use crate::failed;
 use crate::host::{Host, HostError};
 use crate::launch::{ExitRecord, LAUNCH_WAIT, Launch, LaunchError, Memory, Origin, launch};
-use crate::listing::{self, VmRow, VmState};
+use crate::listing::{self, Survey, VmRow, VmState};
 use crate::lock::VmLock;
 use crate::luo;
 use crate::network;
@@ -555,8 +555,18 @@ fn withdraw_outlived(
 pub fn suspend(host: &Host, name: &VmName) -> Result<FreezeReport, HostError> {
     let _not_all = host.lock_orders()?;
     let survey = listing::survey(host);
-    let row = survey.row(host, name)?;
+    suspend_seen(host, &survey, survey.row(host, name)?)
+}
+
+/// [`suspend`] of a VM that was looked at, under a lock that keeps an order for
+/// all VMs away.
+pub(crate) fn suspend_seen(
+    host: &Host,
+    survey: &Survey,
+    row: &VmRow,
+) -> Result<FreezeReport, HostError> {
     admit(row, Order::Freeze)?;
+    let name = &row.name;
     let socket = host.layout.socket(name);
     if row.life == Life::Paused {
         let_run(host, name)?;

@@ -106,9 +106,14 @@ pub struct ResumeAll {
     pub clock_corrected_ms: Option<i64>,
 }
 
+/// Is told, once for each VM that is dealt with, of how many there are; by the
+/// thread that did it.
+pub type Tell<'a> = &'a (dyn Fn(usize) + Sync);
+
 /// Everything known, and what came of it.
 struct Work<'a> {
     host: &'a Host,
+    tell: Tell<'a>,
     store: Option<&'a StoreView>,
     configs: BTreeMap<VmName, VmConfig>,
     /// Those whose network is being made.
@@ -118,7 +123,24 @@ struct Work<'a> {
 /// Resumes, restores and boots every VM that is due. `started` is the instant
 /// at which this process began; with `autostart` also VMs that are to run
 /// whenever the host does.
+///
+/// # Errors
+/// Another order for all VMs, or one for a single VM that does not end, is under
+/// way; nothing has changed.
 pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<ResumeAll, HostError> {
+    resume_all_telling(host, started, autostart, &|_| {})
+}
+
+/// [`resume_all`]; `tell` hears of each VM that is dealt with.
+///
+/// # Errors
+/// As of [`resume_all`].
+pub fn resume_all_telling(
+    host: &Host,
+    started: Stamp,
+    autostart: bool,
+    tell: Tell,
+) -> Result<ResumeAll, HostError> {
     let _only_one = host.lock_all()?;
     launch::read_ahead(host);
     let carry_trouble = luo::asking::ensure(host);
@@ -138,6 +160,7 @@ pub fn resume_all(host: &Host, started: Stamp, autostart: bool) -> Result<Resume
     let (vms, network_ready) = network.make_while(|expected| {
         let work = Work {
             host,
+            tell,
             store: store.as_ref(),
             configs,
             expected,
@@ -331,7 +354,11 @@ impl Work<'_> {
         thread::scope(|scope| {
             let wanted = decisions.iter().filter(|(_, decision)| wanted(decision));
             let workers = wanted.map(|(name, decision)| {
-                let work = move || self.carry_out(name, decision);
+                let work = move || {
+                    let done = self.carry_out(name, decision);
+                    (self.tell)(decisions.len());
+                    done
+                };
                 let worker = thread::Builder::new().spawn_scoped(scope, work);
                 (name, worker.map_err(|_| work))
             });

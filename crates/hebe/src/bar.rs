@@ -4,6 +4,8 @@
 //! of a bar is of use to nobody. What is short is not shown either.
 
 use std::io::{self, IsTerminal};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -17,8 +19,17 @@ const LONG: Duration = Duration::from_millis(700);
 /// How often it is drawn.
 const DRAW_EVERY: Duration = Duration::from_millis(150);
 
-/// How much of how much is done, in bytes; `None` while that is not known.
-pub type Done = Option<(u64, u64)>;
+/// How much of how much is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Far {
+    /// In bytes.
+    Bytes(u64, u64),
+    /// In VMs.
+    Vms(u64, u64),
+}
+
+/// `None` while that is not known.
+pub type Done = Option<Far>;
 
 /// Something that goes on until this is dropped.
 pub struct Bar(Option<Shown>);
@@ -74,6 +85,23 @@ impl Bar {
         }))
     }
 
+    /// An order for all VMs, and what to call with their number as each is dealt
+    /// with.
+    pub fn vms(out: &Output, text: &str) -> (Self, impl Fn(usize) + Sync + use<>) {
+        let far = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
+        let seen = Arc::clone(&far);
+        let number = |of: &AtomicUsize| of.load(Ordering::Relaxed) as u64;
+        let bar = Self::counting(out, text, move || {
+            let (done, whole) = (number(&seen.0), number(&seen.1));
+            (whole > 0).then_some(Far::Vms(done, whole))
+        });
+        let tell = move |whole| {
+            far.1.store(whole, Ordering::Relaxed);
+            far.0.fetch_add(1, Ordering::Relaxed);
+        };
+        (bar, tell)
+    }
+
     /// Writes lines without the bar in between.
     pub fn aside<T>(&self, write: impl FnOnce() -> T) -> T {
         match &self.0 {
@@ -92,12 +120,20 @@ impl Drop for Shown {
     }
 }
 
+fn reach(bar: &ProgressBar, done: u64, whole: u64) {
+    bar.set_length(whole);
+    bar.set_position(done.min(whole));
+}
+
 fn draw(bar: &ProgressBar, done: Done) {
     let template = match done {
-        Some((done, whole)) => {
-            bar.set_length(whole);
-            bar.set_position(done.min(whole));
+        Some(Far::Bytes(done, whole)) => {
+            reach(bar, done, whole);
             "hebe: {msg}  [{bar:30}] {bytes} of {total_bytes}  {elapsed}"
+        }
+        Some(Far::Vms(done, whole)) => {
+            reach(bar, done, whole);
+            "hebe: {msg}  [{bar:30}] {pos} of {len}  {elapsed}"
         }
         None => "hebe: {spinner} {msg}  {elapsed}",
     };
@@ -169,11 +205,13 @@ mod tests {
             paper.taken()
         };
         assert!(shown(None).contains("saving 2 VMs"));
-        let text = shown(Some((3 << 20, 4 << 20)));
+        let text = shown(Some(Far::Bytes(3 << 20, 4 << 20)));
         assert!(text.contains("3.00 MiB of 4.00 MiB"), "{text}");
         // More than was thought.
-        let text = shown(Some((9, 4)));
+        let text = shown(Some(Far::Bytes(9, 4)));
         assert!(text.contains("4 B of 4 B"), "{text}");
+        let text = shown(Some(Far::Vms(3, 7)));
+        assert!(text.contains("3 of 7"), "{text}");
     }
 
     #[test]

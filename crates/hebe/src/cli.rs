@@ -138,14 +138,12 @@ Examples:
   hebe balloon web --target 1GiB       # leave its guest with 1 GiB")]
     Balloon(BalloonArgs),
     /// Suspend a VM on memory: its RAM stays where it is.
-    #[command(
-        after_help = "Examples:\n  hebe suspend web db\n  hebe suspend web && hebe resume web"
-    )]
-    Suspend {
-        /// The VMs.
-        #[arg(required = true)]
-        names: Vec<VmName>,
-    },
+    #[command(after_help = "\
+Examples:
+  hebe suspend web db
+  hebe suspend web && hebe resume web
+  hebe suspend --all           # every VM that runs, if it is in a store")]
+    Suspend(SuspendArgs),
     /// Resume a VM from memory or from its saved file.
     #[command(after_help = "\
 Examples:
@@ -326,6 +324,17 @@ pub struct StopArgs {
     pub force: bool,
 }
 
+/// Flags of `suspend`.
+#[derive(Debug, Args)]
+pub struct SuspendArgs {
+    /// The VMs.
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    pub names: Vec<VmName>,
+    /// Every VM that runs, all at once.
+    #[arg(long)]
+    pub all: bool,
+}
+
 /// Flags of `resume`.
 #[derive(Debug, Args)]
 pub struct ResumeArgs {
@@ -481,6 +490,7 @@ mod tests {
             "hebe run --name a --disk d",
             "hebe run --name a --disk d --vsock --balloon",
             "hebe run --name a --disk d --disk e --snapshot",
+            "hebe suspend --all",
             "hebe balloon web",
             "hebe balloon web --target 512MiB --json",
             "hebe run --name a --disk d --net nat --forward 8080:80 --forward udp:1:2",
@@ -606,6 +616,8 @@ mod tests {
             "hebe run web.toml --balloon",
             "hebe run web.toml --snapshot",
             "hebe run --name a --kernel k --snapshot",
+            "hebe suspend web --all",
+            "hebe suspend",
             "hebe run web.toml --memory 4MiB",
             "hebe run web.toml --hostname h",
             "hebe run web.toml --user-data u",

@@ -131,6 +131,8 @@ fn an_empty_host_has_an_empty_list() {
     let (status, all) = host.json(&["resume", "--all"]);
     assert_eq!(status, 0);
     assert_eq!(all["vms"], serde_json::json!({}));
+    let (status, all) = host.json(&["suspend", "--all"]);
+    assert_eq!((status, &all), (0, &serde_json::json!({"vms": {}})));
     let (status, text) = host.fails(&["reboot", "--report"]);
     assert_eq!(status, 1);
     assert!(text.contains("no report"), "{text}");

@@ -1,7 +1,7 @@
 //! One VM: start, list, suspend, resume, stop; and everything that goes wrong.
 
 use std::fs;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use hebe_flow::resume::SavedFact;
@@ -9,8 +9,9 @@ use hebe_host::definitions;
 use hebe_host::limits::OutOfMemory;
 use hebe_host::listing::{self, VmState};
 use hebe_host::ops::{self, ResumeFrom, ResumeOptions, StopOptions};
-use hebe_host::resume_all::{Resumed, resume_all};
+use hebe_host::resume_all::{Resumed, resume_all, resume_all_telling};
 use hebe_host::saved::SavedPaths;
+use hebe_host::suspend_all::{Suspended, suspend_all};
 use hebe_snapshot::RamView;
 use hebe_sys::clock::stamp_now;
 
@@ -44,6 +45,10 @@ pub const CASES: &[crate::Case] = &[
         memfd,
     ),
     ("vms_held_by_a_killed_manager_are_thawed", held),
+    (
+        "all_vms_are_suspended_at_once_and_one_that_cannot_be_holds_up_nobody",
+        suspend_every,
+    ),
     ("a_full_store_is_one_sentence", full_store),
     ("room_of_guests_that_powered_off_is_used", reaped_room),
     ("one_order_at_a_time_concerns_all_vms", one_at_a_time),
@@ -504,6 +509,46 @@ fn held() {
     let all = resume_all(&world.host, stamp_now(), false).expect("not busy");
     assert_eq!(all.vms[&name("web")], Resumed::Already);
     assert_eq!(world.state("web"), VmState::Running);
+}
+
+fn suspend_every() {
+    let world = World::new();
+    world.start(&["web", "db", "cache"]);
+    ops::suspend(&world.host, &name("db")).expect("freezes");
+    world.define("other", "store = \"memfd\"");
+    ops::start(&world.host, &name("other")).expect("starts");
+    world.define("idle", "");
+    let busy = world.host.lock_all().expect("free");
+    let refused = suspend_all(&world.host, &|_| panic!("nobody is touched"));
+    assert!(refused.is_err());
+    drop(busy);
+    let told = AtomicUsize::new(0);
+    let count = |whole: usize| {
+        assert_eq!(whole, 4);
+        told.fetch_add(1, Ordering::Relaxed);
+    };
+    let all = suspend_all(&world.host, &count).expect("not busy");
+    assert_eq!((told.into_inner(), all.vms.len()), (4, 4));
+    for vm in ["web", "cache"] {
+        let of = &all.vms[&name(vm)];
+        assert!(matches!(of, Suspended::Frozen { .. }), "{vm}: {of:?}");
+        assert_eq!(world.state(vm), VmState::Frozen);
+    }
+    assert!(matches!(all.vms[&name("db")], Suspended::Already));
+    let Suspended::Failed { reason } = &all.vms[&name("other")] else {
+        panic!("it is in a memfd: {all:?}");
+    };
+    assert!(reason.contains("memfd"), "{reason}");
+    assert_eq!(world.state("other"), VmState::Running);
+    let told = AtomicUsize::new(0);
+    let count = |_: usize| {
+        told.fetch_add(1, Ordering::Relaxed);
+    };
+    let all = resume_all_telling(&world.host, stamp_now(), false, &count).expect("not busy");
+    assert_eq!(told.into_inner(), all.vms.len(), "{all:?}");
+    for vm in ["web", "db", "cache", "other"] {
+        assert_eq!(world.state(vm), VmState::Running);
+    }
 }
 
 fn full_store() {

@@ -82,7 +82,7 @@ fn carry_out(host: &Host, command: Command, out: &Output, started: Stamp) -> Out
         Command::Top(args) => top::top(host, args, out),
         Command::Dashboard(args) => dashboard::dashboard(host, &args, out),
         Command::Agent(args) => agent::agent(host, &args, out),
-        Command::Suspend { names } => suspend::suspend(host, &names, out),
+        Command::Suspend(args) => suspend::suspend(host, &args, out),
         Command::Resume(args) => suspend::resume(host, &args, out, started),
         Command::Reboot(args) => reboot::reboot(host, &args, out),
         Command::Store(command) => store::store(host, command, out),

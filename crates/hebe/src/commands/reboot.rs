@@ -20,7 +20,7 @@ use hebe_types::{RebootMethod, VmName};
 use serde::Serialize;
 
 use super::slots::{self, Fleet};
-use crate::bar::Bar;
+use crate::bar::{Bar, Far};
 use crate::cli::RebootArgs;
 use crate::output::{Exit, Failure, Outcome, Output, table};
 
@@ -106,7 +106,7 @@ fn saving(host: &Host, out: &Output) -> Bar {
             done += written.unwrap_or(0).min(*memory);
             whole += memory;
         }
-        begun.then_some((done, whole))
+        begun.then_some(Far::Bytes(done, whole))
     })
 }
 

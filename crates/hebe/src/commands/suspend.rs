@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 use hebe_api::FreezeReport;
 use hebe_host::Host;
 use hebe_host::ops::{self, ResumeFrom, ResumeOptions};
-use hebe_host::resume_all::{Resumed, resume_all};
+use hebe_host::resume_all::{Resumed, resume_all_telling};
+use hebe_host::suspend_all::{self, suspend_all};
 use hebe_types::{Stamp, VmName};
 use serde::Serialize;
 
 use super::vm::{done, each};
-use crate::cli::{FromArg, ResumeArgs};
+use crate::bar::Bar;
+use crate::cli::{FromArg, ResumeArgs, SuspendArgs};
 use crate::output::{Exit, Outcome, Output};
 
 #[derive(Serialize)]
@@ -21,8 +23,11 @@ struct Suspended<'a> {
 }
 
 /// `hebe suspend`.
-pub fn suspend(host: &Host, names: &[VmName], out: &Output) -> Outcome {
-    each("suspending", names, out, |name| {
+pub fn suspend(host: &Host, args: &SuspendArgs, out: &Output) -> Outcome {
+    if args.all {
+        return suspend_every(host, out);
+    }
+    each("suspending", &args.names, out, |name| {
         let report = ops::suspend(host, name)?;
         Ok(move |out: &Output| suspended(out, name, &report))
     })
@@ -34,17 +39,47 @@ fn suspended(out: &Output, name: &VmName, report: &FreezeReport) {
         result: "frozen",
         freeze: report,
     };
-    out.answer(&answer, || {
-        let took_ns = report
-            .committed
-            .realtime_ns
-            .saturating_sub(report.asked.realtime_ns);
-        format!(
-            "{name}: frozen in {:.1} ms, {} bytes of state",
-            took_ns as f64 / 1e6,
-            report.state_bytes
-        )
-    });
+    out.answer(&answer, || format!("{name}: {}", frozen(report)));
+}
+
+fn frozen(report: &FreezeReport) -> String {
+    let took_ns = report
+        .committed
+        .realtime_ns
+        .saturating_sub(report.asked.realtime_ns);
+    format!(
+        "frozen in {:.1} ms, {} bytes of state",
+        took_ns as f64 / 1e6,
+        report.state_bytes
+    )
+}
+
+/// `hebe suspend --all`.
+fn suspend_every(host: &Host, out: &Output) -> Outcome {
+    let (bar, tell) = Bar::vms(out, "suspending all VMs");
+    let result = suspend_all(host, &tell)?;
+    drop(bar);
+    out.answer(&result, || suspended_all(&result.vms));
+    Ok(match result.vms.values().any(|vm| vm.is_trouble()) {
+        true => Exit::Attention,
+        false => Exit::Done,
+    })
+}
+
+fn suspended_all(vms: &BTreeMap<VmName, suspend_all::Suspended>) -> String {
+    use suspend_all::Suspended;
+    let sentence = |(name, result): (&VmName, &Suspended)| {
+        let text = match result {
+            Suspended::Frozen { freeze } => frozen(freeze),
+            Suspended::Already => "stands still already".to_owned(),
+            Suspended::Failed { reason } => format!("not suspended: {reason}"),
+        };
+        format!("{name}: {text}\n")
+    };
+    if vms.is_empty() {
+        return "there is no VM to suspend\n".to_owned();
+    }
+    vms.iter().map(sentence).collect()
 }
 
 /// `hebe resume`.
@@ -67,7 +102,9 @@ pub fn resume(host: &Host, args: &ResumeArgs, out: &Output, started: Stamp) -> O
 }
 
 fn all(host: &Host, autostart: bool, out: &Output, started: Stamp) -> Outcome {
-    let result = resume_all(host, started, autostart)?;
+    let (bar, tell) = Bar::vms(out, "resuming all VMs");
+    let result = resume_all_telling(host, started, autostart, &tell)?;
+    drop(bar);
     out.answer(&result, || sentences(&result.vms));
     // Each stands in the answer, too: JSON is one document.
     if let Some(trouble) = &result.store_trouble {
