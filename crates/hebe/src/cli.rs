@@ -66,6 +66,7 @@ pub enum Command {
 Examples:
   hebe run web.toml
   hebe run --name web --memory 1GiB --disk debian.img --ssh-key ~/.ssh/id_ed25519.pub
+  hebe run --name web --disk debian.img --readonly tools.img --readonly data.qcow2
   hebe run --name try --memory 256MiB --kernel /boot/vmlinuz-6.1 --cmdline console=ttyS0")]
     Run(RunArgs),
     /// Boot a defined VM (vms/NAME.toml in the configuration directory).
@@ -224,9 +225,9 @@ Examples:
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// A definition in TOML.
-    #[arg(required_unless_present_any = ["kernel", "disk"], conflicts_with_all = [
-        "name", "memory", "vcpus", "kernel", "initrd", "cmdline", "disk", "net", "store",
-        "user_data", "hostname", "ssh_key", "vsock", "balloon", "forward", "snapshot",
+    #[arg(required_unless_present_any = ["kernel", "disk", "readonly"], conflicts_with_all = [
+        "name", "memory", "vcpus", "kernel", "initrd", "cmdline", "disk", "readonly", "net",
+        "store", "user_data", "hostname", "ssh_key", "vsock", "balloon", "forward", "snapshot",
     ])]
     pub file: Option<PathBuf>,
     /// The VM's name.
@@ -251,7 +252,10 @@ pub struct RunArgs {
     /// A disk: a qcow2 image if its name ends in .qcow2, raw otherwise; may be given again.
     #[arg(long, value_name = "PATH", requires = "name")]
     pub disk: Vec<PathBuf>,
-    /// The disks stay as they are: what the guest writes goes when the VM is stopped.
+    /// A disk that the guest can only read, behind those of --disk; may be given again.
+    #[arg(long, value_name = "PATH", requires = "name")]
+    pub readonly: Vec<PathBuf>,
+    /// The disks of --disk stay as they are: what the guest writes goes when the VM is stopped.
     #[arg(long, requires = "disk")]
     pub snapshot: bool,
     /// A network: `nat` (address and way out by this host), `user` (the same without
@@ -490,6 +494,8 @@ mod tests {
             "hebe run --name a --disk d",
             "hebe run --name a --disk d --vsock --balloon",
             "hebe run --name a --disk d --disk e --snapshot",
+            "hebe run --name a --disk d --readonly e --readonly f --snapshot",
+            "hebe run --name a --readonly d",
             "hebe suspend --all",
             "hebe balloon web",
             "hebe balloon web --target 512MiB --json",
@@ -616,6 +622,8 @@ mod tests {
             "hebe run web.toml --balloon",
             "hebe run web.toml --snapshot",
             "hebe run --name a --kernel k --snapshot",
+            "hebe run --name a --readonly d --snapshot",
+            "hebe run web.toml --readonly d",
             "hebe suspend web --all",
             "hebe suspend",
             "hebe run web.toml --memory 4MiB",

@@ -1,6 +1,6 @@
 //! `run`, `start`, `stop`, `list`, `show`, `drop`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
@@ -68,14 +68,17 @@ fn of_flags(host: &Host, mut args: RunArgs) -> Result<(VmConfig, Option<Vec<u8>>
 fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
     let missing = |flag: &str| Failure(format!("give --{flag}, or a definition file"));
     // By its name, which is the operator's; never by what is in it.
-    let disk = |path: std::path::PathBuf| DiskConfig {
+    let disk = |path: PathBuf, readonly: bool| DiskConfig {
         format: match path.extension().is_some_and(|e| e == "qcow2") {
             true => DiskFormat::Qcow2,
             false => DiskFormat::Raw,
         },
-        snapshot: args.snapshot,
-        ..DiskConfig::raw(path, false)
+        snapshot: args.snapshot && !readonly,
+        ..DiskConfig::raw(path, readonly)
     };
+    let written = args.disk.into_iter().map(|path| disk(path, false));
+    let read = args.readonly.into_iter().map(|path| disk(path, true));
+    let disks = written.chain(read).collect();
     let nets = nets(args.net, args.forward)?;
     let name = args.name.ok_or_else(|| missing("name"))?;
     Ok(VmConfig {
@@ -91,7 +94,7 @@ fn from_flags(args: RunArgs) -> Result<VmConfig, Failure> {
         cmdline: args.cmdline,
         vsock: args.vsock.then(VsockConfig::default),
         balloon: args.balloon.then(BalloonConfig::default),
-        disks: args.disk.into_iter().map(disk).collect(),
+        disks,
         nets,
         ..VmConfig::minimal(name, args.memory)
     })
@@ -410,6 +413,34 @@ mod tests {
 
     use super::*;
     use crate::cli::{Cli, Command};
+
+    #[test]
+    fn disks_that_are_only_read_come_behind_the_others_and_keep_themselves() {
+        let line = "hebe run --name a --readonly r.qcow2 --disk d --readonly s --snapshot";
+        let cli = Cli::try_parse_from(line.split(' ')).expect("line");
+        let Command::Run(args) = cli.command else {
+            panic!("not run");
+        };
+        let config = from_flags(args).expect("a definition");
+        config.validate().expect("sound");
+        let seen = config.disks.iter();
+        let seen: Vec<_> = seen
+            .map(|d| {
+                (
+                    d.path.to_str().expect("text"),
+                    d.format,
+                    d.readonly,
+                    d.snapshot,
+                )
+            })
+            .collect();
+        let wanted = [
+            ("d", DiskFormat::Raw, false, true),
+            ("r.qcow2", DiskFormat::Qcow2, true, false),
+            ("s", DiskFormat::Raw, true, false),
+        ];
+        assert_eq!(seen, wanted);
+    }
 
     /// A VM is resumed by a unit, whose directory is another one.
     #[test]
