@@ -174,14 +174,30 @@ fn from_the_programs(tree: &Tree, built: &Path) -> Result<()> {
     for page in files(&man)? {
         gzip(&page)?;
     }
-    for (shell, to) in [
-        ("bash", "usr/share/bash-completion/completions/hebe"),
-        ("zsh", "usr/share/zsh/vendor-completions/_hebe"),
-        ("fish", "usr/share/fish/vendor_completions.d/hebe.fish"),
-    ] {
-        let output = Command::new(hebe).args(["completions", shell]).output()?;
-        ensure!(output.status.success(), "no completions for {shell}");
-        tree.write(to, &String::from_utf8(output.stdout)?)?;
+    for (program, order) in [("hebe", "completions"), ("hebed", "--completions")] {
+        for (shell, to) in [
+            (
+                "bash",
+                format!("usr/share/bash-completion/completions/{program}"),
+            ),
+            (
+                "zsh",
+                format!("usr/share/zsh/vendor-completions/_{program}"),
+            ),
+            (
+                "fish",
+                format!("usr/share/fish/vendor_completions.d/{program}.fish"),
+            ),
+        ] {
+            let output = Command::new(built.join(program))
+                .args([order, shell])
+                .output()?;
+            ensure!(
+                output.status.success(),
+                "no completions of {program} for {shell}"
+            );
+            tree.write(&to, &String::from_utf8(output.stdout)?)?;
+        }
     }
     Ok(())
 }

@@ -5,7 +5,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{CommandFactory, Parser};
+use clap::{Command, CommandFactory, Parser};
+use clap_complete::Shell;
 use clap_mangen::Man;
 
 use crate::tls::TlsFiles;
@@ -83,6 +84,9 @@ pub struct Args {
     /// guest is, in seconds; 0 asks none.
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(0..=3600))]
     pub agent_every: u64,
+    /// Print a completion script for this shell, and end.
+    #[arg(long, hide = true, value_name = "SHELL")]
+    pub completions: Option<Shell>,
     /// Print the manual page, and end.
     #[arg(long, hide = true)]
     pub manual_page: bool,
@@ -99,6 +103,21 @@ pub fn write_manual(to: &mut dyn Write) -> io::Result<()> {
     // Examples have lines of their own.
     let page = page.replacen(".SH EXTRA\n", ".SH NOTES\n.nf\n", 1);
     to.write_all(page.as_bytes())
+}
+
+/// The completion script for a shell; what is not for people is not offered.
+///
+/// # Errors
+/// `to` cannot be written to.
+pub fn write_completions(shell: Shell, to: &mut dyn Write) -> io::Result<()> {
+    // The generators offer also what is hidden.
+    let whole = Args::command();
+    let shown = whole.get_arguments().filter(|a| !a.is_hide_set()).cloned();
+    let mut command = Command::new("hebed").version(env!("CARGO_PKG_VERSION"));
+    command = command.args(shown.collect::<Vec<_>>());
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut command, "hebed", &mut script);
+    to.write_all(&script)
 }
 
 impl Args {
@@ -149,6 +168,26 @@ mod tests {
             assert!(page.contains(flag), "{flag}: {page}");
         }
         assert!(!page.contains("manual\\-page"));
+    }
+
+    #[test]
+    fn completions_offer_every_flag_that_is_for_people() {
+        for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+            let mut script = Vec::new();
+            write_completions(shell, &mut script).expect("written");
+            let script = String::from_utf8(script).expect("text");
+            for argument in Args::command().get_arguments() {
+                let Some(long) = argument.get_long() else {
+                    continue;
+                };
+                let word = match shell {
+                    Shell::Fish => format!("-l {long}"),
+                    _ => format!("--{long}"),
+                };
+                let offered = script.contains(&word);
+                assert_eq!(offered, !argument.is_hide_set(), "{shell}: {word}");
+            }
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use hebed::cli::{Args, write_manual};
+use hebed::cli::{Args, write_completions, write_manual};
 use hebed::log;
 use hebed::systemd::Systemd;
 
@@ -13,8 +13,13 @@ fn main() -> ExitCode {
     // SAFETY: called once, and nothing has been opened yet.
     let sockets = unsafe { systemd.sockets() };
     let args = Args::parse();
-    if args.manual_page {
-        return match write_manual(&mut std::io::stdout()) {
+    let mut stdout = std::io::stdout();
+    let printed = match args.completions {
+        Some(shell) => Some(write_completions(shell, &mut stdout)),
+        None => args.manual_page.then(|| write_manual(&mut stdout)),
+    };
+    if let Some(printed) = printed {
+        return match printed {
             Ok(()) => ExitCode::SUCCESS,
             Err(_) => ExitCode::FAILURE,
         };
