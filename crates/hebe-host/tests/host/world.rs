@@ -588,7 +588,7 @@ impl World {
         RebootOptions {
             method,
             kernel: Some(self.root.path().join("kernel")),
-            timeout_s: 60,
+            timeout_s: 20,
             ..RebootOptions::default()
         }
     }
