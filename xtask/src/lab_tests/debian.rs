@@ -368,11 +368,17 @@ fn in_its_own_network(lab: &Lab) -> Result<()> {
         lab.machine
             .exec_ok(&["cat", &format!("/proc/{pid}/{file}")])
     };
-    let group = read("cgroup")?;
-    ensure!(
-        group.contains(&format!("/hebe.slice/hebe-passt-{NAME}-{pid}.scope")),
-        "passt is in {group}"
-    );
+    let scope = format!("/hebe.slice/hebe-passt-{NAME}-{pid}.scope");
+    // Nobody waits until PID 1 has moved it.
+    let end = Instant::now() + AGAIN;
+    loop {
+        let group = read("cgroup")?;
+        if group.contains(&scope) {
+            break;
+        }
+        ensure!(Instant::now() < end, "passt is in {group}");
+        std::thread::sleep(Duration::from_millis(500));
+    }
     let status = read("status")?;
     let uid = status.lines().find(|line| line.starts_with("Uid:"));
     let uid = uid.and_then(|line| line.split_whitespace().nth(1));

@@ -16,8 +16,9 @@ use std::time::Duration;
 use super::Scope;
 use crate::limits::Limits;
 
-/// How long PID 1 may take for each step.
-const WAIT: Duration = Duration::from_secs(5);
+/// How long PID 1 may take for each step, on a host that is busy: it is asked as the
+/// host comes up, too.
+const WAIT: Duration = Duration::from_secs(20);
 /// Longest message that is read; PID 1's are far shorter.
 const MESSAGE_MAX: u32 = 1 << 20;
 /// Messages that may come before the answer: PID 1 tells everybody on its own
