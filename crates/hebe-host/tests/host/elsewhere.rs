@@ -1,6 +1,7 @@
 //! VMs that are frozen in a store that this kernel does not have.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use hebe_flow::resume::SavedFact;
@@ -494,6 +495,16 @@ fn given_up_by_name() {
     ops::resume(host, &name("web"), ResumeOptions::default()).expect("as it was");
     stop(host);
     assert!(!force().expect("nothing is lost").existing);
+    // What nobody can resume or drop any more holds nothing up.
+    world.start(&["web"]);
+    ops::suspend(host, &name("web")).expect("suspends");
+    let path = host.layout.store.as_ref().expect("a store");
+    let store = fs::OpenOptions::new().write(true).open(path);
+    let store = store.expect("open");
+    let end = store.metadata().expect("length").len();
+    store.write_all_at(&[0xff], end - 1).expect("damage");
+    ops::drop_vm(host, &name("web")).expect_err("its guard is overwritten");
+    assert!(!force().expect("the way out of that").existing);
 }
 
 fn unreadable() {
